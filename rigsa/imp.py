@@ -1,0 +1,43 @@
+"""Iterative magnitude pruning (RIGSA, sections 3.2 and 4.4): train, prune, rewind, level by level."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from rigsa.adapter import MASK_FILE, load_masks
+from rigsa.experiment import Experiment, level_folder
+from rigsa.files import is_done
+from rigsa.masks import prune
+from rigsa_kernels import SparsePattern, gated_linears
+
+
+def run_imp(experiment: Experiment) -> None:
+    """Levels 0 to ``config.prunings``. A finished step is never done again, a started one goes on where it stopped."""
+    experiment.measure_base()
+    experiment.attach()
+    for level in range(experiment.config.prunings + 1):
+        if is_done(level_folder(experiment.run, level)):
+            continue
+        if level > 0:
+            enter_ticket(experiment, level)
+        experiment.run_level(level)
+
+
+def enter_ticket(experiment: Experiment, level: int) -> None:
+    """Prune the level before, unless that was done already, and put every layer at the start of `level`."""
+    path = level_folder(experiment.run, level) / MASK_FILE
+    if not path.exists():
+        experiment.restore(level - 1)
+        choose_ticket(experiment, level)
+    experiment.adopt(load_masks(experiment.model, path))
+
+
+def choose_ticket(experiment: Experiment, level: int) -> None:
+    """Rank the trained values and write the ticket of `level`. Raises ValueError where a layer would be empty."""
+    config, layers = experiment.config, gated_linears(experiment.model)
+    final = {name: layer.rigsa_values.detach() for name, layer in layers.items()}
+    initial = {name: layer.pattern.gather(layer.initial_matrix()) for name, layer in layers.items()}
+    kept, counts = prune(final, initial, keep_fraction=config.keep_fraction, ranking=config.ranking)
+    patterns = {name: SparsePattern.from_mask(layer.pattern.scatter(kept[name])) for name, layer in layers.items()}
+    share = counts.eligible / counts.free
+    experiment.save_ticket(level, patterns, {"same_sign_share": share, **asdict(counts)})

@@ -1,0 +1,235 @@
+"""One level: train the adapter that `model` carries, on transformers.Trainer, from the last checkpoint if there is one.
+
+The Trainer's checkpoints hold the adapter alone, and count only once they carry a marker, so a process killed at any
+moment resumes to the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
+
+from rigsa.adapter import ADAPTER_FILE, load_adapter, save_adapter
+from rigsa.config import Config
+from rigsa.errors import RigsaError
+from rigsa.evaluate import answer_logits
+from rigsa.files import is_done, mark_done, write_text
+from rigsa.textual_mnist import PromptDataset, collate
+from rigsa_kernels import MaskedAdamW, gated_linears
+
+LOG_FILE = "log.jsonl"
+_CHECKPOINTS = "checkpoints"
+_STATE_FILE = "trainer_state.json"
+_LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+
+
+def steps_per_level(config: Config, num_images: int) -> int:
+    """Optimiser steps of one level; a last incomplete batch of an epoch is dropped.
+
+    Raises:
+        RigsaError: there are fewer images than one batch needs.
+    """
+    per_epoch = num_images // config.batch_size
+    if per_epoch == 0:
+        raise RigsaError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
+    steps = config.epochs * per_epoch
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def train_level(model: nn.Module, dataset: PromptDataset, config: Config, folder: Path, label: str) -> float:
+    """Train, then write the adapter and the log into `folder`. Does nothing if they are there. Returns seconds spent.
+
+    Raises:
+        RigsaError: the loss or a value became non-finite (step and layer are named), or a file cannot be written.
+    """
+    if (folder / LOG_FILE).exists():
+        load_adapter(model, folder / ADAPTER_FILE)
+        return 0.0
+    checkpoint = latest_checkpoint(folder / _CHECKPOINTS)
+    steps = steps_per_level(config, len(dataset))
+    watch = ProgressAndTime(label)
+    trainer = LevelTrainer(
+        model=model,
+        args=training_arguments(config, steps, folder / _CHECKPOINTS),
+        train_dataset=dataset,
+        data_collator=partial(collate, pad_id=dataset.prompts.pad_id),
+        optimizers=(make_optimizer(model, config), None),
+        callbacks=[watch, MarkCheckpoint()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if checkpoint is not None and checkpoint_step(checkpoint) == steps:
+        load_adapter(model, checkpoint / ADAPTER_FILE)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    save_adapter(model, folder / ADAPTER_FILE)
+    lines = [{name: entry[name] for name in _LOGGED} for entry in trainer.state.log_history if "loss" in entry]
+    write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+    return watch.seconds
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The training log of a level: step, epoch, loss (mean since the line before), learning_rate, grad_norm."""
+    return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+
+
+def remove_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
+    return MaskedAdamW(
+        model,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        alpha_lr=config.alpha_learning_rate,
+        alpha_weight_decay=config.alpha_weight_decay,
+    )
+
+
+def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed % 2**32,
+        use_cpu=config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()),
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.checkpoint_steps,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest finished checkpoint. Unfinished ones, which a killed process left, are deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
+    for checkpoint in found:
+        if not is_done(checkpoint):
+            shutil.rmtree(checkpoint)
+    finished = [checkpoint for checkpoint in found if checkpoint.exists()]
+    return finished[-1] if finished else None
+
+
+class LevelTrainer(Trainer):
+    """The loss of the one answer token, adapter-only checkpoints, and a stop at the first non-finite number."""
+
+    model: nn.Module
+    loss_is_scaled_for_ga = False  # ours is a mean per micro-batch, for the Trainer to divide
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        loss = F.cross_entropy(answer_logits(model, inputs), inputs["answer"])
+        # Reading the loss costs nothing on a CPU; on a GPU it would stop every step, so there _save and the log tell.
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            self._stop_at_non_finite(f"the loss is {loss.item()}", inputs)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self._stop_at_non_finite(f"the loss is {logs['loss']}", None)
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if first_non_finite_parameter(self.model):
+            self._stop_at_non_finite("a trained value is not finite", None)
+        save_adapter(self.model, Path(str(output_dir)) / ADAPTER_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapter(model or self.model, Path(resume_from_checkpoint) / ADAPTER_FILE)
+
+    def _stop_at_non_finite(self, what: str, inputs: dict[str, Tensor] | None) -> None:
+        layer = first_non_finite_parameter(self.model) or (inputs and first_non_finite_output(self.model, inputs))
+        raise RigsaError(
+            f"training diverged at step {self.state.global_step + 1}: {what}; first in {layer or 'no adapted layer'}. "
+            "What was saved before is kept. Try a lower --learning-rate or --alpha-learning-rate, or --dtype float32 "
+            "(in another --out folder)."
+        )
+
+
+def first_non_finite_parameter(model: nn.Module) -> str | None:
+    """Name of the first adapted layer whose values or gate are not all finite."""
+    for name, layer in gated_linears(model).items():
+        if not (layer.rigsa_values.isfinite().all() and layer.rigsa_alpha.isfinite().all()):
+            return name
+    return None
+
+
+@torch.no_grad()
+def first_non_finite_output(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+    """Name of the first adapted layer whose output is not all finite, by one more forward pass."""
+    found: list[str] = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda _module, _args, output, name=name: None if output.isfinite().all() else found.append(name)
+        )
+        for name, layer in gated_linears(model).items()
+    ]
+    answer_logits(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else None
+
+
+class MarkCheckpoint(TrainerCallback):
+    """Writes the marker of a checkpoint after everything else of it."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        mark_done(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+
+class ProgressAndTime(TrainerCallback, ExportableState):
+    """A progress bar with loss and ETA, and the seconds spent, carried over a resume through the checkpoint."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.before, self.start = label, 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"label": self.label}, "attributes": {"before": self.seconds}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, unit="step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if "loss" in state.log_history[-1]:
+            self.bar.set_postfix_str(f"loss {state.log_history[-1]['loss']:.3f}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.close()

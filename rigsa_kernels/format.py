@@ -1,0 +1,193 @@
+"""Where a layer's difference may be non-zero: the pattern, apart from the values it holds.
+
+A pattern is either *dense* (every entry of the ``[N, K]`` matrix is free; no index is stored, and the values are the
+matrix itself) or *packed*: one bit per weight, and the free values row by row in one vector. Both answer the same
+questions (`nnz`, `gather`, `scatter`, ...), so nothing above this file asks which one it has.
+
+A packed pattern of a 3x4 matrix (K = 4, so one 32-bit word covers a row)::
+
+    mask   1 0 1 0      words         [[0b0101, 0b0000, 0b1110]]   bit j of words[q, n] is mask[n, 32 q + j]
+           0 0 0 0      word_offsets  [[0, 0, 0]]                  free entries of row n before word q
+           0 1 1 1      row_base      [0, 2, 2]                    free entries before row n
+                        values        [v00, v02, v21, v22, v23]    row-major, so values == matrix[mask]
+
+The value at ``(n, k)`` is found without a search: with ``q, j = divmod(k, 32)`` it is number ``row_base[n] +
+word_offsets[q, n] + popcount(words[q, n] & (2**j - 1))``. Words are stored q first: a warp walks along n.
+Bit mask, offsets and base cost 0.19 byte a weight; a bf16 matrix costs 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+WORD_BITS = 32
+MAX_IN_FEATURES = 65_536
+"""Offsets within a row are 16-bit and unsigned."""
+
+
+@dataclass(frozen=True, eq=False)
+class SparsePattern:
+    """The free entries of an ``[out_features, in_features]`` matrix. Make one with `dense` or `from_mask`.
+
+    Attributes:
+        out_features, in_features: N and K.
+        nnz: number of free entries.
+        words: int32 ``[ceil(K / 32), N]``, the bit mask (bit patterns, so possibly negative); None when dense.
+        word_offsets: int16 ``[ceil(K / 32), N]``, read as unsigned; None when dense.
+        row_base: int32 ``[N]``; None when dense.
+    """
+
+    out_features: int
+    in_features: int
+    nnz: int
+    words: Tensor | None = None
+    word_offsets: Tensor | None = None
+    row_base: Tensor | None = None
+
+    @classmethod
+    def dense(cls, out_features: int, in_features: int) -> SparsePattern:
+        """Every entry free: level 0."""
+        return cls(out_features, in_features, out_features * in_features)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> SparsePattern:
+        """Pack a boolean ``[N, K]`` mask, True where an entry is free.
+
+        Raises:
+            ValueError: `mask` is not boolean, not 2-D, too wide for 16-bit offsets, or has 2**31 entries or more.
+        """
+        if mask.dtype != torch.bool or mask.dim() != 2:
+            raise ValueError(f"mask: expected a boolean [N, K] tensor, got {mask.dtype} {list(mask.shape)}")
+        if mask.shape[1] > MAX_IN_FEATURES:
+            raise ValueError(f"mask: expected at most {MAX_IN_FEATURES} columns, got {mask.shape[1]}")
+        words = pack_bits(mask)
+        return cls.from_words(words, mask.shape[1])
+
+    @classmethod
+    def from_words(cls, words: Tensor, in_features: int) -> SparsePattern:
+        """A packed pattern from its bit mask alone; offsets and bases are counted again.
+
+        Raises:
+            ValueError: the shape of `words` does not fit `in_features`, or a bit beyond the last column is set.
+        """
+        num_words = -(-in_features // WORD_BITS)
+        if words.dtype != torch.int32 or words.dim() != 2 or words.shape[0] != num_words:
+            raise ValueError(
+                f"words: expected int32 [{num_words}, N] for {in_features} columns, "
+                f"got {words.dtype} {list(words.shape)}"
+            )
+        counts = unpack_bits(words, num_words * WORD_BITS)
+        if counts[:, in_features:].any():
+            raise ValueError(f"words: a bit beyond column {in_features - 1} is set, so the mask is damaged")
+        counts = counts.view(words.shape[1], num_words, WORD_BITS).sum(-1)
+        before = counts.cumsum(1) - counts
+        per_row = counts.sum(1)
+        nnz = int(per_row.sum())
+        if nnz >= 2**31:
+            raise ValueError(f"mask: expected fewer than 2**31 free entries a layer, got {nnz}")
+        word_offsets = to_signed(before, 16).to(torch.int16).t().contiguous()
+        row_base = (per_row.cumsum(0) - per_row).to(torch.int32)
+        return cls(words.shape[1], in_features, nnz, words.contiguous(), word_offsets, row_base)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.words is None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def density(self) -> float:
+        """Free share of the matrix, 0 to 1."""
+        return self.nnz / max(self.out_features * self.in_features, 1)
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Shape of the stored values: ``(N, K)`` when dense, ``(nnz,)`` when packed."""
+        return self.shape if self.is_dense else (self.nnz,)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """``[]`` when dense, ``[words, word_offsets, row_base]`` when packed: how operators receive a pattern."""
+        if self.words is None or self.word_offsets is None or self.row_base is None:
+            return []
+        return [self.words, self.word_offsets, self.row_base]
+
+    def to(self, device: torch.device | str) -> SparsePattern:
+        """The same pattern with its index tensors on `device`."""
+        return SparsePattern(*self.shape, self.nnz, *(tensor.to(device) for tensor in self.tensors))
+
+    def to_mask(self) -> Tensor:
+        """Boolean ``[N, K]``, True where an entry is free."""
+        if self.words is None:
+            return torch.ones(self.shape, dtype=torch.bool)
+        return unpack_bits(self.words, self.in_features)
+
+    def gather(self, matrix: Tensor) -> Tensor:
+        """The free entries of an ``[N, K]`` matrix, shaped `values_shape`. Copies."""
+        if tuple(matrix.shape) != self.shape:
+            raise ValueError(f"matrix: expected {list(self.shape)}, got {list(matrix.shape)}")
+        if self.words is None:
+            return matrix.clone()
+        return matrix.reshape(-1).index_select(0, flat_indices(self.words, self.in_features))
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """The ``[N, K]`` matrix that holds `values` at the free entries and zeros elsewhere. Copies."""
+        self.check_values(values)
+        if self.words is None:
+            return values.clone()
+        matrix = values.new_zeros(self.out_features * self.in_features)
+        matrix.index_copy_(0, flat_indices(self.words, self.in_features), values)
+        return matrix.view(self.shape)
+
+    def check_values(self, values: Tensor) -> None:
+        """Raises ValueError where `values` does not have `values_shape`."""
+        if tuple(values.shape) != self.values_shape:
+            raise ValueError(f"values: expected {list(self.values_shape)}, got {list(values.shape)}")
+
+
+def to_signed(unsigned: Tensor, bits: int) -> Tensor:
+    """The signed number with the same low `bits` bits as a non-negative int64."""
+    return torch.where(unsigned >= 2 ** (bits - 1), unsigned - 2**bits, unsigned)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Boolean ``[N, K]`` to int32 ``[ceil(K / 32), N]``; columns are padded with zero bits."""
+    out_features, in_features = mask.shape
+    num_words = -(-in_features // WORD_BITS)
+    padded = torch.nn.functional.pad(mask, (0, num_words * WORD_BITS - in_features))
+    place = torch.ones(WORD_BITS, dtype=torch.int64, device=mask.device) << torch.arange(WORD_BITS, device=mask.device)
+    words = (padded.view(out_features, num_words, WORD_BITS) * place).sum(-1)
+    return to_signed(words, 32).to(torch.int32).t().contiguous()
+
+
+def unpack_bits(words: Tensor, in_features: int) -> Tensor:
+    """int32 ``[ceil(K / 32), N]`` to boolean ``[N, K]``."""
+    bits = (words.t().unsqueeze(-1) >> torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)) & 1
+    return bits.bool().reshape(words.shape[1], -1)[:, :in_features]
+
+
+# A pattern never changes in place (pruning makes a new one), so its index lists may be remembered for as long as its
+# bit mask lives. Only the PyTorch path needs them: a kernel finds positions by population count.
+_flat_indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_csr_indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def flat_indices(words: Tensor, in_features: int) -> Tensor:
+    """int64 ``[nnz]``: positions ``n * K + k`` of the free entries, ascending. Remembered per `words`."""
+    if words not in _flat_indices:
+        _flat_indices[words] = unpack_bits(words, in_features).reshape(-1).nonzero().view(-1)
+    return _flat_indices[words]
+
+
+def csr_indices(words: Tensor, row_base: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """int32 ``[N + 1]`` row pointers and int32 ``[nnz]`` columns. Remembered per `words`."""
+    if words not in _csr_indices:
+        columns = (flat_indices(words, in_features) % in_features).to(torch.int32)
+        _csr_indices[words] = torch.cat([row_base, row_base.new_tensor([columns.numel()])]), columns
+    return _csr_indices[words]

@@ -1,0 +1,221 @@
+"""`GatedSparseLinear`: a frozen linear layer plus a gated sparse difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast, get_args
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from rigsa_kernels import ops
+from rigsa_kernels.format import SparsePattern
+from rigsa_kernels.init import uniform_init
+
+Numerics = Literal["auto", "exact", "composed"]
+T = TypeVar("T")
+ALPHA_INIT = 1e-6
+"""The gate's initial value (RIGSA, section 3)."""
+
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# PyTorch's fused optimisers change parameters without raising their version counters, so steps are counted as well.
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """An ``nn.Linear`` that computes what it says: no packed 4-bit weight, no other forward."""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and module.weight.is_floating_point()
+        and tuple(module.weight.shape) == (module.out_features, module.in_features)
+    )
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """Root mean square in float32; 0 for an empty tensor."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32) / math.sqrt(max(tensor.numel(), 1))
+
+
+def composed_is_safe(alpha: Tensor, values: Tensor, weight_rms: float, dtype: torch.dtype) -> Tensor:
+    """Whether rounding ``W0 + alpha * D`` to `dtype` keeps the adapter: a boolean tensor, shape ``(1,)``.
+
+    The rule is ``|alpha| * rms(D) >= eps * rms(W0)`` with the dtype's eps. tests/test_numerics.py holds what it rests
+    on: in bfloat16, the whole adapter term reaches y at the threshold, with about 20 % noise, a third of it at a tenth
+    of the threshold and next to nothing at a hundredth. In float32 and float64 composing is always safe.
+    """
+    return alpha.abs() * rms(values) >= torch.finfo(dtype).eps * weight_rms
+
+
+class GatedSparseLinear(nn.Module):
+    """``y = x W0^T + alpha * x (m . D)^T + b``: W0 and b frozen, D's free entries and the gate alpha trained.
+
+    It takes the place of an ``nn.Linear`` and shares its weight and bias. Trainable parameters carry the prefix
+    ``rigsa_``: `rigsa_values` holds the free entries (``[N, K]`` while the pattern is dense, ``[nnz]`` once packed) and
+    `rigsa_alpha` the gate, shape ``(1,)``. Entries outside the pattern are not stored, so nothing can move them.
+
+    Args:
+        linear: the layer to adapt; its parameters are frozen and kept by reference.
+        seed: of the initial values, 0 to 2**64 - 1.
+        key: the layer's number in the random stream: `rigsa_kernels.init.layer_key` of its name.
+        pattern: where D may be non-zero; dense by default.
+        alpha_init: the gate's initial value.
+        init_scale: initial values are uniform in +-init_scale / sqrt(in_features).
+        values_dtype: of `rigsa_values`; float32 by default (float64 beside a float64 weight), because in bfloat16 a
+            small update rounds to nothing.
+        numerics: ``"exact"`` (two products), ``"composed"`` (one, over the rounded sum) or ``"auto"``: composed where
+            that keeps the adapter, which is always in float32 and float64, and by `composed_is_safe`, asked once a
+            step, in bfloat16 and float16 on a CPU. On CUDA asking would cost a synchronisation, so there those are
+            exact.
+
+    Raises:
+        ValueError: `linear` is not a plain floating-point linear layer, or an argument is out of range.
+
+    The matrix that every call of a step needs (W0 + alpha D when composed, D in the weight's dtype when exact) is made
+    once and kept until an optimiser steps or a parameter's version counter moves (a write through ``.data`` outside an
+    optimiser moves neither). It is not part of the state dict.
+    """
+
+    rigsa_words: Tensor | None
+    rigsa_word_offsets: Tensor | None
+    rigsa_row_base: Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        seed: int,
+        key: int,
+        pattern: SparsePattern | None = None,
+        alpha_init: float = ALPHA_INIT,
+        init_scale: float = 1.0,
+        values_dtype: torch.dtype | None = None,
+        numerics: Numerics = "auto",
+    ) -> None:
+        super().__init__()
+        if not is_plain_linear(linear):
+            raise ValueError(f"linear: expected an nn.Linear with a floating-point weight, got {linear}")
+        if numerics not in get_args(Numerics):
+            raise ValueError(f"numerics: expected one of {', '.join(get_args(Numerics))}, got {numerics!r}")
+        if not math.isfinite(alpha_init):
+            raise ValueError(f"alpha_init: expected a finite number, got {alpha_init}")
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.seed, self.key, self.numerics = seed, key, numerics
+        self.alpha_init, self.bound = alpha_init, init_scale / math.sqrt(linear.in_features)
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        combine_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self._values_dtype = values_dtype or combine_dtype
+        self.rigsa_alpha = nn.Parameter(torch.empty(1, dtype=combine_dtype, device=self.weight.device))
+        self._kept: dict[str, tuple[object, Any]] = {}
+        self.set_pattern(pattern or SparsePattern.dense(self.out_features, self.in_features))
+
+    @property
+    def pattern(self) -> SparsePattern:
+        """Where D may be non-zero; its index tensors are this module's buffers, so they move and save with it."""
+        indices = (self.rigsa_words, self.rigsa_word_offsets, self.rigsa_row_base)
+        return SparsePattern(self.out_features, self.in_features, self.rigsa_values.numel(), *indices)
+
+    def set_pattern(self, pattern: SparsePattern) -> None:
+        """Adopt `pattern`, rewind the values to their initial ones and close the gate (RIGSA, section 4.4).
+
+        `rigsa_values` becomes a new parameter: an optimiser made before knows nothing of it.
+        """
+        if pattern.shape != (self.out_features, self.in_features):
+            raise ValueError(f"pattern: expected [{self.out_features}, {self.in_features}], got {list(pattern.shape)}")
+        pattern = pattern.to(self.weight.device)
+        self.register_buffer("rigsa_words", pattern.words)
+        self.register_buffer("rigsa_word_offsets", pattern.word_offsets)
+        self.register_buffer("rigsa_row_base", pattern.row_base)
+        self.rigsa_values = nn.Parameter(pattern.gather(self.initial_matrix()))
+        with torch.no_grad():
+            self.rigsa_alpha.fill_(self.alpha_init)
+        self._kept.clear()
+
+    def initial_matrix(self) -> Tensor:
+        """The initial ``[N, K]`` difference, regenerated from (seed, key)."""
+        return uniform_init(
+            (self.out_features, self.in_features),
+            self.bound,
+            seed=self.seed,
+            key=self.key,
+            dtype=self._values_dtype,
+            device=self.weight.device,
+        )
+
+    def delta(self) -> Tensor:
+        """``m . D`` as an ``[N, K]`` matrix in the values' dtype, without alpha."""
+        return self.pattern.scatter(self.rigsa_values.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]``; under autocast in its dtype, else in the weight's, to which x is cast."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        exact = self._is_exact(dtype)
+        return ops.gated_linear(
+            x.to(dtype),
+            weight,
+            bias,
+            self.rigsa_values,
+            self.rigsa_alpha,
+            self.pattern,
+            exact=exact,
+            operand=self._operand(weight, exact),
+        )
+
+    def _is_exact(self, dtype: torch.dtype) -> bool:
+        if self.numerics != "auto":
+            return self.numerics == "exact"
+        if dtype in (torch.float32, torch.float64):
+            return False
+        if torch.compiler.is_compiling() or self.weight.device.type != "cpu":
+            return True
+        weight_rms = self._keep("weight_rms", self.weight._version, lambda: rms(self.weight).item())
+        values, alpha = self.rigsa_values, self.rigsa_alpha
+        return self._keep(
+            "exact",
+            (dtype, self._versions(values, alpha)),
+            lambda: not composed_is_safe(alpha.detach(), values.detach(), weight_rms, dtype).item(),
+        )
+
+    def _operand(self, weight: Tensor, exact: bool) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            return None  # a traced graph holds no state of ours: it makes the matrix in each call
+        values, alpha, pattern = self.rigsa_values.detach(), self.rigsa_alpha.detach(), self.pattern
+        if exact:
+            versions = (weight.dtype, self._versions(self.rigsa_values))
+            return self._keep("operand", versions, lambda: pattern.scatter(values.to(weight.dtype)))
+        versions = (weight.dtype, self._versions(self.weight, self.rigsa_values, self.rigsa_alpha))
+        return self._keep("operand", versions, lambda: torch.ops.rigsa.compose(weight, values, alpha, pattern.tensors))
+
+    def _keep(self, name: str, versions: object, make: Callable[[], T]) -> T:
+        """What `make` gives, remembered under `name` until `versions` change."""
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != versions:
+            kept = self._kept[name] = (versions, make())
+        return cast(T, kept[1])
+
+    @staticmethod
+    def _versions(*tensors: Tensor) -> tuple[object, ...]:
+        return (_optimizer_steps, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self._kept.clear()
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"density={self.pattern.density:.4f}, numerics={self.numerics}"
+        )

@@ -1,0 +1,108 @@
+"""Every operation in plain PyTorch, in any float dtype: the specification, the oracle (in float64) and the CPU path.
+
+A layer computes, with D the ``[N, K]`` difference whose free entries (`values`) stand at a pattern m::
+
+    y       = x W0^T + alpha * x (m . D)^T + b
+    dx      = dy W0  + alpha * dy (m . D)
+    G       = (dy^T x) at the pattern               one sampled product, which gives both
+    dvalues = alpha * G,   dalpha = sum(values * G)
+
+There are two ways to the first two lines. *exact* runs the two products; *composed* first rounds ``W0 + alpha * D`` to
+the weight's dtype and runs one. Both are the same function in float64. In bfloat16 W0 already lies on the bf16 grid, so
+composing does not blur a small alpha * D, it removes it: see `composed_is_safe`.
+
+`pattern` is what `SparsePattern.tensors` gives: ``[]`` for dense, ``[words, word_offsets, row_base]`` for packed.
+Names: M tokens, N out_features, K in_features. Leading dimensions of x and dy may be any.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rigsa_kernels.format import csr_indices, flat_indices
+
+SAMPLED_PRODUCT_DENSITY = 0.06
+"""Below this density a product sampled on CSR beats the whole product and a gather (bf16 on two Zen 5 cores)."""
+
+
+def delta_matrix(values: Tensor, shape: tuple[int, int], pattern: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """``m . D`` as an ``[N, K]`` matrix of `dtype`. Dense values of that dtype come back as they are, not copied."""
+    if not pattern:
+        return values.to(dtype)
+    matrix = torch.zeros(shape[0] * shape[1], dtype=dtype, device=values.device)
+    return matrix.index_copy_(0, flat_indices(pattern[0], shape[1]), values.to(dtype)).view(shape)
+
+
+def compose(weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> Tensor:
+    """``W0 + alpha * (m . D)``, computed in the wider dtype of the two and rounded once to the weight's."""
+    composed = weight.clone() if pattern else torch.empty_like(weight)
+    compose_at_pattern_(composed, weight, values, alpha, pattern)
+    return composed
+
+
+def compose_at_pattern_(composed: Tensor, weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> None:
+    """Refresh the free entries of an already composed weight, in place; the others are W0 and stay."""
+    if not pattern:
+        composed.copy_(torch.addcmul(weight.to(alpha.dtype), values.to(alpha.dtype), alpha))
+        return
+    index = flat_indices(pattern[0], weight.shape[1])
+    base = weight.reshape(-1).index_select(0, index)
+    fresh = torch.addcmul(base.to(alpha.dtype), values.to(alpha.dtype), alpha)
+    composed.view(-1).index_copy_(0, index, fresh.to(composed.dtype))
+
+
+def linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, alpha: Tensor, pattern: list[Tensor], exact: bool
+) -> Tensor:
+    """``y [..., N]`` from ``x [..., K]``, in the weight's dtype."""
+    if not exact:
+        return F.linear(x, compose(weight, values, alpha, pattern), bias)
+    delta = delta_matrix(values, (weight.shape[0], weight.shape[1]), pattern, weight.dtype)
+    return add_scaled(F.linear(x, weight, bias), F.linear(x, delta), alpha)
+
+
+def linear_dx(dy: Tensor, weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor], exact: bool) -> Tensor:
+    """``dx [..., K]`` from ``dy [..., N]``, in the weight's dtype."""
+    if not exact:
+        return dy @ compose(weight, values, alpha, pattern)
+    delta = delta_matrix(values, (weight.shape[0], weight.shape[1]), pattern, weight.dtype)
+    return add_scaled(dy @ weight, dy @ delta, alpha)
+
+
+def add_scaled(base: Tensor, term: Tensor, alpha: Tensor) -> Tensor:
+    """``base + alpha * term``: alpha stays in its own dtype until the one rounding at the end."""
+    return torch.addcmul(base.to(alpha.dtype), term.to(alpha.dtype), alpha).to(base.dtype)
+
+
+def sampled_grad(dy: Tensor, x: Tensor, pattern: list[Tensor], nnz: int) -> Tensor:
+    """``G = (dy^T x)`` at the pattern, not yet scaled by alpha: ``[N, K]`` when dense, ``[nnz]`` when packed."""
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if not pattern:
+        return dy.t() @ x
+    if nnz < SAMPLED_PRODUCT_DENSITY * dy.shape[1] * x.shape[1]:
+        return _sampled_product(dy, x, pattern)
+    return (dy.t() @ x).view(-1).index_select(0, flat_indices(pattern[0], x.shape[1]))
+
+
+def _sampled_product(dy: Tensor, x: Tensor, pattern: list[Tensor]) -> Tensor:
+    """The product at the free entries alone, on CSR, which PyTorch offers in float32 and float64."""
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    row_pointers, columns = csr_indices(pattern[0], pattern[2], x.shape[1])
+    zeros = dy.new_zeros(columns.numel(), dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        csr = torch.sparse_csr_tensor(row_pointers, columns, zeros, (dy.shape[1], x.shape[1]), check_invariants=False)
+    return torch.sparse.sampled_addmm(csr, dy.to(dtype).t(), x.to(dtype), beta=0.0).values()
+
+
+def linear_dvalues(
+    dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``(dvalues, dalpha)``, in the dtypes of `values` and `alpha`; both from one sampled product."""
+    grad = sampled_grad(dy, x, pattern, values.numel()).to(alpha.dtype)
+    dalpha = torch.dot(values.to(alpha.dtype).view(-1), grad.view(-1)).view(1)
+    return grad.mul_(alpha).to(values.dtype), dalpha

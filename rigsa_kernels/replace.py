@@ -1,0 +1,135 @@
+"""Put gated sparse differences into a model, and take them out again."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn as nn
+
+from rigsa_kernels.init import layer_key
+from rigsa_kernels.linear import ALPHA_INIT, GatedSparseLinear, Numerics, is_plain_linear
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+def replace_linears(
+    model: M,
+    include: Selection = "*",
+    *,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    alpha_init: float = ALPHA_INIT,
+    init_scale: float = 1.0,
+    values_dtype: torch.dtype | None = None,
+    numerics: Numerics = "auto",
+) -> M:
+    """Swap the linear layers of `model` for `GatedSparseLinear`, in place, and freeze everything else.
+
+    The language-model head and every weight that another module shares (tied embeddings) are left alone, as in the
+    paper (section 4.4). What was replaced is logged at INFO, and `adapter_summary` says it at any time.
+
+    Args:
+        model: a `transformers` model, or any module with ``nn.Linear`` children.
+        include: which layers: glob patterns over qualified names (``"model.layers.*.mlp.*"``; matched whole, so
+            ``"lin1"`` is not ``"lin10"``), or a predicate ``(name, module) -> bool``.
+        exclude: glob patterns to leave out.
+        seed, alpha_init, init_scale, values_dtype, numerics: see `GatedSparseLinear`. A layer's initial values depend
+            on the seed and on its own name only.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: nothing to replace, or two layers that would draw the same initial values. `model` is unchanged.
+    """
+    selected, skipped = select_linears(model, include, exclude)
+    if not selected:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5]) or "the model has no nn.Linear"
+        raise ValueError(f"include: {include!r} selects no linear layer that can be replaced ({reasons})")
+    keys = {name: layer_key(name) for name in selected}
+    if len(set(keys.values())) < len(keys):
+        twice = [name for name, key in keys.items() if Counter(keys.values())[key] > 1]
+        raise ValueError(f"model: {' and '.join(twice)} have names that hash to one random stream; rename one")
+    model.requires_grad_(False)
+    for name, linear in selected.items():
+        gated = GatedSparseLinear(
+            linear,
+            seed=seed,
+            key=keys[name],
+            alpha_init=alpha_init,
+            init_scale=init_scale,
+            values_dtype=values_dtype,
+            numerics=numerics,
+        )
+        _set_module(model, name, gated.train(linear.training))
+    logger.info("%s", adapter_summary(model))
+    for name, reason in skipped:
+        logger.info("left alone: %s (%s)", name, reason)
+    return model
+
+
+def restore_linears(model: M) -> M:
+    """The inverse: every layer becomes the ``nn.Linear`` it was, with its own weight. The adapter is dropped."""
+    for name, gated in gated_linears(model).items():
+        linear = nn.Linear(gated.in_features, gated.out_features, bias=gated.bias is not None, device="meta")
+        linear.weight, linear.bias = gated.weight, gated.bias  # type: ignore[assignment]
+        _set_module(model, name, linear.train(gated.training))
+    return model
+
+
+def gated_linears(model: nn.Module) -> dict[str, GatedSparseLinear]:
+    """Qualified name to layer, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GatedSparseLinear)}
+
+
+def adapter_summary(model: nn.Module) -> str:
+    """One line: how many layers carry a difference, how many weights they have and how many of them are free."""
+    layers = gated_linears(model).values()
+    weights = sum(layer.weight.numel() for layer in layers)
+    free = sum(layer.rigsa_values.numel() for layer in layers)
+    return f"{len(layers)} gated sparse layers: {free:,} of {weights:,} weights free ({free / max(weights, 1):.2%})"
+
+
+def select_linears(
+    model: nn.Module, include: Selection, exclude: Sequence[str]
+) -> tuple[dict[str, nn.Linear], list[tuple[str, str]]]:
+    """``(to replace, left alone with the reason)`` among the linear layers of `model` that `include` names."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    selected: dict[str, nn.Linear] = {}
+    skipped: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if not _matches(name, module, include) or _matches(name, module, exclude):
+            skipped.append((name, "not selected"))
+        elif module is head:
+            skipped.append((name, "the language-model head"))
+        elif uses[id(module.weight)] > 1:
+            skipped.append((name, "its weight is tied to another module's"))
+        elif not is_plain_linear(module):
+            skipped.append((name, f"{type(module).__name__} is not a plain floating-point nn.Linear"))
+        else:
+            selected[name] = module
+    return selected, skipped
+
+
+def _matches(name: str, module: nn.Module, selection: Selection) -> bool:
+    if callable(selection):
+        return selection(name, module)
+    patterns = [selection] if isinstance(selection, str) else selection
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

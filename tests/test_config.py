@@ -1,0 +1,116 @@
+import dataclasses
+import json
+
+import pytest
+
+from rigsa.config import PRESETS, Config, check_folder, load, paper, save
+from rigsa.errors import RigsaError
+from rigsa.run import build_parser, main, resolve
+from rigsa.train import steps_per_level
+
+
+def parse(*arguments: str) -> Config:
+    return resolve(build_parser().parse_args(arguments))
+
+
+def test_paper_preset_is_the_papers_configuration_field_for_field():
+    assert dataclasses.asdict(paper()) == {
+        "method": "imp", "seed": 0,
+        "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "data": "mnist", "device": "auto", "dtype": "bfloat16",
+        "attention": "sdpa", "system_prompt": "default",
+        "alpha_init": 1e-6, "init_scale": 1.0, "values_dtype": "float32", "numerics": "auto",
+        "prunings": 4, "keep_fraction": 0.8, "ranking": "layer", "match": "", "density": 0.0,
+        "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
+        "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,
+        "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
+        "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
+        "logging_steps": 10, "checkpoint_steps": 100,
+    }  # fmt: skip
+
+
+def test_paper_preset_makes_the_papers_steps():
+    """59,400 images in batches of 16 (PAPER, 4.4)."""
+    assert steps_per_level(paper(), 59_400) == 3_712
+
+
+def test_paper_preset_prints_without_a_model(capsys):
+    assert main(["imp", "--preset", "paper", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out) == dataclasses.asdict(paper())
+
+
+def test_bare_command_is_the_quickstart():
+    assert parse("imp") == PRESETS["quickstart"]("imp")
+
+
+@pytest.mark.parametrize(
+    "field", [field for field in dataclasses.fields(Config) if field.name != "method"], ids=lambda f: f.name
+)
+def test_every_field_can_be_overridden(field):
+    other = {"float32": "bfloat16", "bfloat16": "float16", "auto": "exact", "layer": "global"}
+    value = {str: other.get(field.default, "0,1,2"), int: 10, float: 0.5}[type(field.default)]
+    if field.name == "micro_batch_size":
+        value = 8
+    method = field.metadata["only"] or "imp"
+    config = parse(method, "--preset", "paper", f"--{field.name.replace('_', '-')}", str(value))
+    assert getattr(config, field.name) == value
+
+
+def test_numbers_of_steps_are_capped_and_need_a_batch():
+    assert steps_per_level(dataclasses.replace(paper(), max_steps=7), 59_400) == 7
+    assert steps_per_level(dataclasses.replace(paper(), epochs=2), 40) == 4
+    with pytest.raises(RigsaError, match="--batch-size 16: there are only 15 training images"):
+        steps_per_level(paper(), 15)
+
+
+@pytest.mark.parametrize("argument", ["--learning-rat=1", "--match=runs/x", "--turbo", "--levels=3"])
+def test_unknown_options_are_refused(argument, capsys):
+    """--match belongs to random-mask, so imp does not know it either."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["imp", argument])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep-fraction", "1.5"], "--keep-fraction: expected more than 0 and at most 1, got 1.5"),
+        (["--micro-batch-size", "5"], "--micro-batch-size: expected a divisor of the batch size 16, got 5"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a positive number, got nan"),
+        (["--checkpoint-steps", "15"], "--checkpoint-steps: expected a multiple of the 10 logging steps, got 15"),
+        (["--eval-shots", "0;5"], "--eval-shots: expected numbers separated by commas, got 0;5"),
+        (["--seed", "-1"], "--seed: expected 0 to"),
+        (["--beta2", "1"], "--beta2: expected 0 or more and less than 1, got 1.0"),
+    ],
+)
+def test_values_out_of_range_are_named(arguments, message, capsys):
+    assert main(["imp", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_folder_of_another_configuration_is_refused_with_the_difference(tmp_path):
+    config = paper()
+    check_folder(config, tmp_path / "new")
+    save(config, tmp_path)
+    check_folder(config, tmp_path)
+    assert load(tmp_path) == config
+    with pytest.raises(RigsaError, match=r"another configuration(.|\n)*--seed: 0 there, 1 now"):
+        check_folder(dataclasses.replace(config, seed=1), tmp_path)
+
+
+def test_folders_that_are_no_run_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RigsaError, match="is not a run folder and not empty"):
+        check_folder(paper(), tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RigsaError, match=r"config.json is damaged \(not JSON"):
+        check_folder(paper(), tmp_path)
+    (tmp_path / "config.json").write_text('{"turbo": 1}')
+    with pytest.raises(RigsaError, match="does not fit this version of rigsa"):
+        load(tmp_path)
+
+
+def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():
+    assert parse("random-mask", "--seed", "3").match == "runs/imp-quickstart-seed3"
+    assert parse("random-mask", "--density", "0.1").match == ""
+    with pytest.raises(RigsaError, match="give one of them"):
+        parse("random-mask", "--density", "0.1", "--match", "x")

@@ -1,0 +1,48 @@
+"""The house has one direction: a file imports only files that stand above it in its package's list."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = {
+    "rigsa_kernels": ["format", "init", "reference", "ops", "linear", "replace", "optim"],
+    "rigsa": [
+        "errors", "files", "masks", "config", "textual_mnist", "model", "adapter", "evaluate", "train", "experiment",
+        "imp", "random_mask", "plan", "report", "run",
+    ],
+}  # fmt: skip
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found.append(node.module or "")
+        elif isinstance(node, ast.Import):
+            found.extend(alias.name for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_every_file_has_its_place(package):
+    files = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    assert files == set(ORDER[package])
+
+
+@pytest.mark.parametrize(("package", "stem"), [(package, stem) for package, stems in ORDER.items() for stem in stems])
+def test_arrows_go_one_way(package, stem):
+    above = ORDER[package][: ORDER[package].index(stem)]
+    for module in imports(ROOT / package / f"{stem}.py"):
+        if module.startswith(f"{package}."):
+            assert module.split(".")[1] in above, f"{package}/{stem}.py imports {module}"
+        if package == "rigsa_kernels":
+            assert module.split(".")[0] != "rigsa", f"{package}/{stem}.py imports {module}"
+
+
+def test_kernels_need_torch_and_the_standard_library_only():
+    for path in (ROOT / "rigsa_kernels").glob("*.py"):
+        outside = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "rigsa_kernels"}, path

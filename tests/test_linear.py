@@ -1,0 +1,171 @@
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+from rigsa_kernels import GatedSparseLinear, SparsePattern, uniform_init
+
+NUMERICS = ("auto", "exact", "composed")
+
+
+def make_layer(dtype: torch.dtype = torch.float32, n: int = 12, k: int = 40, **options: object) -> GatedSparseLinear:
+    torch.manual_seed(0)
+    return GatedSparseLinear(nn.Linear(k, n, dtype=dtype), **({"seed": 3, "key": 5, "alpha_init": 0.1} | options))
+
+
+def half_mask(layer: GatedSparseLinear) -> torch.Tensor:
+    return torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+
+
+def expected(layer: GatedSparseLinear, x: torch.Tensor) -> torch.Tensor:
+    """Made from scratch, so a stale kept matrix shows."""
+    weight = layer.weight.double() + layer.rigsa_alpha.double() * layer.delta().double()
+    return nn.functional.linear(x.double(), weight, layer.bias.double()).detach()
+
+
+def test_starts_at_the_base_layer_with_regenerable_values():
+    linear = nn.Linear(40, 12)
+    layer = GatedSparseLinear(linear, seed=3, key=5)
+    assert layer.weight is linear.weight
+    assert layer.rigsa_alpha.item() == pytest.approx(1e-6)
+    assert layer.rigsa_alpha.shape == (1,)
+    assert torch.equal(layer.rigsa_values, uniform_init((12, 40), 40**-0.5, seed=3, key=5))
+    trainable = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    assert trainable == {"rigsa_values", "rigsa_alpha"}
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_closed_gate_is_the_linear_layer_bit_for_bit(dtype, numerics):
+    layer = make_layer(dtype, numerics=numerics, alpha_init=0.0)
+    x = torch.randn(5, 40).to(dtype)
+    want = nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer(x), want)
+    layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
+    assert torch.equal(layer(x), want)
+
+
+def test_adopting_a_pattern_rewinds_exactly():
+    layer = make_layer()
+    with torch.no_grad():
+        layer.rigsa_values.add_(1)
+        layer.rigsa_alpha.fill_(2)
+    mask = half_mask(layer)
+    layer.set_pattern(SparsePattern.from_mask(mask))
+    assert torch.equal(layer.rigsa_values, layer.initial_matrix()[mask])
+    assert torch.equal(layer.delta()[~mask], torch.zeros(int((~mask).sum())))
+    assert layer.rigsa_alpha.item() == pytest.approx(0.1)
+
+
+def sgd(layer: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(layer.parameters(), 0.1)
+
+
+def adamw(**options: bool):  # type: ignore[no-untyped-def]
+    return lambda layer: torch.optim.AdamW(layer.parameters(), 0.1, **options)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "make_optimizer", [sgd, adamw(fused=True), adamw(foreach=True)], ids=["sgd", "adamw-fused", "adamw-foreach"]
+)
+def test_kept_matrix_follows_any_optimiser(make_optimizer, packed, numerics):
+    layer = make_layer(numerics=numerics)
+    if packed:
+        layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
+    optimizer, x = make_optimizer(layer), torch.randn(5, 40)
+    for _ in range(3):
+        torch.testing.assert_close(layer(x).double(), expected(layer, x), atol=1e-5, rtol=1e-5)
+        layer(x).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_kept_matrix_follows_writes_loads_moves_and_copies(numerics):
+    layer, x = make_layer(numerics=numerics), torch.randn(5, 40)
+    layer(x)
+    with torch.no_grad():
+        layer.rigsa_values.mul_(2)
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), atol=1e-5, rtol=1e-5)
+    other = make_layer(key=6)
+    layer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(layer(x).double(), expected(other, x), atol=1e-5, rtol=1e-5)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.rigsa_alpha.fill_(1)
+    torch.testing.assert_close(twin(x).double(), expected(twin, x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), atol=1e-5, rtol=1e-5)
+    assert layer.double()(x.double()).dtype == torch.float64
+
+
+def test_matrix_is_made_once_a_step(monkeypatch):
+    """Micro-batches of one step share it."""
+    made = []
+    compose = torch.ops.rigsa.compose
+    monkeypatch.setattr(torch.ops.rigsa, "compose", lambda *args: made.append(1) or compose(*args))
+    layer, x = make_layer(numerics="composed"), torch.randn(5, 40)
+    optimizer = sgd(layer)
+    for _ in range(2):
+        for _ in range(4):
+            layer(x).sum().backward()
+        optimizer.step()
+    assert len(made) == 2
+
+
+def test_auto_switches_with_the_gate_in_bfloat16_only():
+    layer = make_layer(torch.bfloat16)
+    for alpha, exact in ((1e-4, True), (1.0, False)):
+        with torch.no_grad():
+            layer.rigsa_alpha.fill_(alpha)
+        assert layer._is_exact(torch.bfloat16) is exact
+    assert make_layer(alpha_init=1e-6)._is_exact(torch.float32) is False
+
+
+def test_pattern_is_part_of_the_state_and_survives_casts():
+    layer = make_layer()
+    layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
+    assert {"rigsa_words", "rigsa_word_offsets", "rigsa_row_base"} <= layer.state_dict().keys()
+    layer.bfloat16()
+    assert torch.equal(layer.pattern.to_mask(), half_mask(layer))
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_autocast_runs_in_its_dtype_and_trains(numerics):
+    layer, x = make_layer(numerics=numerics), torch.randn(5, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.rigsa_values.grad.dtype == torch.float32
+    torch.testing.assert_close(y.double(), expected(layer, x), atol=0.05, rtol=0.02)
+
+
+def test_compiles_without_a_graph_break():
+    layer, x = make_layer(), torch.randn(5, 40)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"numerics": "fast"}, "numerics: expected one of auto, exact, composed, got 'fast'"),
+        ({"alpha_init": float("nan")}, "alpha_init: expected a finite number"),
+        ({"pattern": SparsePattern.dense(3, 3)}, r"pattern: expected \[12, 40\], got \[3, 3\]"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_layer(**options)
+
+
+def test_a_layer_that_is_not_what_it_says_is_refused():
+    class Packed(nn.Linear):
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            return x
+
+    with pytest.raises(ValueError, match=r"expected an nn\.Linear with a floating-point weight"):
+        GatedSparseLinear(Packed(4, 4), seed=0, key=0)

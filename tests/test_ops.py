@@ -1,0 +1,242 @@
+"""Every operator against float64, its gradients against finite differences, and the promises of tracing."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from rigsa_kernels import SparsePattern, gated_linear, reference
+from rigsa_kernels.reference import SAMPLED_PRODUCT_DENSITY
+
+DENSITIES = {"dense": None, "packed": 0.4, "sparse": 0.03, "empty": 0.0, "full": 1.0}
+ALPHAS = [0.0, 1e-6, 1e-3, 0.1, -0.1]
+NUMERICS = pytest.mark.parametrize("exact", [True, False], ids=["exact", "composed"])
+PATTERNS = pytest.mark.parametrize("density", DENSITIES)
+
+
+def make_pattern(n: int, k: int, density: str) -> SparsePattern:
+    share = DENSITIES[density]
+    if share is None:
+        return SparsePattern.dense(n, k)
+    return SparsePattern.from_mask(torch.rand(n, k, generator=torch.Generator().manual_seed(1)) < share)
+
+
+def make_inputs(m, n, k, density, alpha, dtype, bias=True):  # type: ignore[no-untyped-def]
+    """Drawn in `dtype`, so that rounding the inputs is not charged to the operator; W0 and D on their usual scales."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    pattern = make_pattern(n, k, density)
+    master = torch.promote_types(dtype, torch.float32)
+    values = pattern.gather((torch.rand(n, k, generator=generator, dtype=master) * 2 - 1) / k**0.5)
+    x, weight, dy = normal(m, k), normal(n, k) * 0.1, normal(m, n)
+    return x, weight, normal(n) if bias else None, values, torch.tensor([alpha], dtype=master), pattern, dy
+
+
+def truth(x, weight, bias, values, alpha, pattern, dy):  # type: ignore[no-untyped-def]
+    """``(y, dx, dvalues, dalpha)`` written out in float64 on whole matrices, without any of our code."""
+    mask = pattern.to_mask()
+    delta = torch.zeros(pattern.shape, dtype=torch.float64)
+    delta[mask] = values.double().flatten()
+    x, weight, dy, alpha = x.double(), weight.double(), dy.double(), alpha.double()
+    total = weight + alpha * delta
+    grad = dy.T @ x
+    y = x @ total.T + (0 if bias is None else bias.double())
+    dvalues = alpha * (grad if pattern.is_dense else grad[mask])
+    return y, dy @ total, dvalues, (grad * delta).sum().view(1)
+
+
+def assert_close(got: Tensor, want: Tensor, eager: Tensor) -> None:
+    """Error at most twice what the same computation costs in plain eager at the same dtype, plus one rounding."""
+    eps = torch.finfo(got.dtype).eps
+    scale = want.abs().max() if want.numel() else 0
+    bound = 2 * ((eager.double() - want).abs().amax() if want.numel() else 0) + 2 * eps * scale
+    assert got.shape == want.shape
+    assert got.isfinite().all()
+    assert ((got.double() - want).abs() <= bound).all()
+
+
+@NUMERICS
+@PATTERNS
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 7, 33), (1, 1, 1), (64, 48, 64), (3, 130, 70)], ids=str)
+def test_forward_and_gradients_match_float64(shape, dtype, alpha, density, exact):
+    x, weight, bias, values, alpha, pattern, dy = inputs = make_inputs(*shape, density, alpha, dtype)
+    leaves = [tensor.requires_grad_() for tensor in (x, values, alpha)]
+    y = gated_linear(x, weight, bias, values, alpha, pattern, exact=exact)
+    y.backward(dy)
+    want = truth(*(tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in inputs))
+    eager = eager_results(*inputs, exact)
+    for got, expected, plain in zip((y.detach(), *(leaf.grad for leaf in leaves)), want, eager, strict=True):
+        assert_close(got, expected, plain)
+
+
+def eager_results(x, weight, bias, values, alpha, pattern, dy, exact):  # type: ignore[no-untyped-def]
+    """The textbook computation at the same dtype, by autograd: the yardstick of the error bound."""
+    delta = torch.zeros(pattern.shape, dtype=values.dtype)
+    mask = pattern.to_mask()
+    x, values, alpha = (tensor.detach().requires_grad_() for tensor in (x, values, alpha))
+    delta = delta.index_put(tuple(mask.nonzero().T), values.flatten())
+    if exact:
+        y = torch.nn.functional.linear(x, weight, bias)
+        y = (y + alpha * torch.nn.functional.linear(x, delta.to(x.dtype))).to(x.dtype)
+    else:
+        y = torch.nn.functional.linear(x, (weight + alpha * delta).to(x.dtype), bias)
+    return y.detach(), *torch.autograd.grad(y, (x, values, alpha), dy)
+
+
+@NUMERICS
+@PATTERNS
+def test_gradients_match_finite_differences(density, exact):
+    x, weight, bias, values, alpha, pattern, _ = make_inputs(3, 4, 35, density, 0.1, torch.float64)
+    for tensor in (x, bias, values, alpha):
+        tensor.requires_grad_()
+
+    def run(x: Tensor, bias: Tensor, values: Tensor, alpha: Tensor) -> Tensor:
+        return gated_linear(x, weight, bias, values, alpha, pattern, exact=exact)
+
+    assert torch.autograd.gradcheck(run, (x, bias, values, alpha))
+
+
+@NUMERICS
+@PATTERNS
+def test_kept_operand_changes_nothing(density, exact):
+    x, weight, bias, values, alpha, pattern, dy = make_inputs(6, 9, 40, density, 0.1, torch.float32)
+    kept = pattern.scatter(values) if exact else torch.ops.rigsa.compose(weight, values, alpha, pattern.tensors)
+    results = []
+    for operand in (None, kept):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, values, alpha)]
+        y = gated_linear(leaves[0], weight, bias, *leaves[1:], pattern, exact=exact, operand=operand)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_both_ways_to_the_sampled_product_are_tested():
+    """The densities above stand on both sides of the switch."""
+    assert DENSITIES["sparse"] < SAMPLED_PRODUCT_DENSITY < DENSITIES["packed"]
+
+
+@PATTERNS
+def test_refresh_at_the_pattern_equals_composing(density):
+    _, weight, _, values, alpha, pattern, _ = make_inputs(2, 20, 50, density, 0.1, torch.bfloat16)
+    composed = torch.ops.rigsa.compose(weight, values, alpha, pattern.tensors)
+    torch.ops.rigsa.compose_at_pattern_(composed, weight, 3 * values, alpha, pattern.tensors)
+    assert torch.equal(composed, torch.ops.rigsa.compose(weight, 3 * values, alpha, pattern.tensors))
+    assert torch.equal(composed[~pattern.to_mask()], weight[~pattern.to_mask()])
+
+
+@NUMERICS
+@PATTERNS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_closed_gate_is_the_base_layer_bit_for_bit(dtype, density, exact):
+    x, weight, bias, values, alpha, pattern, _ = make_inputs(17, 24, 50, density, 0.0, dtype)
+    y = gated_linear(x, weight, bias, values, alpha, pattern, exact=exact)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+
+
+@NUMERICS
+def test_shapes_and_strides_that_callers_have(exact):
+    x, weight, bias, values, alpha, pattern, _ = make_inputs(12, 8, 40, "packed", 0.1, torch.float32)
+    values.requires_grad_()
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = gated_linear(x, weight, bias, values, alpha, pattern, exact=exact)
+        return y, torch.autograd.grad(y.sum(), values)[0]  # the gradient of a sum has stride 0
+
+    y, grad = run(x)
+    for view in (x.view(3, 4, 40), x.t().contiguous().t(), torch.cat([x, x], 1)[:, :40]):
+        assert torch.equal(run(view)[0].reshape(12, 8), y)
+        torch.testing.assert_close(run(view)[1], grad)
+    empty, no_grad = run(x[:0])
+    assert empty.shape == (0, 8)
+    assert torch.equal(no_grad, torch.zeros_like(values))
+    assert gated_linear(x[0], weight, bias, values, alpha, pattern, exact=exact).shape == (8,)
+
+
+@NUMERICS
+@PATTERNS
+def test_opcheck(density, exact):
+    x, weight, bias, values, alpha, pattern, dy = make_inputs(4, 6, 40, density, 0.1, torch.float32)
+    tensors = pattern.tensors
+    for operator, arguments in [
+        (torch.ops.rigsa.compose, (weight, values, alpha, tensors)),
+        (torch.ops.rigsa.compose_at_pattern_, (weight.clone(), weight, values, alpha, tensors)),
+        (torch.ops.rigsa.linear_fwd, (x, weight, bias, values, alpha, tensors, exact)),
+        (torch.ops.rigsa.linear_dx, (dy, weight, values, alpha, tensors, exact)),
+        (torch.ops.rigsa.linear_dvalues, (dy, x, values, alpha, tensors)),
+    ]:
+        torch.library.opcheck(operator, arguments)
+
+
+@NUMERICS
+@pytest.mark.parametrize("density", ["dense", "packed"])
+def test_compile_fullgraph_equals_eager(density, exact):
+    x, weight, bias, values, alpha, pattern, dy = make_inputs(4, 6, 40, density, 0.1, torch.float32)
+
+    def run(x: Tensor, values: Tensor, alpha: Tensor) -> Tensor:
+        return torch.tanh(gated_linear(x, weight, bias, values, alpha, pattern, exact=exact))
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, values, alpha)]
+        y = function(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_saved_tensors_are_the_input_and_pointers():
+    """Beyond x, backward keeps only storages that exist anyway: nothing of the size of the matrix."""
+    x, weight, _, values, alpha, pattern, _ = make_inputs(16, 64, 64, "sparse", 0.1, torch.float32)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (weight, values, alpha, *pattern.tensors)}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    values.requires_grad_()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        gated_linear(x, weight, None, values, alpha, pattern, exact=False)
+    assert sum(saved.values()) == x.nbytes
+    assert values.numel() * 4 < 0.05 * weight.nbytes
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("x", torch.zeros(4, 9), r"x: expected \[\.\.\., 8\], got \[4, 9\]"),
+        (
+            "x",
+            torch.zeros(4, 8, dtype=torch.float16),
+            "x: expected the weight's dtype torch.float32, got torch.float16",
+        ),
+        ("weight", torch.zeros(5, 8), r"weight: expected the pattern's shape \[6, 8\], got \[5, 8\]"),
+        ("bias", torch.zeros(5), r"bias: expected \[6\], got \[5\]"),
+        ("values", torch.zeros(48), r"values: expected \[6, 8\], got \[48\]"),
+        ("alpha", torch.zeros(()), r"alpha: expected shape \(1,\), got \(\)"),
+        ("alpha", torch.zeros(1, device="meta"), "alpha: expected the device of x, cpu, got meta"),
+    ],
+)
+def test_bad_arguments_are_named(name, wrong, message):
+    arguments = {
+        "x": torch.zeros(4, 8), "weight": torch.zeros(6, 8), "bias": None, "values": torch.zeros(6, 8),
+        "alpha": torch.zeros(1), "pattern": SparsePattern.dense(6, 8),
+    } | {name: wrong}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        gated_linear(**arguments, exact=True)
+
+
+def test_the_bound_can_fail():
+    """A gradient that drops one token, or a composed weight on the exact path, does not pass."""
+    x, weight, bias, values, alpha, pattern, dy = inputs = make_inputs(32, 16, 64, "packed", 1e-3, torch.bfloat16)
+    y, _, dvalues, _ = truth(*inputs)
+    eager = eager_results(*inputs, True)
+    with pytest.raises(AssertionError):
+        assert_close(reference.linear_dvalues(dy[1:], x[1:], values, alpha, pattern.tensors)[0], dvalues, eager[2])
+    with pytest.raises(AssertionError):
+        assert_close(reference.linear_fwd(x, weight, bias, values, alpha + 1, pattern.tensors, True), y, eager[0])

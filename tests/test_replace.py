@@ -1,0 +1,105 @@
+import logging
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import make_llama
+
+import rigsa
+import rigsa_kernels
+from rigsa_kernels import GatedSparseLinear, adapter_summary, gated_linears, replace_linears, restore_linears
+
+
+def open_gates(model: nn.Module, alpha: float) -> None:
+    with torch.no_grad():
+        for layer in gated_linears(model).values():
+            layer.rigsa_alpha.fill_(alpha)
+
+
+def test_both_packages_offer_it():
+    assert rigsa.replace_linears is rigsa_kernels.replace_linears
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_replaces_all_linears_of_a_decoder_but_the_head(tied):
+    model = make_llama(tie_word_embeddings=tied)
+    assert replace_linears(model) is model
+    assert len(gated_linears(model)) == 14
+    assert type(model.lm_head) is nn.Linear
+    trainable = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"rigsa_values", "rigsa_alpha"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numerics", ["auto", "exact", "composed"])
+def test_closed_gates_leave_the_logits_alone_bit_for_bit(dtype, numerics):
+    model, ids = make_llama().to(dtype), torch.arange(20)[None]
+    before = model(ids).logits
+    replace_linears(model, numerics=numerics)
+    open_gates(model, 0.0)
+    assert torch.equal(model(ids).logits, before)
+    open_gates(model, 0.5)
+    assert not torch.equal(model(ids).logits, before)
+
+
+def test_inverse_gives_the_model_back():
+    model, ids = make_llama(), torch.arange(20)[None]
+    before, names = model(ids).logits, [name for name, _ in model.named_parameters()]
+    weight = model.model.layers[0].mlp.up_proj.weight
+    restore_linears(replace_linears(model, alpha_init=1.0))
+    assert model.model.layers[0].mlp.up_proj.weight is weight
+    assert [name for name, _ in model.named_parameters()] == names
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_plain_sequential_with_bias():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4, bias=False))
+    replace_linears(model, values_dtype=torch.bfloat16)
+    assert isinstance(model[0], GatedSparseLinear)
+    assert model[0].rigsa_values.dtype == torch.bfloat16
+    assert model(torch.randn(2, 6)).shape == (2, 4)
+
+
+def test_patterns_match_whole_names_and_predicates_decide():
+    def names(*args, **options):  # type: ignore[no-untyped-def]
+        model = nn.ModuleDict({"lin1": nn.Linear(3, 3), "lin10": nn.Linear(3, 3), "out": nn.Linear(3, 2)})
+        return list(gated_linears(replace_linears(model, *args, **options)))
+
+    assert names("lin1") == ["lin1"]
+    assert names(["lin1", "out"]) == ["lin1", "out"]
+    assert names("lin*", exclude=["lin10"]) == ["lin1"]
+    assert names(lambda name, module: module.out_features == 2) == ["out"]
+
+
+def test_tied_linears_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    replace_linears(model)
+    assert list(gated_linears(model)) == ["2"]
+
+
+def test_says_what_it_did(caplog):
+    with caplog.at_level(logging.INFO, "rigsa_kernels"):
+        model = replace_linears(make_llama(), exclude=["*.mlp.*"])
+    assert adapter_summary(model) == "8 gated sparse layers: 6,144 of 6,144 weights free (100.00%)"
+    assert adapter_summary(model) in caplog.text
+    assert "left alone: lm_head (the language-model head)" in caplog.text
+    assert "left alone: model.layers.0.mlp.up_proj (not selected)" in caplog.text
+
+
+def test_initial_values_depend_on_seed_and_own_name_only():
+    whole, part, other = (
+        gated_linears(replace_linears(make_llama(), *include, seed=seed))
+        for include, seed in (((), 1), (("*.q_proj",), 1), ((), 2))
+    )
+    name = "model.layers.1.self_attn.q_proj"
+    assert torch.equal(whole[name].rigsa_values, part[name].rigsa_values)
+    assert not torch.equal(whole[name].rigsa_values, other[name].rigsa_values)
+    assert not torch.equal(whole[name].rigsa_values, whole[name.replace("1", "0")].rigsa_values)
+
+
+def test_nothing_to_replace_is_an_error_that_says_why():
+    with pytest.raises(ValueError, match=r"include: 'query' selects no linear layer .*not selected"):
+        replace_linears(make_llama(), "query")
+    with pytest.raises(ValueError, match=r"the model has no nn\.Linear"):
+        replace_linears(nn.ReLU())
