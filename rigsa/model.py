@@ -23,15 +23,10 @@ GET_EMBEDDED = (
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is a GPU if PyTorch sees one. Raises RigsaError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RigsaError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
-    return device
+    """``auto`` is a GPU if PyTorch sees one. Raises RigsaError for ``cuda`` where it sees none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RigsaError("--device cuda: PyTorch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def load_model(config: Config, device: torch.device) -> tuple[PreTrainedModel, Any]:

@@ -54,8 +54,11 @@ def draw_ticket(experiment: Experiment, level: int) -> None:
     else:
         matched = load_masks(experiment.model, level_folder(Path(config.match), level) / MASK_FILE)
         counts = {name: pattern.nnz for name, pattern in matched.items()}
-    patterns = {
-        name: SparsePattern.from_mask(random_mask(layer.pattern.shape, counts[name], seed=config.seed, name=name))
-        for name, layer in layers.items()
-    }
+    try:
+        patterns = {
+            name: SparsePattern.from_mask(random_mask(layer.pattern.shape, counts[name], seed=config.seed, name=name))
+            for name, layer in layers.items()
+        }
+    except ValueError as error:
+        raise RigsaError(f"--density {config.density}: {error}") from error
     experiment.save_ticket(level, patterns, {"kept": sum(counts.values())})

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         options.command(options)
-    except (RigsaError, ValueError) as error:
+    except RigsaError as error:
         print(f"rigsa: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -102,7 +102,7 @@ def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
 
 
 def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=config.micro_batch_size,
@@ -124,6 +124,9 @@ def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArgu
         disable_tqdm=True,
         report_to=[],
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process, one GPU: without this the Trainer would split batches over all it sees
+    return arguments
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -164,6 +167,13 @@ class LevelTrainer(Trainer):
         if first_non_finite_parameter(self.model):
             self._stop_at_non_finite("a trained value is not finite", None)
         save_adapter(self.model, Path(str(output_dir)) / ADAPTER_FILE)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # how torch.save reports a full disk
+            reason = str(error).strip().splitlines()[0]
+            raise RigsaError(f"cannot write a checkpoint ({reason}). What was saved before is untouched.") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter(model or self.model, Path(resume_from_checkpoint) / ADAPTER_FILE)

