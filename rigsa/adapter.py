@@ -6,6 +6,7 @@ The mask alone gives a ticket at its start, as initial values come from the seed
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from rigsa_kernels import SparsePattern, gated_linears
 
 ADAPTER_FILE = "adapter.safetensors"
 MASK_FILE = "mask.safetensors"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = 1
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -81,7 +82,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, base: str) -> None:
-    metadata = {"format": "rigsa", "version": FORMAT_VERSION, "base": base}
+    # One entry, as safetensors orders several at random, and equal runs write equal files.
+    metadata = {"rigsa": json.dumps({"version": FORMAT_VERSION, "base": base})}
 
     def write(temporary: Path) -> None:
         try:
@@ -97,12 +99,12 @@ def _load(path: Path, base: str) -> dict[str, Tensor]:
         raise RigsaError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("rigsa", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise RigsaError(f"{path} is damaged ({error}); delete its folder and run again") from error
-    if metadata.get("format") != "rigsa" or metadata.get("version") != FORMAT_VERSION:
-        raise RigsaError(f"{path}: expected a rigsa file of version {FORMAT_VERSION}, got {metadata}")
+    if metadata.get("version") != FORMAT_VERSION:
+        raise RigsaError(f"{path}: expected a rigsa file of version {FORMAT_VERSION}, got {metadata or 'another file'}")
     if metadata.get("base") != base:
         raise RigsaError(f"{path} belongs to another base model (its weights differ from this model's)")
     return tensors

@@ -167,11 +167,12 @@ def quickstart(method: str = "imp") -> Config:
         system_prompt="",
         prunings=1,
         epochs=2,
-        max_steps=160,
-        micro_batch_size=16,
-        learning_rate=4e-3,
-        alpha_learning_rate=4e-3,
-        warmup_steps=20,
+        max_steps=220,
+        batch_size=8,
+        micro_batch_size=8,
+        learning_rate=2e-3,
+        alpha_learning_rate=2e-2,
+        warmup_steps=30,
         beta2=0.95,
         eval_shots="0",
         eval_batch_size=32,
@@ -218,7 +219,9 @@ def check_folder(config: Config, folder: Path) -> None:
 
 
 def save(config: Config, folder: Path) -> None:
-    write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
+    """Write the configuration, unless the folder has it already (`check_folder`)."""
+    if not (folder / CONFIG_FILE).exists():
+        write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
 
 
 def load(folder: Path) -> Config:

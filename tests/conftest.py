@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub by mistake fails at once; read at import
 
 import hypothesis
 import pytest

@@ -73,7 +73,7 @@ def test_unknown_options_are_refused(argument, capsys):
     ("arguments", "message"),
     [
         (["--keep-fraction", "1.5"], "--keep-fraction: expected more than 0 and at most 1, got 1.5"),
-        (["--micro-batch-size", "5"], "--micro-batch-size: expected a divisor of the batch size 16, got 5"),
+        (["--micro-batch-size", "5"], "--micro-batch-size: expected a divisor of the batch size 8, got 5"),
         (["--learning-rate", "nan"], "--learning-rate: expected a positive number, got nan"),
         (["--checkpoint-steps", "15"], "--checkpoint-steps: expected a multiple of the 10 logging steps, got 15"),
         (["--eval-shots", "0;5"], "--eval-shots: expected numbers separated by commas, got 0;5"),
