@@ -158,14 +158,14 @@ def paper(method: str = "imp") -> Config:
 
 
 def quickstart(method: str = "imp") -> Config:
-    """A real model and real digits on two CPU cores: SmolLM2-135M, 8x8 digits, level 0 and one ticket."""
+    """A real model and real digits on two CPU cores: SmolLM2-135M, 8x8 digits, level 0 and three tickets."""
     return Config(
         method=method,
         model="smollm2-135m",
         data="digits",
         attention="eager",
         system_prompt="",
-        prunings=1,
+        prunings=3,
         epochs=2,
         max_steps=220,
         batch_size=8,
@@ -176,7 +176,7 @@ def quickstart(method: str = "imp") -> Config:
         beta2=0.95,
         eval_shots="0",
         eval_batch_size=32,
-        checkpoint_steps=40,
+        checkpoint_steps=100,
     )
 
 
@@ -184,6 +184,7 @@ def smoke(method: str = "imp") -> Config:
     """The same path in a minute: four steps a level, a few test images. It learns nothing and shows that all runs."""
     return dataclasses.replace(
         quickstart(method),
+        prunings=1,
         max_steps=4,
         batch_size=4,
         micro_batch_size=2,

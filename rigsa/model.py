@@ -48,6 +48,9 @@ def load_model(config: Config, device: torch.device) -> tuple[PreTrainedModel, A
         reason = str(error).strip().splitlines()[0]
         raise RigsaError(f"--model {config.model}: cannot be loaded ({reason}). {GET_EMBEDDED}") from error
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot see through
+    # The last positions of a batch are a strided slice, for which F.linear would copy the head's weight once a prompt:
+    # half of a training step of SmolLM2-135M on a CPU.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return model.requires_grad_(False).eval(), tokenizer
 
 
