@@ -53,6 +53,9 @@ def load_masks(model: nn.Module, path: Path) -> dict[str, SparsePattern]:
 def save_adapter(model: nn.Module, path: Path) -> None:
     """The free values and gates of `model`, in their dtypes."""
     tensors = {name: parameter.detach().cpu() for name, parameter in _trained(model).items()}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 1:
+            tensors[name] = tensor.clone()  # a gate that layers share: safetensors wants storages of their own
     _save(tensors, path, base_fingerprint(model))
 
 

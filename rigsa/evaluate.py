@@ -20,6 +20,17 @@ def answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
 
 
+def training_loss(model: nn.Module, batch: dict[str, Tensor], covers: str) -> Tensor:
+    """Mean cross-entropy of the answer token, or, where `covers` is ``all``, of every token from the second on."""
+    if covers == "answer":
+        return F.cross_entropy(answer_logits(model, batch), batch["answer"])
+    ids = torch.cat([batch["input_ids"], batch["answer"][:, None]], dim=1)
+    present = F.pad(batch.get("attention_mask", torch.ones_like(batch["input_ids"])), (0, 1), value=1)
+    predicted = present * F.pad(present, (1, 0))[:, :-1]  # a first token has nothing before it to be predicted from
+    labels = ids.masked_fill(predicted == 0, -100)
+    return model(input_ids=ids, attention_mask=present, labels=labels, use_cache=False).loss
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, dataset: PromptDataset, batch_size: int, label: str) -> dict[str, Any]:
     """``{"accuracy": percent, "loss": mean cross-entropy, "images": count}`` of greedy one-token answers.

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -24,7 +23,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Trai
 from rigsa.adapter import ADAPTER_FILE, load_adapter, save_adapter
 from rigsa.config import Config
 from rigsa.errors import RigsaError
-from rigsa.evaluate import answer_logits
+from rigsa.evaluate import answer_logits, training_loss
 from rigsa.files import is_done, mark_done, write_text
 from rigsa.textual_mnist import PromptDataset, collate
 from rigsa_kernels import MaskedAdamW, gated_linears
@@ -61,6 +60,7 @@ def train_level(model: nn.Module, dataset: PromptDataset, config: Config, folder
     steps = steps_per_level(config, len(dataset))
     watch = ProgressAndTime(label)
     trainer = LevelTrainer(
+        covers=config.loss,
         model=model,
         args=training_arguments(config, steps, folder / _CHECKPOINTS),
         train_dataset=dataset,
@@ -144,15 +144,19 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 class LevelTrainer(Trainer):
-    """The loss of the one answer token, adapter-only checkpoints, and a stop at the first non-finite number."""
+    """Our loss, adapter-only checkpoints, and a stop at the first non-finite number."""
 
     model: nn.Module
     loss_is_scaled_for_ga = False  # ours is a mean per micro-batch, for the Trainer to divide
 
+    def __init__(self, *, covers: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.covers = covers
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        loss = F.cross_entropy(answer_logits(model, inputs), inputs["answer"])
+        loss = training_loss(model, inputs, self.covers)
         # Reading the loss costs nothing on a CPU; on a GPU it would stop every step, so there _save and the log tell.
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             self._stop_at_non_finite(f"the loss is {loss.item()}", inputs)

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rigsa_kernels import ops
+from rigsa_kernels import ops, reference
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.init import uniform_init
 
@@ -69,6 +69,7 @@ class GatedSparseLinear(nn.Module):
         seed: of the initial values, 0 to 2**64 - 1.
         key: the layer's number in the random stream: `rigsa_kernels.init.layer_key` of its name.
         pattern: where D may be non-zero; dense by default.
+        alpha: a gate to share with other layers; one of its own by default.
         alpha_init: the gate's initial value.
         init_scale: initial values are uniform in +-init_scale / sqrt(in_features).
         values_dtype: of `rigsa_values`; float32 by default (float64 beside a float64 weight), because in bfloat16 a
@@ -97,6 +98,7 @@ class GatedSparseLinear(nn.Module):
         seed: int,
         key: int,
         pattern: SparsePattern | None = None,
+        alpha: nn.Parameter | None = None,
         alpha_init: float = ALPHA_INIT,
         init_scale: float = 1.0,
         values_dtype: torch.dtype | None = None,
@@ -116,7 +118,9 @@ class GatedSparseLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         combine_dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self._values_dtype = values_dtype or combine_dtype
-        self.rigsa_alpha = nn.Parameter(torch.empty(1, dtype=combine_dtype, device=self.weight.device))
+        if alpha is None:
+            alpha = nn.Parameter(torch.empty(1, dtype=combine_dtype, device=self.weight.device))
+        self.rigsa_alpha = alpha
         self._kept: dict[str, tuple[object, Any]] = {}
         self.set_pattern(pattern or SparsePattern.dense(self.out_features, self.in_features))
 
@@ -195,7 +199,11 @@ class GatedSparseLinear(nn.Module):
         values, alpha, pattern = self.rigsa_values.detach(), self.rigsa_alpha.detach(), self.pattern
         if exact:
             versions = (weight.dtype, self._versions(self.rigsa_values))
-            return self._keep("operand", versions, lambda: pattern.scatter(values.to(weight.dtype)))
+            return self._keep(
+                "operand",
+                versions,
+                lambda: reference.delta_matrix(values, pattern.shape, pattern.tensors, weight.dtype),
+            )
         versions = (weight.dtype, self._versions(self.weight, self.rigsa_values, self.rigsa_alpha))
         return self._keep("operand", versions, lambda: torch.ops.rigsa.compose(weight, values, alpha, pattern.tensors))
 

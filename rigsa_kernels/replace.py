@@ -26,6 +26,7 @@ def replace_linears(
     *,
     exclude: Sequence[str] = (),
     seed: int = 0,
+    shared_gate: bool = False,
     alpha_init: float = ALPHA_INIT,
     init_scale: float = 1.0,
     values_dtype: torch.dtype | None = None,
@@ -41,6 +42,7 @@ def replace_linears(
         include: which layers: glob patterns over qualified names (``"model.layers.*.mlp.*"``; matched whole, so
             ``"lin1"`` is not ``"lin10"``), or a predicate ``(name, module) -> bool``.
         exclude: glob patterns to leave out.
+        shared_gate: one gate for all layers instead of one each.
         seed, alpha_init, init_scale, values_dtype, numerics: see `GatedSparseLinear`. A layer's initial values depend
             on the seed and on its own name only.
 
@@ -59,17 +61,20 @@ def replace_linears(
         twice = [name for name, key in keys.items() if Counter(keys.values())[key] > 1]
         raise ValueError(f"model: {' and '.join(twice)} have names that hash to one random stream; rename one")
     model.requires_grad_(False)
+    alpha = None
     for name, linear in selected.items():
         gated = GatedSparseLinear(
             linear,
             seed=seed,
             key=keys[name],
+            alpha=alpha,
             alpha_init=alpha_init,
             init_scale=init_scale,
             values_dtype=values_dtype,
             numerics=numerics,
         )
         _set_module(model, name, gated.train(linear.training))
+        alpha = gated.rigsa_alpha if shared_gate else None
     logger.info("%s", adapter_summary(model))
     for name, reason in skipped:
         logger.info("left alone: %s (%s)", name, reason)

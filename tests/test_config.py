@@ -18,9 +18,9 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "method": "imp", "seed": 0,
         "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "data": "mnist", "device": "auto", "dtype": "bfloat16",
         "attention": "sdpa", "system_prompt": "default",
-        "alpha_init": 1e-6, "init_scale": 1.0, "values_dtype": "float32", "numerics": "auto",
+        "gate": "layer", "alpha_init": 1e-6, "init_scale": 1.0, "values_dtype": "bfloat16", "numerics": "auto",
         "prunings": 4, "keep_fraction": 0.8, "ranking": "layer", "match": "", "density": 0.0,
-        "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
+        "loss": "answer", "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
         "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,
         "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
         "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
@@ -46,9 +46,9 @@ def test_bare_command_is_the_quickstart():
     "field", [field for field in dataclasses.fields(Config) if field.name != "method"], ids=lambda f: f.name
 )
 def test_every_field_can_be_overridden(field):
-    other = {"float32": "bfloat16", "bfloat16": "float32", "auto": "exact", "layer": "global"}
+    other = {"float32": "bfloat16", "bfloat16": "float32", "auto": "exact", "layer": "global", "answer": "all"}
     value = {str: other.get(field.default, "0,1,2"), int: 10, float: 0.5}[type(field.default)]
-    value = {"micro_batch_size": 8, "device": "cpu"}.get(field.name, value)
+    value = {"micro_batch_size": 8, "device": "cpu", "gate": "model"}.get(field.name, value)
     method = field.metadata["only"] or "imp"
     config = parse(method, "--preset", "paper", f"--{field.name.replace('_', '-')}", str(value))
     assert getattr(config, field.name) == value

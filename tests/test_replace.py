@@ -3,10 +3,10 @@ import logging
 import pytest
 import torch
 import torch.nn as nn
-from conftest import make_llama
 
 import rigsa
 import rigsa_kernels
+from conftest import make_llama
 from rigsa_kernels import GatedSparseLinear, adapter_summary, gated_linears, replace_linears, restore_linears
 
 
@@ -96,6 +96,16 @@ def test_initial_values_depend_on_seed_and_own_name_only():
     assert torch.equal(whole[name].rigsa_values, part[name].rigsa_values)
     assert not torch.equal(whole[name].rigsa_values, other[name].rigsa_values)
     assert not torch.equal(whole[name].rigsa_values, whole[name.replace("1", "0")].rigsa_values)
+
+
+def test_shared_gate_is_one_parameter():
+    model = replace_linears(make_llama(), shared_gate=True)
+    assert len({id(layer.rigsa_alpha) for layer in gated_linears(model).values()}) == 1
+    model(torch.arange(20)[None]).logits.sum().backward()
+    alone = replace_linears(make_llama())
+    alone(torch.arange(20)[None]).logits.sum().backward()
+    total = sum(layer.rigsa_alpha.grad for layer in gated_linears(alone).values())
+    torch.testing.assert_close(next(iter(gated_linears(model).values())).rigsa_alpha.grad, total, rtol=1e-3, atol=1e-5)
 
 
 def test_nothing_to_replace_is_an_error_that_says_why():

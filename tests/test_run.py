@@ -117,6 +117,21 @@ def test_global_ranking_runs(options, tmp_path):
     assert metrics["pruning"]["kept"] == round(0.8 * metrics["pruning"]["eligible"])
 
 
+def test_one_gate_for_the_model(options, tmp_path):
+    assert main(["imp", *options, "--out", str(tmp_path / "run"), "--gate", "model", "--prunings", "1"]) == 0
+    for level in (0, 1):
+        saved = load_file(tmp_path / "run" / f"level_{level}" / "adapter.safetensors")
+        gates = {value.item() for name, value in saved.items() if name.endswith("alpha")}
+        assert len(gates) == 1
+        assert gates != {1e-6}
+
+
+def test_loss_over_all_tokens(finished, options, tmp_path):
+    assert main(["imp", *options, "--out", str(tmp_path / "run"), "--loss", "all", "--prunings", "0"]) == 0
+    logs = [(run / "level_0" / "log.jsonl").read_text() for run in (finished, tmp_path / "run")]
+    assert logs[0] != logs[1]
+
+
 class Killed(BaseException):
     """As sudden as SIGKILL: nothing in the product may catch it."""
 
