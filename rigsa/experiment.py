@@ -15,9 +15,6 @@ A run folder::
 
 from __future__ import annotations
 
-import contextlib
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +33,8 @@ from rigsa.train import read_log, remove_checkpoints, steps_per_level, train_lev
 from rigsa_kernels import SparsePattern, gated_linears
 
 METRICS_FILE = "metrics.json"
-RESOURCES_FILE = "resources.json"
 PRUNING_FILE = "pruning.json"
 BASE = "base"
-_LINUX_RESET, _LINUX_STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def level_folder(run: Path, level: int) -> Path:
@@ -58,7 +53,7 @@ class Experiment:
 
     @classmethod
     def prepare(cls, config: Config, run: Path) -> Experiment:
-        """Load data and model, attach the dense adapter. Raises RigsaError where one of them does not fit."""
+        """Load data and model. Raises RigsaError where one of them does not fit."""
         splits = load_splits(config.data)
         splits = Splits(
             splits.train.first(config.train_images), splits.validation, splits.test.first(config.test_images)
@@ -71,9 +66,6 @@ class Experiment:
 
     def attach(self) -> None:
         attach_adapter(self.model, self.config)
-
-    def patterns(self) -> dict[str, SparsePattern]:
-        return {name: layer.pattern for name, layer in gated_linears(self.model).items()}
 
     def adopt(self, patterns: dict[str, SparsePattern]) -> None:
         """Every layer takes its pattern, rewinds and closes its gate."""
@@ -124,13 +116,10 @@ class Experiment:
 
     def run_level(self, level: int) -> dict[str, Any]:
         """Train the adapter as it stands, test it, write everything down, the marker last. Returns the metrics."""
-        folder = level_folder(self.run, level)
-        label = f"level {level}"
-        reset_peak_memory()
-        seconds = train_level(self.model, PromptDataset(self.splits.train, self.prompts), self.config, folder, label)
+        folder, label = level_folder(self.run, level), f"level {level}"
+        train_level(self.model, PromptDataset(self.splits.train, self.prompts), self.config, folder, label)
         metrics = {"level": level, **self._adapter_metrics(), "pruning": self._pruning(folder)}
         metrics |= {"train_loss": read_log(folder)[-1]["loss"], **self.test(label)}
-        write_json(folder / RESOURCES_FILE, {"train_seconds": seconds, "peak_memory_bytes": peak_memory()})
         write_json(folder / METRICS_FILE, metrics)
         mark_done(folder)
         remove_checkpoints(folder)
@@ -152,24 +141,3 @@ class Experiment:
     @staticmethod
     def _pruning(folder: Path) -> dict[str, Any]:
         return read_json(folder / PRUNING_FILE) if (folder / PRUNING_FILE).exists() else {}
-
-
-def reset_peak_memory() -> None:
-    """Start a new measurement for `peak_memory`, where the system can (a GPU, and Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        _LINUX_RESET.write_text("5")
-
-
-def peak_memory() -> int:
-    """Bytes: the most the GPU's allocator held, or on a CPU the process, since `reset_peak_memory`.
-
-    A system other than Linux cannot reset, so there it is the peak since the process began.
-    """
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    if _LINUX_STATUS.exists():
-        return next(int(line.split()[1]) for line in _LINUX_STATUS.open() if line.startswith("VmHWM")) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

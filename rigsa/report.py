@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rigsa.config import Config, load
+from rigsa.config import Config, flag, load
 from rigsa.errors import RigsaError
-from rigsa.experiment import BASE, METRICS_FILE, RESOURCES_FILE
+from rigsa.experiment import BASE, METRICS_FILE
 from rigsa.files import is_done, read_json, write_atomically, write_text
+from rigsa.train import RESOURCES_FILE
 
 TABLE_FILE = "report.md"
 FIGURE_FILE = "figure.png"
@@ -61,12 +62,23 @@ class Run:
 def write_report(paths: list[Path], out: Path) -> tuple[str, Path]:
     """Write `report.md` and `figure.png` into `out`. Returns the table and the figure's path."""
     runs = [Run.read(path) for path in paths]
+    check_comparable(runs)
     table = markdown_table(runs)
     write_text(out / TABLE_FILE, f"{table}\n\n![accuracy by level and density]({FIGURE_FILE})\n")
     figure = draw(runs)
     write_atomically(out / FIGURE_FILE, lambda path: figure.savefig(path, format="png", dpi=150))
     plt.close(figure)
     return table, out / FIGURE_FILE
+
+
+def check_comparable(runs: list[Run]) -> None:
+    """Raises RigsaError where the runs differ in the model, the data or the headline test."""
+    for name in ("model", "data", "test_images", "eval_shots"):
+        for run in runs[1:]:
+            here, there = getattr(runs[0].config, name), getattr(run.config, name)
+            if here != there:
+                paths = f"{runs[0].path} and {run.path}"
+                raise RigsaError(f"{paths} cannot stand in one report: --{flag(name)} is {here!r} and {there!r}")
 
 
 def markdown_table(runs: list[Run]) -> str:

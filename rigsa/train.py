@@ -24,11 +24,13 @@ from rigsa.adapter import ADAPTER_FILE, load_adapter, save_adapter
 from rigsa.config import Config
 from rigsa.errors import RigsaError
 from rigsa.evaluate import answer_logits, training_loss
-from rigsa.files import is_done, mark_done, write_text
+from rigsa.files import is_done, mark_done, read_json, write_json, write_text
+from rigsa.memory import peak_memory, reset_peak_memory
 from rigsa.textual_mnist import PromptDataset, collate
 from rigsa_kernels import MaskedAdamW, gated_linears
 
 LOG_FILE = "log.jsonl"
+RESOURCES_FILE = "resources.json"
 _CHECKPOINTS = "checkpoints"
 _STATE_FILE = "trainer_state.json"
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
@@ -47,15 +49,16 @@ def steps_per_level(config: Config, num_images: int) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def train_level(model: nn.Module, dataset: PromptDataset, config: Config, folder: Path, label: str) -> float:
-    """Train, then write the adapter and the log into `folder`. Does nothing if they are there. Returns seconds spent.
+def train_level(model: nn.Module, dataset: PromptDataset, config: Config, folder: Path, label: str) -> None:
+    """Train, then write the adapter, the resources used and, last, the log; where they are, load the adapter instead.
 
     Raises:
         RigsaError: the loss or a value became non-finite (step and layer are named), or a file cannot be written.
     """
     if (folder / LOG_FILE).exists():
         load_adapter(model, folder / ADAPTER_FILE)
-        return 0.0
+        return
+    reset_peak_memory()
     checkpoint = latest_checkpoint(folder / _CHECKPOINTS)
     steps = steps_per_level(config, len(dataset))
     watch = ProgressAndTime(label)
@@ -72,12 +75,14 @@ def train_level(model: nn.Module, dataset: PromptDataset, config: Config, folder
     if checkpoint is not None and checkpoint_step(checkpoint) == steps:
         load_adapter(model, checkpoint / ADAPTER_FILE)
         trainer.state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
+        callbacks = read_json(checkpoint / _STATE_FILE)["stateful_callbacks"]
+        watch.before = callbacks[ProgressAndTime.__name__]["attributes"]["before"]
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save_adapter(model, folder / ADAPTER_FILE)
+    write_json(folder / RESOURCES_FILE, {"train_seconds": watch.seconds, "peak_memory_bytes": peak_memory()})
     lines = [{name: entry[name] for name in _LOGGED} for entry in trainer.state.log_history if "loss" in entry]
     write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines))
-    return watch.seconds
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -165,18 +165,22 @@ class GatedSparseLinear(nn.Module):
         """``[..., K]`` to ``[..., N]``; under autocast in its dtype, else in the weight's, to which x is cast."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         exact = self._is_exact(dtype)
         return ops.gated_linear(
             x.to(dtype),
-            weight,
-            bias,
+            self._weight_in(dtype),
+            None if self.bias is None else self.bias.to(dtype),
             self.rigsa_values,
             self.rigsa_alpha,
             self.pattern,
             exact=exact,
-            operand=self._operand(weight, exact),
+            operand=self._operand(dtype, exact),
         )
+
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        if dtype == self.weight.dtype or torch.compiler.is_compiling():
+            return self.weight.to(dtype)
+        return self._keep("weight", (dtype, self.weight._version), lambda: self.weight.to(dtype))
 
     def _is_exact(self, dtype: torch.dtype) -> bool:
         if self.numerics != "auto":
@@ -193,19 +197,19 @@ class GatedSparseLinear(nn.Module):
             lambda: not composed_is_safe(alpha.detach(), values.detach(), weight_rms, dtype).item(),
         )
 
-    def _operand(self, weight: Tensor, exact: bool) -> Tensor | None:
+    def _operand(self, dtype: torch.dtype, exact: bool) -> Tensor | None:
+        """The matrix that every call of a step multiplies by, in `dtype`."""
         if torch.compiler.is_compiling():
             return None  # a traced graph holds no state of ours: it makes the matrix in each call
         values, alpha, pattern = self.rigsa_values.detach(), self.rigsa_alpha.detach(), self.pattern
-        if exact:
-            versions = (weight.dtype, self._versions(self.rigsa_values))
-            return self._keep(
-                "operand",
-                versions,
-                lambda: reference.delta_matrix(values, pattern.shape, pattern.tensors, weight.dtype),
-            )
-        versions = (weight.dtype, self._versions(self.weight, self.rigsa_values, self.rigsa_alpha))
-        return self._keep("operand", versions, lambda: torch.ops.rigsa.compose(weight, values, alpha, pattern.tensors))
+
+        def make() -> Tensor:
+            if exact:
+                return reference.delta_matrix(values, pattern.shape, pattern.tensors, dtype)
+            return torch.ops.rigsa.compose(self.weight, values, alpha, pattern.tensors).to(dtype)
+
+        moving = (self.rigsa_values,) if exact else (self.weight, self.rigsa_values, self.rigsa_alpha)
+        return self._keep("operand", (dtype, exact, self._versions(*moving)), make)
 
     def _keep(self, name: str, versions: object, make: Callable[[], T]) -> T:
         """What `make` gives, remembered under `name` until `versions` change."""

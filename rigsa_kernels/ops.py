@@ -40,11 +40,6 @@ _define(
     lambda weight, values, alpha, pattern: torch.empty_like(weight),
 )
 _define(
-    "compose_at_pattern_(Tensor(a!) composed, Tensor weight, Tensor values, Tensor alpha, Tensor[] pattern) -> ()",
-    reference.compose_at_pattern_,
-    lambda composed, weight, values, alpha, pattern: None,
-)
-_define(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor values, Tensor alpha, Tensor[] pattern, bool exact)"
     " -> Tensor",
     reference.linear_fwd,

@@ -40,21 +40,12 @@ def delta_matrix(values: Tensor, shape: tuple[int, int], pattern: list[Tensor], 
 
 
 def compose(weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> Tensor:
-    """``W0 + alpha * (m . D)``, computed in the wider dtype of the two and rounded once to the weight's."""
-    composed = weight.clone() if pattern else torch.empty_like(weight)
-    compose_at_pattern_(composed, weight, values, alpha, pattern)
-    return composed
-
-
-def compose_at_pattern_(composed: Tensor, weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> None:
-    """Refresh the free entries of an already composed weight, in place; the others are W0 and stay."""
+    """``W0 + alpha * (m . D)``, summed in alpha's dtype and rounded once to the weight's."""
     if not pattern:
-        composed.copy_(torch.addcmul(weight.to(alpha.dtype), values.to(alpha.dtype), alpha))
-        return
+        return add_scaled(weight, values, alpha)
     index = flat_indices(pattern[0], weight.shape[1])
-    base = weight.reshape(-1).index_select(0, index)
-    fresh = torch.addcmul(base.to(alpha.dtype), values.to(alpha.dtype), alpha)
-    composed.view(-1).index_copy_(0, index, fresh.to(composed.dtype))
+    free = add_scaled(weight.reshape(-1).index_select(0, index), values, alpha)
+    return weight.reshape(-1).index_copy(0, index, free).view(weight.shape)
 
 
 def linear_fwd(

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "rigsa_kernels": ["format", "init", "reference", "ops", "linear", "replace", "optim"],
     "rigsa": [
-        "errors", "files", "masks", "config", "textual_mnist", "model", "adapter", "evaluate", "train", "experiment",
-        "imp", "random_mask", "plan", "report", "run",
+        "errors", "files", "memory", "masks", "config", "textual_mnist", "model", "adapter", "evaluate", "train",
+        "experiment", "imp", "random_mask", "plan", "report", "run",
     ],
 }  # fmt: skip
 

@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 import torch.nn as nn
+import transformers
 
 import rigsa
 import rigsa_kernels
@@ -40,6 +41,22 @@ def test_closed_gates_leave_the_logits_alone_bit_for_bit(dtype, numerics):
     assert torch.equal(model(ids).logits, before)
     open_gates(model, 0.5)
     assert not torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "GPTNeoX", "OPT", "Gemma2", "Phi3"])
+def test_other_decoders(family):
+    """Biases, fused projections, tied heads, soft-capped logits."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "pad_token_id": 0}
+    sizes |= {"OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32}}.get(family, {"intermediate_size": 48})
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8} if family in ("Qwen2", "Gemma2", "Phi3") else {}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), torch.arange(1, 20)[None]
+    before = model(ids).logits
+    replace_linears(model, alpha_init=0.0)
+    assert len(gated_linears(model)) >= 8
+    assert torch.equal(model(ids).logits, before)
+    model(ids).logits.sum().backward()
+    assert all(layer.rigsa_alpha.grad is not None for layer in gated_linears(model).values())
 
 
 def test_inverse_gives_the_model_back():

@@ -231,6 +231,14 @@ def test_random_mask_of_a_given_density(options, tmp_path):
     assert set(metrics["layer_density"].values()) == {0.25}
 
 
+def test_report_refuses_runs_that_cannot_be_compared(finished, options, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert main(["imp", *options, "--prunings", "0", "--test-images", "10", "--out", str(other)]) == 0
+    message = failure(["report", str(finished), str(other)], capsys)
+    assert "cannot stand in one report: --test-images is 20 and 10" in message
+    assert "no such run folder" in failure(["report", str(tmp_path / "nothing")], capsys)
+
+
 def test_report_needs_no_model(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rigsa.model", None)
     copied = shutil.copytree(finished, tmp_path / "copy")

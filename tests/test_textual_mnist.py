@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from conftest import CHATML, make_tokenizer
 from rigsa.errors import RigsaError
 from rigsa.textual_mnist import (
     Images,
