@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from rigsa.config import Config, flag, load
 from rigsa.errors import RigsaError
@@ -129,20 +129,21 @@ def draw(runs: list[Run]) -> plt.Figure:
     for axes in (by_level, by_density):
         axes.axhline(base, color="0.35", linestyle="--", linewidth=1, label=f"untrained ({base:.1f} %)")
         axes.grid(alpha=0.3)
-    _label_axes(by_level, by_density)
-    by_density.legend(loc="lower left", frameon=False)
+    _label_axes(by_level, by_density, [metrics["density"] for run in runs for metrics in run.levels])
+    by_density.legend(loc="center left", frameon=False)
     config = runs[0].config
     figure.suptitle(f"Textual MNIST, {runs[0].headline}: {config.model} on {config.data}", fontsize=11)
     return figure
 
 
-def _label_axes(by_level: Axes, by_density: Axes) -> None:
-    by_level.set(xlabel="level (0 is dense)", ylabel="test accuracy (%)", ylim=(0, 100))
+def _label_axes(by_level: Axes, by_density: Axes, densities: list[float]) -> None:
+    by_level.set(xlabel="level (0 is dense)", ylabel="test accuracy (%)", ylim=(0, 102))
     by_level.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_density.set(xlabel="density (% of adapted weights, log scale)", xscale="log")
     by_density.invert_xaxis()
-    by_density.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    by_density.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value in (20, 50) else ""))
+    ticks = sorted({float(f"{100 * density:.2g}") for density in densities})
+    by_density.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    by_density.minorticks_off()
 
 
 def _label(run: Run, runs: list[Run]) -> str:
