@@ -43,12 +43,11 @@ def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[T
 
 
 def random_words(seed: int, key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """int64 ``[count]`` holding uint32: random words `start` to `start + count` of layer `key`."""
-    first = start // 4
-    index = torch.arange(first, -(-(start + count) // 4), device=device)
+    """int64 ``[count]`` holding uint32: words `start` (a multiple of 4) to `start + count` of layer `key`'s stream."""
+    index = torch.arange(start // 4, -(-(start + count) // 4), device=device)
     zero = torch.zeros_like(index)
     lanes = torch.stack(philox(seed, (index, torch.full_like(index, key), zero, zero)), dim=1).view(-1)
-    return lanes[start - 4 * first :][:count]
+    return lanes[:count]
 
 
 def uniform_init(
