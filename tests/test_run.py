@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -161,15 +162,20 @@ def test_death_at_any_write_and_running_again_gives_the_same_bits(finished, opti
     assert contents(out) == contents(finished)
 
 
-def start(options: list[str], out: Path) -> subprocess.Popen:  # type: ignore[type-arg]
+def start(options: list[str], out: Path, largest_file: int | None = None) -> subprocess.Popen:  # type: ignore[type-arg]
+    def prepare() -> None:
+        # a shell that runs the tests in the background has them ignore SIGINT, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     command = [sys.executable, "-m", "rigsa.run", "imp", *options, "--out", str(out)]
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell that runs the tests in the background has them ignore SIGINT, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=prepare,
     )
 
 
@@ -329,6 +335,17 @@ def test_divergence_names_step_and_layer_and_keeps_the_checkpoint(when, options,
     assert "first in model.layers.1.mlp.up_proj" in message
     saved = sorted(path.name for path in (tmp_path / "run" / "level_0" / "checkpoints").glob("checkpoint-*"))
     assert saved == (["checkpoint-2", "checkpoint-4"] if when == 4 else [])
+
+
+def test_no_space_for_a_checkpoint_is_one_message_and_loses_nothing(finished, options, tmp_path):
+    """No file may grow past 100 kB: enough for the adapter, too little for the optimiser's state."""
+    process = start(options, tmp_path / "run", largest_file=100_000)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert "Traceback" not in error
+    assert "rigsa: cannot write a checkpoint (" in error
+    assert main(["imp", *options, "--out", str(tmp_path / "run")]) == 0
+    assert contents(tmp_path / "run") == contents(finished)
 
 
 def test_full_disk_is_one_message_and_loses_nothing(finished, options, tmp_path, capsys, monkeypatch):
