@@ -9,8 +9,12 @@ A run folder::
     level_K/adapter.safetensors trained values and gates
     level_K/log.jsonl           training log
     level_K/metrics.json        accuracies, losses, densities
-    level_K/resources.json      seconds and peak memory: the one file that two equal runs need not share
+    level_K/resources.json      seconds and peak memory
     level_K/done                written last
+    report.md, figure.png       drawn from the above at the end, and by `rigsa report`
+
+Two runs with one configuration on one device share every bit but resources.json and the seconds in report.md, however
+often they were interrupted.
 """
 
 from __future__ import annotations
