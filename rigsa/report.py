@@ -23,10 +23,6 @@ TABLE_FILE = "report.md"
 FIGURE_FILE = "figure.png"
 _COLORS = {"imp": "#0072B2", "random-mask": "#D55E00"}  # Okabe & Ito: told apart by the colour-blind and in print
 _MARKERS = {"imp": "o", "random-mask": "s"}
-_COLUMNS = (
-    "run", "level", "density", "same sign", "eligible", "kept", "test accuracy", "test loss", "train loss",
-    "seconds", "peak memory",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,36 +79,43 @@ def check_comparable(runs: list[Run]) -> None:
 
 def markdown_table(runs: list[Run]) -> str:
     """One row per level, the untrained model first; columns are padded, so it reads well in a terminal too."""
-    rows = [_COLUMNS, *(row for run in runs for row in _rows(run))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    rows = [row for run in runs for row in _rows(run)]
+    names = list(rows[0])
+    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
+    cells = [names, *([row[name] for name in names] for row in rows)]
     lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
     ]
     rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _rows(run: Run) -> list[tuple[str, ...]]:
-    base = run.base["test"][run.headline]
-    untrained = (run.config.method, "untrained", "", "", "", "", f"{base['accuracy']:.2f} %", f"{base['loss']:.3f}")
-    return [(*untrained, "", "", "")] + [_level_row(run, metrics) for metrics in run.levels]
+def _rows(run: Run) -> list[dict[str, str]]:
+    untrained = {"level": "untrained", "test": run.base["test"], "pruning": {}}
+    return [_row(run, metrics) for metrics in (untrained, *run.levels)]
 
 
-def _level_row(run: Run, metrics: dict[str, Any]) -> tuple[str, ...]:
-    pruning = metrics["pruning"]
-    return (
-        run.config.method,
-        str(metrics["level"]),
-        f"{metrics['density']:.2%}",
-        f"{pruning['same_sign_share']:.1%}" if "same_sign_share" in pruning else "",
-        f"{pruning['eligible']:,}" if "eligible" in pruning else "",
-        f"{metrics['free']:,}",
-        f"{run.accuracy(metrics):.2f} %",
-        f"{metrics['test'][run.headline]['loss']:.3f}",
-        f"{metrics['train_loss']:.3f}",
-        f"{metrics['train_seconds']:.0f}",
-        f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
-    )
+def _row(run: Run, metrics: dict[str, Any]) -> dict[str, str]:
+    """Column to cell, empty where the untrained model, or a ticket drawn at random, has no such number."""
+
+    def cell(source: dict[str, Any], name: str, form: str) -> str:
+        return form.format(source[name]) if name in source else ""
+
+    headline, *more = metrics["test"]
+    return {
+        "run": run.config.method,
+        "level": str(metrics["level"]),
+        "density": cell(metrics, "density", "{:.2%}"),
+        "same sign": cell(metrics["pruning"], "same_sign_share", "{:.1%}"),
+        "eligible": cell(metrics["pruning"], "eligible", "{:,}"),
+        "kept": cell(metrics, "free", "{:,}"),
+        "test accuracy": f"{metrics['test'][headline]['accuracy']:.2f} %",
+        **{f"test, {shots}": f"{metrics['test'][shots]['accuracy']:.2f} %" for shots in more},
+        "test loss": f"{metrics['test'][headline]['loss']:.3f}",
+        "train loss": cell(metrics, "train_loss", "{:.3f}"),
+        "seconds": cell(metrics, "train_seconds", "{:.0f}"),
+        "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB" if "peak_memory_bytes" in metrics else "",
+    }
 
 
 def draw(runs: list[Run]) -> plt.Figure:

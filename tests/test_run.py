@@ -104,7 +104,9 @@ def test_running_again_changes_nothing_and_says_the_same(finished, options, caps
     stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("level_*/*")}
     assert main(["imp", *options, "--out", str(finished)]) == 0
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("level_*/*")} == stamps
-    assert "test accuracy" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "test accuracy" in out
+    assert "test, 2-shot" in out
 
 
 def test_same_command_gives_the_same_bits(finished, options, tmp_path):
