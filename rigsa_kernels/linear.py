@@ -42,6 +42,12 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+def _same_words(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.cpu(), other.cpu())
+
+
 def rms(tensor: Tensor) -> Tensor:
     """Root mean square in float32; 0 for an empty tensor."""
     return torch.linalg.vector_norm(tensor, dtype=torch.float32) / math.sqrt(max(tensor.numel(), 1))
@@ -221,6 +227,14 @@ class GatedSparseLinear(nn.Module):
     @staticmethod
     def _versions(*tensors: Tensor) -> tuple[object, ...]:
         return (_optimizer_steps, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        """A state brings its pattern along: a ticket loads into a dense layer, and the other way round."""
+        words = state_dict.get(f"{prefix}rigsa_words")
+        if f"{prefix}rigsa_values" in state_dict and not _same_words(words, self.rigsa_words):
+            dense = SparsePattern.dense(self.out_features, self.in_features)
+            self.set_pattern(dense if words is None else SparsePattern.from_words(words, self.in_features))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         self._kept.clear()

@@ -82,7 +82,10 @@ def replace_linears(
 
 
 def restore_linears(model: M) -> M:
-    """The inverse: every layer becomes the ``nn.Linear`` it was, with its own weight. The adapter is dropped."""
+    """The inverse: every layer becomes the ``nn.Linear`` it was, with its own weight. The adapter is dropped.
+
+    Parameters stay frozen, as `replace_linears` left them.
+    """
     for name, gated in gated_linears(model).items():
         linear = nn.Linear(gated.in_features, gated.out_features, bias=gated.bias is not None, device="meta")
         linear.weight, linear.bias = gated.weight, gated.bias  # type: ignore[assignment]

@@ -133,6 +133,21 @@ def test_pattern_is_part_of_the_state_and_survives_casts():
     assert torch.equal(layer.pattern.to_mask(), half_mask(layer))
 
 
+def test_state_brings_its_pattern_along():
+    ticket, other = make_layer(), make_layer(key=6)
+    ticket.set_pattern(SparsePattern.from_mask(half_mask(ticket)))
+    dense_state, x = make_layer(key=7).state_dict(), torch.randn(5, 40)
+    other.load_state_dict(ticket.state_dict())
+    assert torch.equal(other.pattern.to_mask(), half_mask(ticket))
+    assert torch.equal(other(x), ticket(x))
+    values = other.rigsa_values
+    other.load_state_dict(ticket.state_dict())
+    assert other.rigsa_values is values, "an optimiser that holds the parameter must not lose it"
+    other.load_state_dict(dense_state)
+    assert other.pattern.is_dense
+    assert torch.equal(other.rigsa_values, dense_state["rigsa_values"])
+
+
 @pytest.mark.parametrize("numerics", NUMERICS)
 def test_autocast_runs_in_its_dtype_and_trains(numerics):
     layer, x = make_layer(numerics=numerics), torch.randn(5, 40)
