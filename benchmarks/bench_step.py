@@ -1,6 +1,6 @@
 """Seconds of one training step of SmolLM2-135M: ours beside full fine-tuning of the same linear layers.
 
-``pytest benchmarks/``; the number in brackets is the ratio to the fastest of the group. 16 prompts of 89
+``pytest benchmarks/bench_step.py``; the number in brackets is the ratio to the fastest of the group. 16 prompts of 89
 tokens, loss on the answer token, forward, backward and optimiser step.
 """
 

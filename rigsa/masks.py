@@ -124,8 +124,3 @@ def random_mask(shape: tuple[int, int], kept: int, *, seed: int, name: str) -> T
     mask = torch.zeros(size, dtype=torch.bool)
     mask[torch.randperm(size, generator=generator)[:kept]] = True
     return mask.view(shape)
-
-
-def expected_density(levels: int, keep_fraction: float, same_sign_share: float) -> float:
-    """Density after `levels` prunings when the same share keeps its sign each time (paper, section 5.1)."""
-    return (keep_fraction * same_sign_share) ** levels

@@ -61,7 +61,7 @@ def add_run_options(command: argparse.ArgumentParser, method: str) -> None:
         "smoke (a check that everything runs); default: quickstart",
     )  # fmt: skip
     command.add_argument("--out", type=Path, help=f"run folder; default: runs/{method}-PRESET-seedSEED")
-    command.add_argument("--dry-run", action="store_true", help="print the configuration and its steps, and stop")
+    command.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
     group = command.add_argument_group("configuration (default: the preset's value)")
     for field in dataclasses.fields(Config):
         if field.name == "method" or field.metadata["only"] not in ("", method):

@@ -26,9 +26,8 @@ from torch import Tensor
 from rigsa_kernels.format import csr_indices, flat_indices
 
 SAMPLED_PRODUCT_DENSITY = {torch.float64: 0.2, torch.float32: 0.2, torch.bfloat16: 0.03, torch.float16: 0.03}
-"""Below this density a product sampled on CSR beats the whole product and a gather. Measured on two Zen 5 cores: for
-[1424, 576] and [1424, 1536] in float32, 11.2 ms whole and 4.6 ms sampled at 4 %; in bfloat16, which such a core
-multiplies but cannot sample, 2.5 ms and 2.7 ms."""
+"""Below this density a product sampled on CSR beats the whole product and a gather (benchmarks/bench_gradient.py, two Zen
+5 cores, which multiply bfloat16 natively but sample it only as float32)."""
 
 
 def delta_matrix(values: Tensor, shape: tuple[int, int], pattern: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rigsa.masks import expected_density, magnitude_bits, prune, random_mask, same_sign, top_k
+from rigsa.config import paper
+from rigsa.masks import magnitude_bits, prune, random_mask, same_sign, top_k
 
 
 def draw_layers(seed: int, sizes: list[int], distinct: bool) -> tuple[dict, dict]:  # type: ignore[type-arg]
@@ -88,9 +89,9 @@ def test_is_not_zhous_large_final_same_sign():
 
 def test_papers_density():
     """3.46 % is four prunings at 0.8 of 53.9 % same-sign entries, or five at 0.8 of 63.8 % (PAPER, 4.4 and 5.1)."""
-    assert expected_density(4, 0.8, 0.539) == pytest.approx(0.0346, abs=0.0001)
-    assert expected_density(5, 0.8, 0.638) == pytest.approx(0.0346, abs=0.0001)
-    assert 0.8**5 > 0.3  # what 'the largest 80 % of all' would leave
+    keep = paper().keep_fraction
+    assert (keep * 0.539) ** paper().prunings == pytest.approx(0.0346, abs=0.0001)
+    assert (keep * 0.638) ** 5 == pytest.approx(0.0346, abs=0.0001)
 
 
 def test_papers_density_by_pruning_for_real():
