@@ -26,8 +26,8 @@ from torch import Tensor
 from rigsa_kernels.format import csr_indices, flat_indices
 
 SAMPLED_PRODUCT_DENSITY = {torch.float64: 0.2, torch.float32: 0.2, torch.bfloat16: 0.03, torch.float16: 0.03}
-"""Below this density a product sampled on CSR beats the whole product and a gather (benchmarks/bench_gradient.py, two Zen
-5 cores, which multiply bfloat16 natively but sample it only as float32)."""
+"""Below this density a product sampled on CSR beats the whole product and a gather: benchmarks/bench_gradient.py on two
+Zen 5 cores, which multiply bfloat16 natively but sample it only as float32."""
 
 
 def delta_matrix(values: Tensor, shape: tuple[int, int], pattern: list[Tensor], dtype: torch.dtype) -> Tensor:
