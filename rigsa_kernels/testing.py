@@ -1,0 +1,237 @@
+"""Run the Triton kernels on a CPU, exactly as their launchers launch them, under a memory guard. For tests only.
+
+Inside `interpreting` every ``kernel[grid](...)`` goes to Triton's interpreter instead of a GPU, on CPU tensors. Three
+things are put right or added on the way:
+
+- bfloat16. The stock interpreter multiplies, compares and rounds bit patterns (tests/test_interpreter.py keeps a
+  canary); here products of bfloat16 are those of their float32 values and casts round to nearest even. Other bfloat16
+  arithmetic is not defined here, which suits the kernels: they widen to float32 right after a load.
+- Memory. A load or store outside every tensor the launch was given, a lane written twice by one store, an address
+  written by two programs and a floating-point atomic are errors.
+- Order. Programs run in shuffled order, and what ``torch.empty`` returns is filled with NaN.
+
+All this leans on private names of triton 3.9; the canary test says when they change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+from rigsa_kernels.offline import active_driver
+
+
+class GuardError(AssertionError):
+    """A kernel touched memory it must not touch."""
+
+
+@contextlib.contextmanager
+def interpreting(*, arch: int = 89, order: int = 0, also: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Run every Triton launch inside the block on the CPU.
+
+    Args:
+        arch: compute capability that launchers believe they run on; it selects their tile sizes.
+        order: seed of the order in which the programs of a launch run.
+        also: tensors that kernels reach through addresses in a table, not through an argument.
+
+    Raises:
+        GuardError: a kernel breaks one of the rules above.
+    """
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        tensors = [value for value in (*args, *options.values(), *also) if isinstance(value, Tensor)]
+        _interpret(self, grid, args, options, Guard(tensors, order))
+
+    def call(self: JITFunction, *args: Any, **options: Any) -> Any:
+        return _interpreted(self)(*args, **options)
+
+    language = [tl, tl.core, tl.math, tl.core.tensor, tl.core.tensor_descriptor_base, tl.dtype, tl.condition]
+    before = [(namespace, dict(vars(namespace))) for namespace in language]
+    original = JITFunction.run, JITFunction.__dict__.get("__call__")
+    with active_driver(arch), triton.knobs.runtime.scope(), _poisoned_memory():
+        triton.knobs.runtime.interpret = True
+        JITFunction.run, JITFunction.__call__ = run, call
+        try:
+            yield
+        finally:
+            JITFunction.run = original[0]
+            if original[1] is None:
+                del JITFunction.__call__
+            else:
+                JITFunction.__call__ = original[1]
+            interpreter.interpreter_builder.__class__ = interpreter.InterpreterBuilder
+            # Calls between kernels patch triton.language and leave it so, and a later compilation would fail.
+            for namespace, names in before:
+                _restore(namespace, names)
+
+
+def _restore(namespace: Any, names: dict[str, Any]) -> None:
+    for name in [name for name in vars(namespace) if name not in names]:
+        delattr(namespace, name)
+    for name, value in names.items():
+        if vars(namespace).get(name) is not value:
+            setattr(namespace, name, value)
+
+
+@contextlib.contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
+
+
+@functools.cache
+def _interpreted(kernel: JITFunction) -> interpreter.InterpretedFunction:
+    return interpreter.InterpretedFunction(kernel.fn)
+
+
+def _interpret(kernel: JITFunction, grid: Any, args: tuple[Any, ...], options: dict[str, Any], guard: Guard) -> None:
+    for name in ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"):
+        options.pop(name, None)
+    builder = interpreter.interpreter_builder
+    builder.__class__, builder.guard = GuardedBuilder, guard
+    try:
+        _interpreted(kernel)[grid](*args, **options)
+    except interpreter.InterpreterError as error:
+        raise error.__cause__ or error from None
+    guard.check_races()
+
+
+class Guard:
+    """What one launch may touch, and what it wrote."""
+
+    def __init__(self, tensors: Sequence[Tensor], order: int) -> None:
+        spans = sorted(_span(tensor) for tensor in tensors if tensor.numel())
+        self.starts = np.array([start for start, _ in spans], dtype=np.uint64)
+        self.ends = np.array([end for _, end in spans], dtype=np.uint64)
+        self.order = order
+        self.written: list[np.ndarray] = []
+        self.writers: list[np.ndarray] = []
+
+    @functools.cached_property
+    def shuffled(self) -> np.ndarray:
+        nx, ny, nz = interpreter.interpreter_builder.grid_dim
+        return np.random.default_rng(self.order).permutation(nx * ny * nz)
+
+    def check(self, pointers: Any, mask: Any, size: int, what: str) -> np.ndarray:
+        """The addresses of the lanes that are on, all of them inside a tensor and aligned."""
+        shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
+        addresses = np.broadcast_to(pointers.data, shape)[np.broadcast_to(mask.data, shape).astype(bool)].ravel()
+        if addresses.size == 0:
+            return addresses
+        tensor = np.searchsorted(self.starts, addresses, side="right") - 1
+        outside = (tensor < 0) | (addresses + np.uint64(size) > self.ends[np.maximum(tensor, 0)])
+        program = interpreter.interpreter_builder.grid_idx
+        if outside.any():
+            raise GuardError(f"{what}: {outside.sum()} of {addresses.size} lanes out of bounds in program {program}")
+        if (addresses % np.uint64(size)).any():
+            raise GuardError(f"{what}: misaligned address in program {program}")
+        return addresses
+
+    def wrote(self, addresses: np.ndarray) -> None:
+        program = interpreter.interpreter_builder.grid_idx
+        if np.unique(addresses).size != addresses.size:
+            raise GuardError(f"store: two lanes of one store hit one address in program {program}")
+        _, ny, nz = interpreter.interpreter_builder.grid_dim
+        number = (program[0] * ny + program[1]) * nz + program[2]
+        self.written.append(addresses)
+        self.writers.append(np.full(addresses.size, number))
+
+    def check_races(self) -> None:
+        if not self.written:
+            return
+        addresses, writers = np.concatenate(self.written), np.concatenate(self.writers)
+        by_address = np.lexsort((writers, addresses))
+        addresses, writers = addresses[by_address], writers[by_address]
+        race = (addresses[1:] == addresses[:-1]) & (writers[1:] != writers[:-1])
+        if race.any():
+            first = int(np.argmax(race))
+            raise GuardError(f"store: programs {writers[first]} and {writers[first + 1]} write one address")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(is_nan, np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+class GuardedBuilder(interpreter.InterpreterBuilder):
+    """The stock interpreter with right bfloat16 casts and products, and a guard on memory."""
+
+    guard: Guard
+
+    def cast_impl(self, src, dst_type):  # type: ignore[no-untyped-def]
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target != tl.bfloat16:
+            values = _widen(src.data)
+            if target == tl.float32:
+                return interpreter.TensorHandle(values, target)
+            return super().cast_impl(interpreter.TensorHandle(values, tl.float32), dst_type)
+        if target == tl.bfloat16 and source != tl.bfloat16:
+            return interpreter.TensorHandle(_round_to_bfloat16(src.data.astype(np.float32)), target)
+        return super().cast_impl(src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):  # type: ignore[no-untyped-def]
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
+        if a.dtype.scalar != tl.bfloat16:
+            return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
+        product = np.matmul(_widen(a.data), _widen(b.data), dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def binary_op(self, lhs, rhs, op):  # type: ignore[no-untyped-def]
+        if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
+            raise GuardError("bfloat16 arithmetic: the interpreter has none; widen to float32 after the load")
+        return super().binary_op(lhs, rhs, op)
+
+    def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):  # type: ignore[no-untyped-def]
+        self.guard.check(ptrs, mask, _item_size(ptrs), "load")
+        return super().create_masked_load(ptrs, mask, other, cache_policy, is_volatile)
+
+    def create_masked_store(self, ptrs, value, mask, cache_policy):  # type: ignore[no-untyped-def]
+        self.guard.wrote(self.guard.check(ptrs, mask, _item_size(ptrs), "store"))
+        return super().create_masked_store(ptrs, value, mask, cache_policy)
+
+    def create_atomic_rmw(self, op, ptr, val, mask, sem, scope):  # type: ignore[no-untyped-def]
+        if not val.dtype.scalar.is_int():
+            raise GuardError("atomic: floating-point atomics make results depend on the order of programs")
+        self.guard.check(ptr, mask, _item_size(ptr), "atomic")
+        return super().create_atomic_rmw(op, ptr, val, mask, sem, scope)
+
+    def set_grid_idx(self, x, y, z):  # type: ignore[no-untyped-def]
+        _, ny, nz = self.grid_dim
+        number = int(self.guard.shuffled[(x * ny + y) * nz + z])
+        super().set_grid_idx(number // (ny * nz), number // nz % ny, number % nz)
+
+
+def _item_size(pointers: Any) -> int:
+    return interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
