@@ -53,7 +53,7 @@ def interpreting(*, arch: int = 89, order: int = 0, also: Sequence[Tensor] = ())
         _interpret(self, grid, args, options, Guard(tensors, order))
 
     def call(self: JITFunction, *args: Any, **options: Any) -> Any:
-        return _interpreted(self)(*args, **options)
+        return _interpreted(self.fn)(*args, **options)
 
     language = [tl, tl.core, tl.math, tl.core.tensor, tl.core.tensor_descriptor_base, tl.dtype, tl.condition]
     before = [(namespace, dict(vars(namespace))) for namespace in language]
@@ -97,8 +97,8 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @functools.cache
-def _interpreted(kernel: JITFunction) -> interpreter.InterpretedFunction:
-    return interpreter.InterpretedFunction(kernel.fn)
+def _interpreted(function: Any) -> interpreter.InterpretedFunction:
+    return interpreter.InterpretedFunction(function)
 
 
 def _interpret(kernel: JITFunction, grid: Any, args: tuple[Any, ...], options: dict[str, Any], guard: Guard) -> None:
@@ -107,7 +107,7 @@ def _interpret(kernel: JITFunction, grid: Any, args: tuple[Any, ...], options: d
     builder = interpreter.interpreter_builder
     builder.__class__, builder.guard = GuardedBuilder, guard
     try:
-        _interpreted(kernel)[grid](*args, **options)
+        _interpreted(kernel.fn)[grid](*args, **options)
     except interpreter.InterpreterError as error:
         raise error.__cause__ or error from None
     guard.check_races()
