@@ -132,7 +132,7 @@ class Guard:
     def check(self, pointers: Any, mask: Any, size: int, what: str) -> np.ndarray:
         """The addresses of the lanes that are on, all of them inside a tensor and aligned."""
         shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
-        addresses = np.broadcast_to(pointers.data, shape)[np.broadcast_to(mask.data, shape).astype(bool)].ravel()
+        addresses = np.broadcast_to(pointers.data, shape)[np.broadcast_to(mask.data, shape)].ravel()
         if addresses.size == 0:
             return addresses
         tensor = np.searchsorted(self.starts, addresses, side="right") - 1
@@ -214,10 +214,12 @@ class GuardedBuilder(interpreter.InterpreterBuilder):
         return super().binary_op(lhs, rhs, op)
 
     def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):  # type: ignore[no-untyped-def]
+        mask = _as_bits(mask)
         self.guard.check(ptrs, mask, _item_size(ptrs), "load")
         return super().create_masked_load(ptrs, mask, other, cache_policy, is_volatile)
 
     def create_masked_store(self, ptrs, value, mask, cache_policy):  # type: ignore[no-untyped-def]
+        mask = _as_bits(mask)
         self.guard.wrote(self.guard.check(ptrs, mask, _item_size(ptrs), "store"))
         return super().create_masked_store(ptrs, value, mask, cache_policy)
 
@@ -231,6 +233,11 @@ class GuardedBuilder(interpreter.InterpreterBuilder):
         _, ny, nz = self.grid_dim
         number = int(self.guard.shuffled[(x * ny + y) * nz + z])
         super().set_grid_idx(number // (ny * nz), number // nz % ny, number % nz)
+
+
+def _as_bits(mask: Any) -> Any:
+    """A mask combined with a Python bool is an integer for NumPy, which the stock loads and stores refuse."""
+    return interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
 
 
 def _item_size(pointers: Any) -> int:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "rigsa_kernels": [
-        "format", "init", "reference", "triton_common", "ops", "linear", "replace", "optim", "offline", "testing",
+        "format", "init", "reference", "triton_common", "triton_linear", "ops", "linear", "replace", "optim", "offline", "testing",
     ],
     "rigsa": [
         "errors", "files", "memory", "masks", "config", "textual_mnist", "model", "adapter", "evaluate", "train",
