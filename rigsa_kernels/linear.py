@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -12,11 +13,17 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rigsa_kernels import ops, reference
+from rigsa_kernels.dispatch import Path, choose_path
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.init import uniform_init
+from rigsa_kernels.nf4 import dequantize, is_nf4_linear, nf4_base
+
+logger = logging.getLogger(__name__)
 
 Numerics = Literal["auto", "exact", "composed"]
 T = TypeVar("T")
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+"""Where composing can lose the adapter."""
 ALPHA_INIT = 1e-6
 """The gate's initial value (RIGSA, section 3)."""
 
@@ -53,7 +60,7 @@ def rms(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float32) / math.sqrt(max(tensor.numel(), 1))
 
 
-def composed_is_safe(alpha: Tensor, values: Tensor, weight_rms: float, dtype: torch.dtype) -> Tensor:
+def composed_is_safe(alpha: Tensor, values: Tensor, weight_rms: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Whether rounding ``W0 + alpha * D`` to `dtype` keeps the adapter: a boolean tensor, shape ``(1,)``.
 
     The rule is ``|alpha| * rms(D) >= eps * rms(W0)`` with the dtype's eps. tests/test_numerics.py holds what it rests
@@ -66,9 +73,10 @@ def composed_is_safe(alpha: Tensor, values: Tensor, weight_rms: float, dtype: to
 class GatedSparseLinear(nn.Module):
     """``y = x W0^T + alpha * x (m . D)^T + b``: W0 and b frozen, D's free entries and the gate alpha trained.
 
-    It takes the place of an ``nn.Linear`` and shares its weight and bias. Trainable parameters carry the prefix
-    ``rigsa_``: `rigsa_values` holds the free entries (``[N, K]`` while the pattern is dense, ``[nnz]`` once packed) and
-    `rigsa_alpha` the gate, shape ``(1,)``. Entries outside the pattern are not stored, so nothing can move them.
+    It takes the place of an ``nn.Linear`` (or of a bitsandbytes ``Linear4bit`` in NF4) and shares its weight and bias.
+    Trainable parameters carry the prefix ``rigsa_``: `rigsa_values` holds the free entries (``[N, K]`` while the
+    pattern is dense, ``[nnz]`` once packed) and `rigsa_alpha` the gate, shape ``(1,)``. Entries outside the pattern are
+    not stored, so nothing can move them.
 
     Args:
         linear: the layer to adapt; its parameters are frozen and kept by reference.
@@ -79,18 +87,20 @@ class GatedSparseLinear(nn.Module):
         alpha_init: the gate's initial value.
         init_scale: initial values are uniform in +-init_scale / sqrt(in_features).
         values_dtype: of `rigsa_values`; float32 by default (float64 beside a float64 weight), because in bfloat16 a
-            small update rounds to nothing.
+            small update rounds to nothing unless the optimiser rounds stochastically (`MaskedAdamW` does).
         numerics: ``"exact"`` (two products), ``"composed"`` (one, over the rounded sum) or ``"auto"``: composed where
-            that keeps the adapter, which is always in float32 and float64, and by `composed_is_safe`, asked once a
-            step, in bfloat16 and float16 on a CPU. On CUDA asking would cost a synchronisation, so there those are
-            exact.
+            that keeps the adapter, which is always in float32 and float64, and by `composed_is_safe`, once a step, in
+            bfloat16 and float16: decided by the host on a CPU and by the device in a fused kernel. Where a CUDA layer
+            takes the gemm path the host would have to wait for the answer, so 16-bit layers are exact there.
+        force: ``"fused"`` or ``"gemm"`` in place of the rule in `rigsa_kernels.dispatch`.
 
     Raises:
-        ValueError: `linear` is not a plain floating-point linear layer, or an argument is out of range.
+        ValueError: `linear` is neither of the two, or an argument is out of range; in `forward`, `force` names a path
+            that cannot run there.
 
-    The matrix that every call of a step needs (W0 + alpha D when composed, D in the weight's dtype when exact) is made
-    once and kept until an optimiser steps or a parameter's version counter moves (a write through ``.data`` outside an
-    optimiser moves neither). It is not part of the state dict.
+    On the gemm path the matrix that every call of a step needs (W0 + alpha D when composed, D in the weight's dtype
+    when exact) is made once and kept until an optimiser steps or a parameter's version counter moves (a write through
+    ``.data`` outside an optimiser moves neither). It is not part of the state dict.
     """
 
     rigsa_words: Tensor | None
@@ -109,26 +119,49 @@ class GatedSparseLinear(nn.Module):
         init_scale: float = 1.0,
         values_dtype: torch.dtype | None = None,
         numerics: Numerics = "auto",
+        force: Path | None = None,
     ) -> None:
         super().__init__()
-        if not is_plain_linear(linear):
-            raise ValueError(f"linear: expected an nn.Linear with a floating-point weight, got {linear}")
+        self.is_nf4 = is_nf4_linear(linear)
+        if not self.is_nf4 and not is_plain_linear(linear):
+            raise ValueError(f"linear: expected an nn.Linear with a floating-point or NF4 weight, got {linear}")
+        if self.is_nf4:
+            nf4_base(linear.weight)  # refuses a shape that cannot be decoded
+        if force is not None and force not in get_args(Path):
+            raise ValueError(f"force: expected one of {', '.join(get_args(Path))} or None, got {force!r}")
         if numerics not in get_args(Numerics):
             raise ValueError(f"numerics: expected one of {', '.join(get_args(Numerics))}, got {numerics!r}")
         if not math.isfinite(alpha_init):
             raise ValueError(f"alpha_init: expected a finite number, got {alpha_init}")
         self.out_features, self.in_features = linear.out_features, linear.in_features
-        self.seed, self.key, self.numerics = seed, key, numerics
+        self.seed, self.key, self.numerics, self.force = seed, key, numerics, force
         self.alpha_init, self.bound = alpha_init, init_scale / math.sqrt(linear.in_features)
         self.weight = linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
-        combine_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self._origin = (linear,)  # in a tuple, or it would be a submodule
+        self._kept: dict[str, tuple[object, Any]] = {}
+        combine_dtype = torch.promote_types(self.dtype, torch.float32)
         self._values_dtype = values_dtype or combine_dtype
         if alpha is None:
             alpha = nn.Parameter(torch.empty(1, dtype=combine_dtype, device=self.weight.device))
         self.rigsa_alpha = alpha
-        self._kept: dict[str, tuple[object, Any]] = {}
         self.set_pattern(pattern or SparsePattern.dense(self.out_features, self.in_features))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products: the weight's; behind NF4, that of the weight before it was quantised."""
+        return self.weight.quant_state.dtype if self.is_nf4 else self.weight.dtype  # type: ignore[attr-defined]
+
+    @property
+    def num_weights(self) -> int:
+        """N * K."""
+        return self.out_features * self.in_features
+
+    def restored(self) -> nn.Linear:
+        """The linear layer that was adapted, with its present weight and bias."""
+        (linear,) = self._origin
+        linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
+        return linear.train(self.training)
 
     @property
     def pattern(self) -> SparsePattern:
@@ -163,45 +196,82 @@ class GatedSparseLinear(nn.Module):
             device=self.weight.device,
         )
 
+    def composed_threshold(self) -> float:
+        """The |alpha| from which composing in the layer's dtype keeps the adapter (`composed_is_safe`)."""
+        weight_rms, delta_rms = rms(self._matrix()), rms(self.rigsa_values.detach())
+        return (torch.finfo(self.dtype).eps * weight_rms / delta_rms).item()
+
     def delta(self) -> Tensor:
         """``m . D`` as an ``[N, K]`` matrix in the values' dtype, without alpha."""
         return self.pattern.scatter(self.rigsa_values.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]``; under autocast in its dtype, else in the weight's, to which x is cast."""
+        """``[..., K]`` to ``[..., N]``; under autocast in its dtype, else in `dtype`, to which x is cast."""
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        exact = self._is_exact(dtype)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        tokens = x.numel() // max(self.in_features, 1)
+        shape = (self.out_features, self.in_features)
+        path = choose_path(x.device, dtype, shape, tokens, nf4=self.is_nf4, force=self.force)
+        exact = self._is_exact(dtype) if path == "gemm" else self._exact_flag(dtype)
         return ops.gated_linear(
             x.to(dtype),
-            self._weight_in(dtype),
+            self._base(dtype),
             None if self.bias is None else self.bias.to(dtype),
             self.rigsa_values,
             self.rigsa_alpha,
             self.pattern,
             exact=exact,
-            operand=self._operand(dtype, exact),
+            operand=self._operand(dtype, exact) if isinstance(exact, bool) else None,
         )
 
-    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+    def _base(self, dtype: torch.dtype) -> list[Tensor]:
+        """The frozen weight as operators take it."""
+        if self.is_nf4:
+            return self._keep("base", self._weight_version, lambda: nf4_base(self.weight))
         if dtype == self.weight.dtype or torch.compiler.is_compiling():
-            return self.weight.to(dtype)
-        return self._keep("weight", (dtype, self.weight._version), lambda: self.weight.to(dtype))
+            return [self.weight.to(dtype)]
+        return self._keep("base", (dtype, self._weight_version), lambda: [self.weight.to(dtype)])
 
     def _is_exact(self, dtype: torch.dtype) -> bool:
+        """The host's decision, for the gemm path."""
         if self.numerics != "auto":
             return self.numerics == "exact"
-        if dtype in (torch.float32, torch.float64):
+        if dtype not in HALF_DTYPES:
             return False
         if torch.compiler.is_compiling() or self.weight.device.type != "cpu":
             return True
-        weight_rms = self._keep("weight_rms", self.weight._version, lambda: rms(self.weight).item())
-        values, alpha = self.rigsa_values, self.rigsa_alpha
-        return self._keep(
+        before = self._kept.get("exact")
+        exact = self._keep(
             "exact",
-            (dtype, self._versions(values, alpha)),
-            lambda: not composed_is_safe(alpha.detach(), values.detach(), weight_rms, dtype).item(),
+            (dtype, self._versions(self.rigsa_values, self.rigsa_alpha)),
+            lambda: not self._is_safe(dtype).item(),
         )
+        if before is not None and before[1] != exact:
+            logger.info(
+                "%s x %s layer: %s from here on, at alpha = %.2e",
+                self.out_features, self.in_features, "exact" if exact else "composed", self.rigsa_alpha.item(),
+            )  # fmt: skip
+        return exact
+
+    def _exact_flag(self, dtype: torch.dtype) -> Tensor:
+        """The device's decision, for the fused path: a boolean of shape ``(1,)`` that nobody waits for."""
+        if self.numerics == "auto" and dtype in HALF_DTYPES and not torch.compiler.is_compiling():
+            versions = (dtype, self._versions(self.rigsa_values, self.rigsa_alpha))
+            return self._keep("exact_flag", versions, lambda: ~self._is_safe(dtype))
+        return torch.full((1,), self._is_exact(dtype), dtype=torch.bool, device=self.rigsa_alpha.device)
+
+    def _is_safe(self, dtype: torch.dtype) -> Tensor:
+        weight_rms = self._keep("weight_rms", self._weight_version, lambda: rms(self._matrix()))
+        return composed_is_safe(self.rigsa_alpha.detach(), self.rigsa_values.detach(), weight_rms, dtype)
+
+    @property
+    def _weight_version(self) -> tuple[int, int]:
+        """Of a frozen weight: no optimiser moves it."""
+        return self.weight.data_ptr(), self.weight._version
+
+    def _matrix(self) -> Tensor:
+        """W0 as a matrix."""
+        return dequantize(self._base(self.dtype), (self.out_features, self.in_features), self.dtype)
 
     def _operand(self, dtype: torch.dtype, exact: bool) -> Tensor | None:
         """The matrix that every call of a step multiplies by, in `dtype`."""
@@ -230,7 +300,9 @@ class GatedSparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         """A state brings its pattern along: a ticket loads into a dense layer, and the other way round."""
-        words = state_dict.get(f"{prefix}rigsa_words")
+        alpha, words = (state_dict.get(f"{prefix}rigsa_{name}") for name in ("alpha", "words"))
+        if alpha is not None and not alpha.isfinite().all():
+            raise ValueError(f"{prefix}rigsa_alpha: expected a finite gate, got {alpha.item()}")
         if f"{prefix}rigsa_values" in state_dict and not _same_words(words, self.rigsa_words):
             dense = SparsePattern.dense(self.out_features, self.in_features)
             self.set_pattern(dense if words is None else SparsePattern.from_words(words, self.in_features))

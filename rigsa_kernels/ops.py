@@ -1,10 +1,12 @@
 """The operators ``torch.ops.rigsa.*`` and their gradients.
 
 Each operator is a `torch.library` schema, a fake (shapes without data, for tracing) and an implementation per device.
-`rigsa_kernels.reference` implements the CPU and, until the Triton kernels take that key over, CUDA. Autograd stays
-outside, in one `torch.autograd.Function`: half the host time of `register_autograd` for a call this small.
+`rigsa_kernels.reference` implements the CPU, the Triton kernels CUDA. Autograd stays outside, in one
+`torch.autograd.Function`: half the host time of `register_autograd` for a call this small.
 
-A pattern crosses this border as a list of tensors: ``[]`` for dense, ``[words, word_offsets, row_base]`` for packed.
+A frozen weight crosses this border as a list of tensors, its base: ``[weight]``, or ``[codes, absmax, levels]`` for NF4.
+So does a pattern: ``[]`` for dense, ``[words, word_offsets, row_base]`` for packed. `exact` is a boolean tensor of shape
+``(1,)`` that the kernels read on the device.
 """
 
 from __future__ import annotations
@@ -18,104 +20,123 @@ from torch import Tensor
 
 from rigsa_kernels import reference
 from rigsa_kernels.format import SparsePattern
-
-_library = torch.library.Library("rigsa", "DEF")
-
-
-def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    name = schema.split("(", 1)[0]
-    _library.define(schema)
-    _library.impl(name, implementation, "CPU")
-    _library.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"rigsa::{name}", fake, lib=_library)
+from rigsa_kernels.library import define, on_first_use
+from rigsa_kernels.nf4 import num_weights
 
 
-def _last_dim_becomes(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    return like.new_empty((*like.shape[:-1], size), dtype=dtype)
+def _last_dim_becomes(like: Tensor, size: int) -> Tensor:
+    return like.new_empty((*like.shape[:-1], size))
 
 
-_define(
+def _on_cuda(reference: Callable[..., Any], launcher: str) -> Callable[..., Any]:
+    """The Triton kernel; PyTorch for float64, on every device: Triton has no float64 product."""
+    kernel = on_first_use(launcher)
+    return lambda operand, *others: (reference if operand.dtype == torch.float64 else kernel)(operand, *others)
+
+
+define(
     "compose(Tensor weight, Tensor values, Tensor alpha, Tensor[] pattern) -> Tensor",
+    reference.compose,
     reference.compose,
     lambda weight, values, alpha, pattern: torch.empty_like(weight),
 )
-_define(
-    "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor values, Tensor alpha, Tensor[] pattern, bool exact)"
+define(
+    "add_scaled(Tensor base, Tensor term, Tensor alpha) -> Tensor",
+    reference.add_scaled,
+    reference.add_scaled,
+    lambda base, term, alpha: torch.empty_like(base),
+)
+define(
+    "linear_fwd(Tensor x, Tensor[] base, Tensor? bias, Tensor values, Tensor alpha, Tensor[] pattern, Tensor exact)"
     " -> Tensor",
     reference.linear_fwd,
-    lambda x, weight, bias, values, alpha, pattern, exact: _last_dim_becomes(x, weight.shape[0], weight.dtype),
+    _on_cuda(reference.linear_fwd, "triton_linear.linear_fwd"),
+    lambda x, base, bias, values, alpha, pattern, exact: _last_dim_becomes(x, num_weights(base) // x.shape[-1]),
 )
-_define(
-    "linear_dx(Tensor dy, Tensor weight, Tensor values, Tensor alpha, Tensor[] pattern, bool exact) -> Tensor",
+define(
+    "linear_dx(Tensor dy, Tensor[] base, Tensor values, Tensor alpha, Tensor[] pattern, Tensor exact) -> Tensor",
     reference.linear_dx,
-    lambda dy, weight, values, alpha, pattern, exact: _last_dim_becomes(dy, weight.shape[1], weight.dtype),
+    _on_cuda(reference.linear_dx, "triton_linear.linear_dx"),
+    lambda dy, base, values, alpha, pattern, exact: _last_dim_becomes(dy, num_weights(base) // dy.shape[-1]),
 )
-_define(
+define(
     "linear_dvalues(Tensor dy, Tensor x, Tensor values, Tensor alpha, Tensor[] pattern) -> (Tensor, Tensor)",
     reference.linear_dvalues,
+    _on_cuda(reference.linear_dvalues, "triton_grad.linear_dvalues"),
     lambda dy, x, values, alpha, pattern: (torch.empty_like(values), torch.empty_like(alpha)),
+)
+define(
+    "linear_dvalues_(Tensor dy, Tensor x, Tensor values, Tensor alpha, Tensor[] pattern, Tensor(a!) dvalues,"
+    " Tensor(b!) dalpha) -> ()",
+    reference.linear_dvalues_,
+    _on_cuda(reference.linear_dvalues_, "triton_grad.linear_dvalues_"),
+    lambda dy, x, values, alpha, pattern, dvalues, dalpha: None,
 )
 
 
 class _GatedLinear(torch.autograd.Function):
     """Saves x and pointers, never a dense matrix made for one call.
 
-    `operand` is a matrix that outlives the step and replaces the per-call work of the two dense products: the composed
-    weight when not `exact`, the difference in the weight's dtype when `exact`, or None to make it in each call.
+    `operand` is a matrix that outlives the step and takes the place of the fused products: the composed weight when not
+    `exact`, the difference in the weight's dtype when `exact`. `indices` are the base's tensors, then the pattern's.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, values, alpha, operand, exact, *pattern):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight, values, alpha, operand, *pattern)
-        ctx.exact = exact
+    def forward(ctx, x, bias, values, alpha, operand, exact, num_base, *indices):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, values, alpha, operand, exact if isinstance(exact, Tensor) else None, *indices)
+        ctx.exact, ctx.num_base = exact, num_base
+        base, pattern = list(indices[:num_base]), list(indices[num_base:])
         if operand is None:
-            return torch.ops.rigsa.linear_fwd(x, weight, bias, values, alpha, list(pattern), exact)
+            return torch.ops.rigsa.linear_fwd(x, base, bias, values, alpha, pattern, exact)
         if exact:
-            return torch.ops.rigsa.linear_fwd(x, weight, bias, operand, alpha, [], True)
+            return torch.ops.rigsa.add_scaled(F.linear(x, base[0], bias), F.linear(x, operand), alpha)
         return F.linear(x, operand, bias)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, weight, values, alpha, operand, *pattern = ctx.saved_tensors
+        x, values, alpha, operand, flag, *indices = ctx.saved_tensors
+        base, pattern = indices[: ctx.num_base], indices[ctx.num_base :]
         dx = dbias = dvalues = dalpha = None
         if ctx.needs_input_grad[0]:
             if operand is None:
-                dx = torch.ops.rigsa.linear_dx(dy, weight, values, alpha, pattern, ctx.exact)
+                dx = torch.ops.rigsa.linear_dx(dy, base, values, alpha, pattern, flag)
             elif ctx.exact:
-                dx = torch.ops.rigsa.linear_dx(dy, weight, operand, alpha, [], True)
+                dx = torch.ops.rigsa.add_scaled(dy @ base[0], dy @ operand, alpha)
             else:
                 dx = dy @ operand
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             dvalues, dalpha = torch.ops.rigsa.linear_dvalues(dy, x, values, alpha, pattern)
-        return dx, None, dbias, dvalues, dalpha, None, None, *(None for _ in pattern)
+        return dx, dbias, dvalues, dalpha, None, None, None, *(None for _ in indices)
 
 
 def gated_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | list[Tensor],
     bias: Tensor | None,
     values: Tensor,
     alpha: Tensor,
     pattern: SparsePattern,
     *,
-    exact: bool,
+    exact: bool | Tensor,
     operand: Tensor | None = None,
 ) -> Tensor:
     """``y = x W0^T + alpha * x (m . D)^T + b``, differentiable in x, bias, values and alpha.
 
     Args:
         x: ``[..., K]``, the weight's dtype.
-        weight: frozen ``[N, K]``, any float dtype.
+        weight: frozen ``[N, K]``, any float dtype; or ``[codes, absmax, levels]`` of an NF4 layer
+            (`rigsa_kernels.nf4.nf4_base`).
         bias: ``[N]`` or None.
         values: the free entries of D, shaped ``pattern.values_shape``; any float dtype.
         alpha: the gate, shape ``(1,)``; float32 (float64 beside a float64 weight). Its dtype is the one the adapter
-            term is combined in.
+            term is combined in. A gate that is not finite is an error on a CPU; on a GPU asking would stop the host.
         pattern: where D may be non-zero.
         exact: True for two products, False to round ``W0 + alpha D`` to the weight's dtype and run one
-            (see `rigsa_kernels.reference`).
-        operand: a matrix kept over many calls in place of the one each call would make: ``compose(...)`` when not
+            (see `rigsa_kernels.reference`). A boolean tensor of shape ``(1,)`` lets the device decide; not with
+            `operand`.
+        operand: take the library's products with this matrix in place of the fused kernel: ``compose(...)`` when not
             `exact`, ``pattern.scatter(values)`` in the weight's dtype when `exact`. The caller keeps it fresh.
 
     Returns:
@@ -123,35 +144,46 @@ def gated_linear(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; raised before anything is computed.
+        RuntimeError: on CUDA without `operand`, Triton is missing or the GPU older than compute capability 8.0.
 
     Source: RIGSA, section 3 (the gate: ReZero, Bachlechner et al. 2020).
     """
-    _check(x, weight, bias, values, alpha, pattern, operand)
-    return _GatedLinear.apply(x, weight, bias, values, alpha, operand, exact, *pattern.tensors)
+    base = weight if isinstance(weight, list) else [weight]
+    _check(x, base, bias, values, alpha, pattern, exact, operand)
+    if operand is None and not isinstance(exact, Tensor):
+        exact = torch.full((1,), exact, dtype=torch.bool, device=x.device)
+    return _GatedLinear.apply(x, bias, values, alpha, operand, exact, len(base), *base, *pattern.tensors)
 
 
 def _check(
     x: Tensor,
-    weight: Tensor,
+    base: list[Tensor],
     bias: Tensor | None,
     values: Tensor,
     alpha: Tensor,
     pattern: SparsePattern,
+    exact: bool | Tensor,
     operand: Tensor | None,
 ) -> None:
-    if weight.dim() != 2 or tuple(weight.shape) != pattern.shape:
-        raise ValueError(f"weight: expected the pattern's shape {list(pattern.shape)}, got {list(weight.shape)}")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: expected [..., {weight.shape[1]}], got {list(x.shape)}")
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x: expected the weight's dtype {weight.dtype}, got {x.dtype}")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    n, k = pattern.shape
+    if len(base) == 1 and tuple(base[0].shape) != (n, k):
+        raise ValueError(f"weight: expected the pattern's shape {[n, k]}, got {list(base[0].shape)}")
+    if len(base) > 1 and num_weights(base) != n * k:
+        raise ValueError(f"weight: expected {n * k} NF4 codes for {[n, k]}, got {num_weights(base)}")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x: expected [..., {k}], got {list(x.shape)}")
+    if len(base) == 1 and x.dtype != base[0].dtype:
+        raise ValueError(f"x: expected the weight's dtype {base[0].dtype}, got {x.dtype}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias: expected {[n]}, got {list(bias.shape)}")
     pattern.check_values(values)
     if tuple(alpha.shape) != (1,):
         raise ValueError(f"alpha: expected shape (1,), got {tuple(alpha.shape)}")
-    if operand is not None and operand.shape != weight.shape:
-        raise ValueError(f"operand: expected {list(weight.shape)}, got {list(operand.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("values", values), ("alpha", alpha)):
+    if operand is not None and tuple(operand.shape) != (n, k):
+        raise ValueError(f"operand: expected {[n, k]}, got {list(operand.shape)}")
+    if operand is not None and (isinstance(exact, Tensor) or len(base) > 1):
+        raise ValueError("operand: expected a matrix layer and exact=True or False, got a flag tensor or an NF4 layer")
+    named = {"weight": base[0], "bias": bias, "values": values, "alpha": alpha, "operand": operand}
+    for name, tensor in named.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")

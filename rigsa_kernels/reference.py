@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rigsa_kernels.format import csr_indices, flat_indices
+from rigsa_kernels.nf4 import dequantize, num_weights
 
 SAMPLED_PRODUCT_DENSITY = {torch.float64: 0.2, torch.float32: 0.2, torch.bfloat16: 0.03, torch.float16: 0.03}
 """Below this density a product sampled on CSR beats the whole product and a gather: benchmarks/bench_gradient.py on two
@@ -48,25 +49,42 @@ def compose(weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]
 
 
 def linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, alpha: Tensor, pattern: list[Tensor], exact: bool
+    x: Tensor,
+    base: list[Tensor],
+    bias: Tensor | None,
+    values: Tensor,
+    alpha: Tensor,
+    pattern: list[Tensor],
+    exact: Tensor,
 ) -> Tensor:
-    """``y [..., N]`` from ``x [..., K]``, in the weight's dtype."""
+    """``y [..., N]`` from ``x [..., K]``, in the dtype of x."""
+    shape = (num_weights(base) // x.shape[-1], x.shape[-1])
+    weight = dequantize(base, shape, x.dtype)
     if not exact:
         return F.linear(x, compose(weight, values, alpha, pattern), bias)
-    delta = delta_matrix(values, (weight.shape[0], weight.shape[1]), pattern, weight.dtype)
+    delta = delta_matrix(values, shape, pattern, weight.dtype)
     return add_scaled(F.linear(x, weight, bias), F.linear(x, delta), alpha)
 
 
-def linear_dx(dy: Tensor, weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor], exact: bool) -> Tensor:
-    """``dx [..., K]`` from ``dy [..., N]``, in the weight's dtype."""
+def linear_dx(
+    dy: Tensor, base: list[Tensor], values: Tensor, alpha: Tensor, pattern: list[Tensor], exact: Tensor
+) -> Tensor:
+    """``dx [..., K]`` from ``dy [..., N]``, in the dtype of dy."""
+    shape = (dy.shape[-1], num_weights(base) // dy.shape[-1])
+    weight = dequantize(base, shape, dy.dtype)
     if not exact:
         return dy @ compose(weight, values, alpha, pattern)
-    delta = delta_matrix(values, (weight.shape[0], weight.shape[1]), pattern, weight.dtype)
+    delta = delta_matrix(values, shape, pattern, weight.dtype)
     return add_scaled(dy @ weight, dy @ delta, alpha)
 
 
 def add_scaled(base: Tensor, term: Tensor, alpha: Tensor) -> Tensor:
-    """``base + alpha * term``: alpha stays in its own dtype until the one rounding at the end."""
+    """``base + alpha * term``: alpha stays in its own dtype until the one rounding at the end.
+
+    Raises ValueError for a gate that is not finite, on a CPU; on a GPU asking would stop the host once a layer.
+    """
+    if alpha.device.type == "cpu" and not alpha.isfinite():
+        raise ValueError(f"alpha: expected a finite gate, got {alpha.item()}; the training has diverged")
     return torch.addcmul(base.to(alpha.dtype), term.to(alpha.dtype), alpha).to(base.dtype)
 
 
@@ -101,3 +119,12 @@ def linear_dvalues(
     grad = sampled_grad(dy, x, pattern, values.numel()).to(alpha.dtype)
     dalpha = torch.dot(values.to(alpha.dtype).view(-1), grad.view(-1)).view(1)
     return grad.mul_(alpha).to(values.dtype), dalpha
+
+
+def linear_dvalues_(
+    dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor], dvalues: Tensor, dalpha: Tensor
+) -> None:
+    """Adds the two gradients to `dvalues` and `dalpha`, in place: a micro-batch without a second buffer."""
+    more, more_alpha = linear_dvalues(dy, x, values, alpha, pattern)
+    dvalues.add_(more)
+    dalpha.add_(more_alpha)

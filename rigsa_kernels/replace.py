@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.nn as nn
 
+from rigsa_kernels.dispatch import Path
 from rigsa_kernels.init import layer_key
-from rigsa_kernels.linear import ALPHA_INIT, GatedSparseLinear, Numerics, is_plain_linear
+from rigsa_kernels.linear import ALPHA_INIT, HALF_DTYPES, GatedSparseLinear, Numerics, is_plain_linear
+from rigsa_kernels.nf4 import is_nf4_linear, nf4_base
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ def replace_linears(
     init_scale: float = 1.0,
     values_dtype: torch.dtype | None = None,
     numerics: Numerics = "auto",
+    force: Path | None = None,
 ) -> M:
     """Swap the linear layers of `model` for `GatedSparseLinear`, in place, and freeze everything else.
 
@@ -43,14 +47,15 @@ def replace_linears(
             ``"lin1"`` is not ``"lin10"``), or a predicate ``(name, module) -> bool``.
         exclude: glob patterns to leave out.
         shared_gate: one gate for all layers instead of one each.
-        seed, alpha_init, init_scale, values_dtype, numerics: see `GatedSparseLinear`. A layer's initial values depend
-            on the seed and on its own name only.
+        seed, alpha_init, init_scale, values_dtype, numerics, force: see `GatedSparseLinear`. A layer's initial
+            values depend on the seed and on its own name only.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: nothing to replace, or two layers that would draw the same initial values. `model` is unchanged.
+        ValueError: nothing to replace, a 4-bit layer of a shape that cannot be decoded, or two layers that would draw
+            the same initial values. `model` is unchanged.
     """
     selected, skipped = select_linears(model, include, exclude)
     if not selected:
@@ -60,6 +65,9 @@ def replace_linears(
     if len(set(keys.values())) < len(keys):
         twice = [name for name, key in keys.items() if Counter(keys.values())[key] > 1]
         raise ValueError(f"model: {' and '.join(twice)} have names that hash to one random stream; rename one")
+    for linear in selected.values():
+        if is_nf4_linear(linear):
+            nf4_base(linear.weight)  # refuses a shape that cannot be decoded
     model.requires_grad_(False)
     alpha = None
     for name, linear in selected.items():
@@ -72,13 +80,27 @@ def replace_linears(
             init_scale=init_scale,
             values_dtype=values_dtype,
             numerics=numerics,
+            force=force,
         )
         _set_module(model, name, gated.train(linear.training))
         alpha = gated.rigsa_alpha if shared_gate else None
     logger.info("%s", adapter_summary(model))
+    if numerics == "composed":
+        _warn_of_the_dead_zone(gated_linears(model).values(), alpha_init)
     for name, reason in skipped:
         logger.info("left alone: %s (%s)", name, reason)
     return model
+
+
+def _warn_of_the_dead_zone(layers: Iterable[GatedSparseLinear], alpha_init: float) -> None:
+    thresholds = [layer.composed_threshold() for layer in layers if layer.dtype in HALF_DTYPES]
+    lost = [threshold for threshold in thresholds if abs(alpha_init) < threshold]
+    if lost:
+        logger.warning(
+            "numerics='composed': %d of %d layers start with gates at %.0e, and 16-bit rounding takes most of an "
+            "adapter away until its gate reaches about %.0e (the median layer); 'auto' switches there by itself",
+            len(lost), len(thresholds), alpha_init, statistics.median(lost),
+        )  # fmt: skip
 
 
 def restore_linears(model: M) -> M:
@@ -87,9 +109,7 @@ def restore_linears(model: M) -> M:
     Parameters stay frozen, as `replace_linears` left them.
     """
     for name, gated in gated_linears(model).items():
-        linear = nn.Linear(gated.in_features, gated.out_features, bias=gated.bias is not None, device="meta")
-        linear.weight, linear.bias = gated.weight, gated.bias  # type: ignore[assignment]
-        _set_module(model, name, linear.train(gated.training))
+        _set_module(model, name, gated.restored())
     return model
 
 
@@ -101,7 +121,7 @@ def gated_linears(model: nn.Module) -> dict[str, GatedSparseLinear]:
 def adapter_summary(model: nn.Module) -> str:
     """One line: how many layers carry a difference, how many weights they have and how many of them are free."""
     layers = gated_linears(model).values()
-    weights = sum(layer.weight.numel() for layer in layers)
+    weights = sum(layer.num_weights for layer in layers)
     free = sum(layer.rigsa_values.numel() for layer in layers)
     return f"{len(layers)} gated sparse layers: {free:,} of {weights:,} weights free ({free / max(weights, 1):.2%})"
 
@@ -124,8 +144,8 @@ def select_linears(
             skipped.append((name, "the language-model head"))
         elif uses[id(module.weight)] > 1:
             skipped.append((name, "its weight is tied to another module's"))
-        elif not is_plain_linear(module):
-            skipped.append((name, f"{type(module).__name__} is not a plain floating-point nn.Linear"))
+        elif not is_plain_linear(module) and not is_nf4_linear(module):
+            skipped.append((name, f"{type(module).__name__} is neither a plain floating-point nn.Linear nor in NF4"))
         else:
             selected[name] = module
     return selected, skipped

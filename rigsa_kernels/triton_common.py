@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from rigsa_kernels.format import WORD_BITS
+
+MIN_ARCHITECTURE = 80
+"""Tensor cores for bfloat16 and asynchronous copies came with compute capability 8.0 (Ampere)."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of operands and values. Triton has no float64 tensor product; float64 runs on PyTorch on every device."""
 
 
 @triton.jit
@@ -19,23 +31,26 @@ def popcount(bits):
 
 
 @triton.jit
-def free_entries(words_ptr, word_offsets_ptr, row_base, at, ok):
-    """Which entries of a tile are free, and where their values stand (the format's rule, `rigsa_kernels.format`).
+def load_words(words_ptr, word_offsets_ptr, row_base, at, ok):
+    """A pattern's words, uint32, and the number of values before each, int32 (`rigsa_kernels.format`).
 
     Args:
-        row_base: int32 ``[R, 1, 1]``, values before the tile's rows.
-        at: ``[R, Q, 1]`` places of the tile's words; word (r, q) covers 32 columns.
-        ok: boolean, broadcastable to ``[R, Q, 1]``; a word that is not ok counts as empty and is not read.
-
-    Returns:
-        ``(free, position)``, both ``[R, Q, 32]``: boolean, and int32 index into the values.
+        row_base: int32, values before the tile's rows; broadcastable to `at`.
+        at: places of the tile's words.
+        ok: boolean, broadcastable to `at`; a word that is not ok counts as empty and is not read.
     """
     words = tl.load(words_ptr + at, mask=ok, other=0).to(tl.uint32, bitcast=True)
     offsets = tl.load(word_offsets_ptr + at, mask=ok, other=0).to(tl.uint16, bitcast=True).to(tl.int32)
+    return words, row_base + offsets
+
+
+@triton.jit
+def free_entries(words, first):
+    """Which entries of words ``[R, Q, 1]`` are free, and where their values stand: boolean and int32 ``[R, Q, 32]``."""
     bit = tl.arange(0, 32)[None, None, :]
     free = ((words >> bit.to(tl.uint32)) & 1) != 0
     before = words & ((1 << bit) - 1).to(tl.uint32)
-    return free, row_base + offsets + popcount(before)
+    return free, first + popcount(before)
 
 
 @triton.jit
@@ -60,5 +75,68 @@ def clamped(left, BLOCK: tl.constexpr):
 
 
 def architecture() -> int:
-    """Compute capability of the GPU that is current for Triton, as 89 for 8.9."""
-    return int(triton.runtime.driver.active.get_current_target().arch)
+    """Compute capability of the current GPU, as 89 for 8.9.
+
+    Raises:
+        RuntimeError: it is older than `MIN_ARCHITECTURE`.
+    """
+    driver = triton.runtime.driver.active
+    return _supported(driver, driver.get_current_device())
+
+
+@functools.cache  # asking the driver takes longer than a launch
+def _supported(driver: Any, device: int) -> int:
+    del device  # part of the key: a machine may hold different GPUs
+    found = int(driver.get_current_target().arch)
+    if found < MIN_ARCHITECTURE:
+        raise RuntimeError(
+            f"device: expected compute capability 8.0 or newer (Ampere, Ada, Hopper), got {found // 10}.{found % 10}"
+        )
+    return found
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """``[..., C]`` as ``[M, C]`` whose entries of a row are adjacent: a view where one exists, else a copy."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+def check_product(
+    x: Tensor, shape: tuple[int, int], values: Tensor, alpha: Tensor, pattern: list[Tensor], **others: Tensor | None
+) -> None:
+    """What a kernel relies on and PyTorch's dispatcher does not see.
+
+    Args:
+        x: an operand ``[M, ...]``, which says the device.
+        shape: (N, K) of the layer.
+        others: further tensors by name; the same device, entries of a row adjacent.
+
+    Raises:
+        RuntimeError: the GPU is too old.
+        ValueError: an argument that the kernels cannot take; nothing was launched.
+    """
+    architecture()
+    n, k = shape
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: expected {_names(DTYPES)} on a GPU, got {x.dtype}")
+    if values.dtype not in DTYPES:
+        raise ValueError(f"values: expected {_names(DTYPES)} on a GPU, got {values.dtype}")
+    if alpha.dtype != torch.float32 or alpha.numel() != 1:
+        raise ValueError(f"alpha: expected float32 of one entry, got {alpha.dtype} {list(alpha.shape)}")
+    num_words = -(-k // WORD_BITS)
+    expected = [[num_words, n], [num_words, n], [n]] if pattern else []
+    if [list(index.shape) for index in pattern] != expected or (not pattern and tuple(values.shape) != shape):
+        raise ValueError(
+            f"pattern: expected one of [{n}, {k}], got index tensors of shape "
+            f"{[list(index.shape) for index in pattern]} and values of shape {list(values.shape)}"
+        )
+    named = {"values": values, "alpha": alpha, **others} | {f"pattern[{i}]": index for i, index in enumerate(pattern)}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "rigsa_kernels": [
-        "format", "init", "reference", "triton_common", "triton_linear", "ops", "linear", "replace", "optim", "offline", "testing",
+        "format", "library", "init", "select", "reference", "triton_common", "triton_select", "triton_linear", "ops", "linear", "replace", "optim",
+        "offline", "sass", "inspect", "testing",
     ],
     "rigsa": [
         "errors", "files", "memory", "masks", "config", "textual_mnist", "model", "adapter", "evaluate", "train",
@@ -44,7 +45,7 @@ def test_arrows_go_one_way(package, stem):
             assert module.split(".")[0] != "rigsa", f"{package}/{stem}.py imports {module}"
 
 
-TOOLS = {"offline", "testing"}
+TOOLS = {"offline", "sass", "inspect", "testing"}
 """Need triton, and numpy for the interpreter; nothing that a user's program imports imports them."""
 
 

@@ -159,6 +159,29 @@ def test_autocast_runs_in_its_dtype_and_trains(numerics):
     torch.testing.assert_close(y.double(), expected(layer, x), atol=0.05, rtol=0.02)
 
 
+def test_switching_is_logged(caplog):
+    layer, x = make_layer(torch.bfloat16), torch.randn(5, 40)
+    with caplog.at_level("INFO", "rigsa_kernels"):
+        for alpha in (1e-4, 1.0, 2.0):
+            with torch.no_grad():
+                layer.rigsa_alpha.fill_(alpha)
+            layer(x)
+    assert [record.message for record in caplog.records] == [
+        "12 x 40 layer: composed from here on, at alpha = 1.00e+00"
+    ]
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_a_gate_that_is_not_finite_is_named(numerics):
+    layer = make_layer(numerics=numerics)
+    with torch.no_grad():
+        layer.rigsa_alpha.fill_(float("nan"))
+    with pytest.raises(ValueError, match="alpha: expected a finite gate, got nan"):
+        layer(torch.randn(5, 40))
+    with pytest.raises(ValueError, match="rigsa_alpha: expected a finite gate, got nan"):
+        make_layer().load_state_dict(layer.state_dict())
+
+
 def test_compiles_without_a_graph_break():
     layer, x = make_layer(), torch.randn(5, 40)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
@@ -167,6 +190,7 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"force": "fast"}, "force: expected one of fused, gemm or None, got 'fast'"),
         ({"numerics": "fast"}, "numerics: expected one of auto, exact, composed, got 'fast'"),
         ({"alpha_init": float("nan")}, "alpha_init: expected a finite number"),
         ({"pattern": SparsePattern.dense(3, 3)}, r"pattern: expected \[12, 40\], got \[3, 3\]"),
@@ -182,5 +206,5 @@ def test_a_layer_that_is_not_what_it_says_is_refused():
         def forward(self, x):  # type: ignore[no-untyped-def]
             return x
 
-    with pytest.raises(ValueError, match=r"expected an nn\.Linear with a floating-point weight"):
+    with pytest.raises(ValueError, match=r"expected an nn\.Linear with a floating-point or NF4 weight"):
         GatedSparseLinear(Packed(4, 4), seed=0, key=0)

@@ -2,66 +2,15 @@
 
 import pytest
 import torch
+from oracle import ALPHAS, DENSITIES, assert_close, eager_results, flag, make_inputs, truth
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rigsa_kernels import SparsePattern, gated_linear, reference
 from rigsa_kernels.reference import SAMPLED_PRODUCT_DENSITY
 
-DENSITIES = {"dense": None, "packed": 0.4, "sparse": 0.02, "empty": 0.0, "full": 1.0}
-ALPHAS = [0.0, 1e-6, 1e-3, 0.1, -0.1]
 NUMERICS = pytest.mark.parametrize("exact", [True, False], ids=["exact", "composed"])
 PATTERNS = pytest.mark.parametrize("density", DENSITIES)
-
-
-def make_pattern(n: int, k: int, density: str) -> SparsePattern:
-    share = DENSITIES[density]
-    if share is None:
-        return SparsePattern.dense(n, k)
-    return SparsePattern.from_mask(torch.rand(n, k, generator=torch.Generator().manual_seed(1)) < share)
-
-
-def make_inputs(m, n, k, density, alpha, dtype, bias=True):  # type: ignore[no-untyped-def]
-    """Drawn in `dtype`, so that rounding the inputs is not charged to the operator; W0 and D on their usual scales."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    pattern = make_pattern(n, k, density)
-    master = torch.promote_types(dtype, torch.float32)
-    values = pattern.gather((torch.rand(n, k, generator=generator, dtype=master) * 2 - 1) / k**0.5)
-    x, weight, dy = normal(m, k), normal(n, k) * 0.1, normal(m, n)
-    return x, weight, normal(n) if bias else None, values, torch.tensor([alpha], dtype=master), pattern, dy
-
-
-def truth(x, weight, bias, values, alpha, pattern, dy):  # type: ignore[no-untyped-def]
-    """``(y, dx, dvalues, dalpha)`` written out in float64 on whole matrices, without any of our code.
-
-    Each comes with the size of the terms that were summed into it, to which rounding is proportional.
-    """
-    mask = pattern.to_mask()
-    delta = torch.zeros(pattern.shape, dtype=torch.float64)
-    delta[mask] = values.double().flatten()
-    x, weight, dy, alpha = x.double(), weight.double(), dy.double(), alpha.double()
-    total = weight + alpha * delta
-    grad = dy.T @ x
-    y = x @ total.T + (0 if bias is None else bias.double())
-    dx, dvalues, dalpha = dy @ total, alpha * (grad if pattern.is_dense else grad[mask]), (grad * delta).sum().view(1)
-    sizes = [result.abs().max() if result.numel() else 0 for result in (y, dx, dvalues)]
-    return (y, dx, dvalues, dalpha), (*sizes, (grad * delta).abs().sum())
-
-
-def assert_close(got: Tensor, want: Tensor, size: Tensor, eager: Tensor, dtype: torch.dtype) -> None:
-    """Error at most twice what the same computation costs in plain eager at the same dtype, plus one rounding.
-
-    `dtype` is the products', which may be lower than the result's.
-    """
-    eager_error = (eager.double() - want).abs().max() if want.numel() else 0
-    bound = 2 * (eager_error + torch.finfo(dtype).eps * size)
-    assert got.shape == want.shape
-    assert got.isfinite().all()
-    assert ((got.double() - want).abs() <= bound).all()
 
 
 @NUMERICS
@@ -78,20 +27,6 @@ def test_forward_and_gradients_match_float64(shape, dtype, alpha, density, exact
     eager = eager_results(*inputs, exact)
     for results in zip((y.detach(), *(leaf.grad for leaf in leaves)), want, sizes, eager, strict=True):
         assert_close(*results, dtype)
-
-
-def eager_results(x, weight, bias, values, alpha, pattern, dy, exact):  # type: ignore[no-untyped-def]
-    """The textbook computation at the same dtype, by autograd: the yardstick of the error bound."""
-    delta = torch.zeros(pattern.shape, dtype=values.dtype)
-    mask = pattern.to_mask()
-    x, values, alpha = (tensor.detach().requires_grad_() for tensor in (x, values, alpha))
-    delta = delta.index_put(tuple(mask.nonzero().T), values.flatten())
-    if exact:
-        y = torch.nn.functional.linear(x, weight, bias)
-        y = (y + alpha * torch.nn.functional.linear(x, delta.to(x.dtype))).to(x.dtype)
-    else:
-        y = torch.nn.functional.linear(x, (weight + alpha * delta).to(x.dtype), bias)
-    return y.detach(), *torch.autograd.grad(y, (x, values, alpha), dy)
 
 
 @NUMERICS
@@ -170,9 +105,11 @@ def test_opcheck(density, exact):
     tensors = pattern.tensors
     for operator, arguments in [
         (torch.ops.rigsa.compose, (weight, values, alpha, tensors)),
-        (torch.ops.rigsa.linear_fwd, (x, weight, bias, values, alpha, tensors, exact)),
-        (torch.ops.rigsa.linear_dx, (dy, weight, values, alpha, tensors, exact)),
+        (torch.ops.rigsa.add_scaled, (dy, dy, alpha)),
+        (torch.ops.rigsa.linear_fwd, (x, [weight], bias, values, alpha, tensors, flag(exact))),
+        (torch.ops.rigsa.linear_dx, (dy, [weight], values, alpha, tensors, flag(exact))),
         (torch.ops.rigsa.linear_dvalues, (dy, x, values, alpha, tensors)),
+        (torch.ops.rigsa.linear_dvalues_, (dy, x, values, alpha, tensors, torch.ones_like(values), alpha.clone())),
     ]:
         torch.library.opcheck(operator, arguments)
 
@@ -208,7 +145,7 @@ def test_saved_tensors_are_the_input_and_pointers():
     values.requires_grad_()
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         gated_linear(x, weight, None, values, alpha, pattern, exact=False)
-    assert sum(saved.values()) == x.nbytes
+    assert sum(saved.values()) == x.nbytes + 1  # and the flag
     assert values.numel() * 4 < 0.05 * weight.nbytes
 
 
@@ -245,6 +182,6 @@ def test_the_bound_can_fail():
     short = reference.linear_dvalues(dy[1:], x[1:], values, alpha, pattern.tensors)[0]
     with pytest.raises(AssertionError):
         assert_close(short, dvalues, sizes[2], eager[2], torch.bfloat16)
-    wrong_gate = reference.linear_fwd(x, weight, bias, values, alpha + 0.5, pattern.tensors, True)
+    wrong_gate = reference.linear_fwd(x, [weight], bias, values, alpha + 0.5, pattern.tensors, flag(True))
     with pytest.raises(AssertionError):
         assert_close(wrong_gate, y, sizes[0], eager[0], torch.bfloat16)

@@ -130,3 +130,15 @@ def test_nothing_to_replace_is_an_error_that_says_why():
         replace_linears(make_llama(), "query")
     with pytest.raises(ValueError, match=r"the model has no nn\.Linear"):
         replace_linears(nn.ReLU())
+
+
+@pytest.mark.parametrize(("numerics", "dtype", "warned"), [
+    ("composed", torch.bfloat16, True), ("composed", torch.float32, False), ("auto", torch.bfloat16, False),
+])  # fmt: skip
+def test_composing_in_the_dead_zone_is_warned_about(caplog, numerics, dtype, warned):
+    torch.manual_seed(0)
+    replace_linears(nn.Sequential(nn.Linear(64, 64, dtype=dtype)), numerics=numerics)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == warned
+    # nn.Linear draws its weight like our difference, so the threshold is bfloat16's eps
+    assert not warned or ("1 of 1 layers start with gates at 1e-06" in warnings[0] and "about 8e-03" in warnings[0])

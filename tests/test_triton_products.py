@@ -1,0 +1,199 @@
+"""The kernels of forward, input gradient and gradient at the pattern: interpreted, under guard, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import ALPHAS, assert_close, eager_results, flag, make_inputs, quantize_nf4, truth
+from torch import Tensor
+
+from rigsa_kernels import SparsePattern, triton_grad, triton_linear
+from rigsa_kernels.testing import interpreting
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass
+class Problem:
+    """One layer and one batch; `base` is what the kernels take for `weight`."""
+
+    x: Tensor
+    base: list[Tensor]
+    bias: Tensor | None
+    values: Tensor
+    alpha: Tensor
+    pattern: SparsePattern
+    dy: Tensor
+    exact: bool
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        weight = self.base if len(self.base) > 1 else self.base[0]
+        return self.x, weight, self.bias, self.values, self.alpha, self.pattern, self.dy
+
+    def run(self, order: int = 0) -> list[Tensor]:
+        """``[y, dx, dvalues, dalpha]`` from the kernels."""
+        with interpreting(order=order):
+            tail = self.values, self.alpha, self.pattern.tensors
+            y = triton_linear.linear_fwd(self.x, self.base, self.bias, *tail, flag(self.exact))
+            dx = triton_linear.linear_dx(self.dy, self.base, *tail, flag(self.exact))
+            return [y, dx, *triton_grad.linear_dvalues(self.dy, self.x, *tail)]
+
+    def check(self, order: int = 0) -> None:
+        want, sizes = truth(*self.arguments)
+        eager = eager_results(*self.arguments, self.exact)
+        for results in zip(self.run(order), want, sizes, eager, strict=True):
+            assert_close(*results, self.x.dtype)
+
+
+def make(m=40, n=70, k=96, density="packed", alpha=0.1, dtype=torch.bfloat16, exact=False, bias=True, nf4=False,
+         values_dtype=None) -> Problem:  # type: ignore[no-untyped-def]  # fmt: skip
+    x, weight, b, values, gate, pattern, dy = make_inputs(m, n, k, density, alpha, dtype, bias)
+    base = quantize_nf4(weight) if nf4 else [weight]
+    return Problem(x, base, b, values.to(values_dtype or values.dtype), gate, pattern, dy, exact)
+
+
+sizes = st.one_of(st.integers(1, 40), st.integers(1, 150))
+densities = st.sampled_from(["dense", "packed", "sparse", "empty", "full"])
+
+
+@given(
+    sizes, sizes, sizes, densities, st.sampled_from(ALPHAS), st.sampled_from(DTYPES), st.booleans(), st.booleans(),
+    st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_any_shape_matches_float64(m, n, k, density, alpha, dtype, exact, bias, half_values, order):
+    values_dtype = dtype if half_values else torch.float32
+    make(m, n, k, density, alpha, dtype, exact, bias, values_dtype=values_dtype).check(order)
+
+
+@given(sizes, st.integers(1, 40), st.integers(1, 4), densities, st.sampled_from(ALPHAS), st.booleans(), st.booleans())
+@settings(max_examples=20)
+def test_nf4_base_matches_float64(m, n, runs, density, alpha, exact, half_values):
+    dtype = torch.bfloat16
+    make(
+        m, 2 * n, 32 * runs, density, alpha, dtype, exact, nf4=True, values_dtype=dtype if half_values else None
+    ).check()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("density", ["dense", "packed", "full"])
+@pytest.mark.parametrize("nf4", [False, True])
+def test_tiles_of_many_tokens(nf4, density, exact):
+    """More than one tile each way, edges everywhere."""
+    make(150, 70, 96, density, exact=exact, nf4=nf4).check()
+
+
+@pytest.mark.parametrize("density", ["sparse", "full"])
+def test_columns_beyond_what_16_signed_bits_count(density):
+    """With every entry free, offsets in a row pass 32,767; dx and the gradient reach columns beyond it."""
+    make(2, 3, 33_000, density, dtype=torch.bfloat16).check()
+
+
+def test_a_pattern_with_empty_rows():
+    problem = make(20, 40, 64)
+    mask = problem.pattern.to_mask()
+    mask[::3], mask[-1] = False, False
+    delta = problem.pattern.scatter(problem.values)
+    problem.pattern = SparsePattern.from_mask(mask)
+    problem.values = problem.pattern.gather(delta)
+    problem.check()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", ["dense", "packed"])
+def test_closed_gate_is_the_base_product_bit_for_bit(density, dtype, exact):
+    """alpha = 0 on either path gives what a layer without a free entry gives."""
+    gated, empty = (make(20, 24, 64, d, 0.0, dtype, exact) for d in (density, "empty"))
+    for got, want in zip(gated.run()[:2], empty.run()[:2], strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-3, 1e-1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("density", ["dense", "packed"])
+def test_the_whole_adapter_term_reaches_y_on_the_exact_path(density, dtype, alpha):
+    """Least-squares share of the adapter term in y, with W0 = 0 so that rounding y does not hide it."""
+    problem = make(32, 64, 96, density, alpha, dtype, exact=True, bias=False)
+    problem.base = [torch.zeros_like(problem.base[0])]
+    if dtype == torch.float16:  # 1e-6 times a delta of 1e-2 is below float16's smallest number, so y itself is scaled
+        problem.x = problem.x * 256
+    term = (problem.x.double() @ problem.pattern.scatter(problem.values).double().T) * alpha
+    y = problem.run()[0].double()
+    assert (y * term).sum() / (term * term).sum() == pytest.approx(1, abs=0.01)
+
+
+def test_order_of_programs_does_not_show():
+    problem = make(150, 70, 96)
+    runs = [problem.run(order) for order in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("density", ["dense", "packed"])
+def test_views_that_callers_have(density):
+    """Row-strided, transposed, expanded, three-dimensional and empty batches, and a gradient of stride 0."""
+    problem = make(12, 24, 64, density, dtype=torch.float32)
+    y, _, dvalues, _ = problem.run()
+    x, dy = problem.x, problem.dy
+    for view in (x.view(3, 4, 64), x.t().contiguous().t(), torch.cat([x, x], 1)[:, :64]):
+        problem.x, problem.dy = view, dy.view(*view.shape[:-1], 24)
+        got = problem.run()
+        assert torch.equal(got[0].reshape(12, 24), y)
+        assert torch.equal(got[2], dvalues)
+    problem.x, problem.dy = x[:1].expand(12, 64), torch.ones(()).expand(12, 24)
+    problem.check()
+    problem.x, problem.dy = x[:0], dy[:0]
+    y, dx, dvalues, dalpha = problem.run()
+    assert y.shape == (0, 24)
+    assert dx.shape == (0, 64)
+    assert not dvalues.any()
+    assert not dalpha.any()
+
+
+@pytest.mark.parametrize("density", ["dense", "packed"])
+def test_gradients_add_to_what_is_there(density):
+    """Two micro-batches into one buffer: the sum of both, each rounded once."""
+    problem = make(40, 30, 64, density, dtype=torch.float32)
+    _, _, dvalues, dalpha = problem.run()
+    total, gate = torch.zeros_like(dvalues), torch.zeros_like(dalpha)
+    for _ in range(2):
+        with interpreting():
+            tail = problem.values, problem.alpha, problem.pattern.tensors
+            triton_grad.linear_dvalues_(problem.dy, problem.x, *tail, total, gate)
+    torch.testing.assert_close(total, 2 * dvalues)
+    torch.testing.assert_close(gate, 2 * dalpha)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(40, 96, dtype=torch.float64)}, "x: expected bfloat16, float16, float32 on a GPU, got torch.float64"),
+        ({"x": torch.zeros(40, 96, dtype=torch.float16)}, "weight: expected the operand's dtype torch.float16"),
+        ({"alpha": torch.zeros(1, dtype=torch.bfloat16)}, "alpha: expected float32 of one entry"),
+        ({"values": torch.zeros(5, dtype=torch.int8)}, "values: expected bfloat16, float16, float32 on a GPU"),
+        ({"pattern": SparsePattern.from_mask(torch.ones(9, 9, dtype=torch.bool))}, r"pattern: expected one of \[70, 96\]"),
+        ({"pattern": SparsePattern.dense(70, 96)}, r"pattern: expected one of \[70, 96\]"),
+        ({"values": torch.zeros(9, device="meta")}, "values: expected the device of x, cpu, got meta"),
+        ({"base": [torch.zeros(96, 70, dtype=torch.bfloat16).t()]}, "weight: expected a contiguous tensor"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named_before_a_launch(change, message):
+    problem = make()
+    for name, value in change.items():
+        setattr(problem, name, value)
+    with pytest.raises(ValueError, match=message):
+        problem.run()
+
+
+def test_an_old_gpu_is_refused():
+    problem = make()
+    with interpreting(arch=75), pytest.raises(RuntimeError, match=r"compute capability 8.0 or newer .* got 7\.5"):
+        triton_linear.linear_dx(
+            problem.dy, problem.base, problem.values, problem.alpha, problem.pattern.tensors, flag(True)
+        )
