@@ -12,7 +12,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from rigsa.files import is_done, mark_done, read_json, write_json, write_text
 from rigsa.memory import peak_memory, reset_peak_memory
 from rigsa.textual_mnist import PromptDataset, collate
 from rigsa_kernels import MaskedAdamW, gated_linears
+from rigsa_kernels.reference import NonFiniteGateError
 
 LOG_FILE = "log.jsonl"
 RESOURCES_FILE = "resources.json"
@@ -161,7 +162,10 @@ class LevelTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        loss = training_loss(model, inputs, self.covers)
+        try:
+            loss = training_loss(model, inputs, self.covers)
+        except NonFiniteGateError as error:
+            self._stop_at_non_finite(str(error), None)
         # Reading the loss costs nothing on a CPU; on a GPU it would stop every step, so there _save and the log tell.
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             self._stop_at_non_finite(f"the loss is {loss.item()}", inputs)
@@ -187,7 +191,7 @@ class LevelTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter(model or self.model, Path(resume_from_checkpoint) / ADAPTER_FILE)
 
-    def _stop_at_non_finite(self, what: str, inputs: dict[str, Tensor] | None) -> None:
+    def _stop_at_non_finite(self, what: str, inputs: dict[str, Tensor] | None) -> NoReturn:
         layer = first_non_finite_parameter(self.model) or (inputs and first_non_finite_output(self.model, inputs))
         raise RigsaError(
             f"training diverged at step {self.state.global_step + 1}: {what}; first in {layer or 'no adapted layer'}. "

@@ -31,6 +31,10 @@ SAMPLED_PRODUCT_DENSITY = {torch.float64: 0.2, torch.float32: 0.2, torch.bfloat1
 Zen 5 cores, which multiply bfloat16 natively but sample it only as float32."""
 
 
+class NonFiniteGateError(ValueError):
+    """A gate is infinite or not a number: the training that moved it has diverged."""
+
+
 def delta_matrix(values: Tensor, shape: tuple[int, int], pattern: list[Tensor], dtype: torch.dtype) -> Tensor:
     """``m . D`` as an ``[N, K]`` matrix of `dtype`. Dense values of that dtype come back as they are, not copied."""
     if not pattern:
@@ -81,10 +85,11 @@ def linear_dx(
 def add_scaled(base: Tensor, term: Tensor, alpha: Tensor) -> Tensor:
     """``base + alpha * term``: alpha stays in its own dtype until the one rounding at the end.
 
-    Raises ValueError for a gate that is not finite, on a CPU; on a GPU asking would stop the host once a layer.
+    Raises:
+        NonFiniteGateError: on a CPU; on a GPU asking would stop the host once a layer.
     """
     if alpha.device.type == "cpu" and not alpha.isfinite():
-        raise ValueError(f"alpha: expected a finite gate, got {alpha.item()}; the training has diverged")
+        raise NonFiniteGateError(f"alpha: expected a finite gate, got {alpha.item()}")
     return torch.addcmul(base.to(alpha.dtype), term.to(alpha.dtype), alpha).to(base.dtype)
 
 

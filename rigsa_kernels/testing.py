@@ -6,8 +6,9 @@ things are put right or added on the way:
 - bfloat16. The stock interpreter multiplies, compares and rounds bit patterns (tests/test_interpreter.py keeps a
   canary); here products of bfloat16 are those of their float32 values and casts round to nearest even. Other bfloat16
   arithmetic is not defined here, which suits the kernels: they widen to float32 right after a load.
-- Memory. A load or store outside every tensor the launch was given, a lane written twice by one store, an address
-  written by two programs and a floating-point atomic are errors.
+- Memory. A load or store outside every tensor the launch was given, an address written twice by one store, an address
+  that one program writes and another reads or writes, and a floating-point atomic are errors. (Addresses are compared
+  as they are: an element seen at one through two widths is two.)
 - Order. Programs run in shuffled order, and what ``torch.empty`` returns is filled with NaN.
 
 All this leans on private names of triton 3.9; the canary test says when they change.
@@ -109,60 +110,79 @@ def _interpret(kernel: JITFunction, grid: Any, args: tuple[Any, ...], options: d
     try:
         _interpreted(kernel.fn)[grid](*args, **options)
     except interpreter.InterpreterError as error:
-        raise error.__cause__ or error from None
+        cause: BaseException = error
+        while isinstance(cause, interpreter.InterpreterError) and cause.__cause__:  # one for each nested function
+            cause = cause.__cause__
+        raise cause from None
     guard.check_races()
 
 
 class Guard:
-    """What one launch may touch, and what it wrote."""
+    """What one launch may touch, and what its programs did."""
 
     def __init__(self, tensors: Sequence[Tensor], order: int) -> None:
         spans = sorted(_span(tensor) for tensor in tensors if tensor.numel())
         self.starts = np.array([start for start, _ in spans], dtype=np.uint64)
         self.ends = np.array([end for _, end in spans], dtype=np.uint64)
         self.order = order
-        self.written: list[np.ndarray] = []
-        self.writers: list[np.ndarray] = []
+        self.seen: dict[str, list[tuple[np.ndarray, int]]] = {"load": [], "store": [], "atomic": []}
 
     @functools.cached_property
     def shuffled(self) -> np.ndarray:
         nx, ny, nz = interpreter.interpreter_builder.grid_dim
         return np.random.default_rng(self.order).permutation(nx * ny * nz)
 
-    def check(self, pointers: Any, mask: Any, size: int, what: str) -> np.ndarray:
-        """The addresses of the lanes that are on, all of them inside a tensor and aligned."""
-        shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
-        addresses = np.broadcast_to(pointers.data, shape)[np.broadcast_to(mask.data, shape)].ravel()
+    def check(self, what: str, pointers: Any, mask: np.ndarray) -> None:
+        """The lanes that are on must lie inside a tensor and be aligned; `what` they did is remembered."""
+        shape = np.broadcast_shapes(pointers.data.shape, mask.shape)
+        lanes = np.broadcast_to(pointers.data, shape)[np.broadcast_to(mask, shape)]
+        addresses = np.unique(lanes)
         if addresses.size == 0:
-            return addresses
+            return
+        program = interpreter.interpreter_builder.grid_idx
+        size = np.uint64(interpreter._get_np_dtype(pointers.get_element_ty()).itemsize)
         tensor = np.searchsorted(self.starts, addresses, side="right") - 1
-        outside = (tensor < 0) | (addresses + np.uint64(size) > self.ends[np.maximum(tensor, 0)])
-        program = interpreter.interpreter_builder.grid_idx
+        outside = (tensor < 0) | (addresses + size > self.ends[np.maximum(tensor, 0)])
         if outside.any():
-            raise GuardError(f"{what}: {outside.sum()} of {addresses.size} lanes out of bounds in program {program}")
-        if (addresses % np.uint64(size)).any():
+            raise GuardError(
+                f"{what}: {outside.sum()} of {addresses.size} addresses out of bounds in program {program}"
+            )
+        if (addresses % size).any():
             raise GuardError(f"{what}: misaligned address in program {program}")
-        return addresses
-
-    def wrote(self, addresses: np.ndarray) -> None:
-        program = interpreter.interpreter_builder.grid_idx
-        if np.unique(addresses).size != addresses.size:
+        if what == "store" and addresses.size != lanes.size:
             raise GuardError(f"store: two lanes of one store hit one address in program {program}")
         _, ny, nz = interpreter.interpreter_builder.grid_dim
-        number = (program[0] * ny + program[1]) * nz + program[2]
-        self.written.append(addresses)
-        self.writers.append(np.full(addresses.size, number))
+        self.seen[what].append((addresses, (program[0] * ny + program[1]) * nz + program[2]))
 
     def check_races(self) -> None:
-        if not self.written:
+        """No program may read or write what another one writes; atomics may meet each other, and nothing else."""
+        self._check_race("store", "store")
+        self._check_race("load", "store")
+        self._check_race("load", "atomic")
+        self._check_race("store", "atomic")
+
+    def _check_race(self, what: str, other: str) -> None:
+        touched, program = self._accesses(what)
+        addresses, others = self._accesses(other)
+        if touched.size == 0 or addresses.size == 0:
             return
-        addresses, writers = np.concatenate(self.written), np.concatenate(self.writers)
-        by_address = np.lexsort((writers, addresses))
-        addresses, writers = addresses[by_address], writers[by_address]
-        race = (addresses[1:] == addresses[:-1]) & (writers[1:] != writers[:-1])
-        if race.any():
-            first = int(np.argmax(race))
-            raise GuardError(f"store: programs {writers[first]} and {writers[first + 1]} write one address")
+        first = np.minimum(np.searchsorted(addresses, touched, side="left"), addresses.size - 1)
+        last = np.maximum(np.searchsorted(addresses, touched, side="right") - 1, 0)
+        for at in (first, last):  # the least and the greatest program there
+            race = (addresses[at] == touched) & (others[at] != program)
+            if race.any():
+                one = int(np.argmax(race))
+                pair = f"{program[one]} ({what}) and {others[at][one]} ({other})"
+                raise GuardError(f"{what}: programs {pair} meet at one address")
+
+    def _accesses(self, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """Addresses and programs, in that order of sorting."""
+        if not self.seen[what]:
+            return np.empty(0, np.uint64), np.empty(0, np.int64)
+        addresses = np.concatenate([addresses for addresses, _ in self.seen[what]])
+        programs = np.concatenate([np.full(addresses.size, program) for addresses, program in self.seen[what]])
+        order = np.lexsort((programs, addresses))
+        return addresses[order], programs[order]
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -209,25 +229,36 @@ class GuardedBuilder(interpreter.InterpreterBuilder):
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     def binary_op(self, lhs, rhs, op):  # type: ignore[no-untyped-def]
-        if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
-            raise GuardError("bfloat16 arithmetic: the interpreter has none; widen to float32 after the load")
+        _no_bfloat16(lhs, rhs)
         return super().binary_op(lhs, rhs, op)
+
+    def unary_op(self, arg, op):  # type: ignore[no-untyped-def]
+        _no_bfloat16(arg)
+        return super().unary_op(arg, op)
+
+    def create_fma(self, x, y, z):  # type: ignore[no-untyped-def]
+        _no_bfloat16(x, y, z)
+        return super().create_fma(x, y, z)
 
     def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):  # type: ignore[no-untyped-def]
         mask = _as_bits(mask)
-        self.guard.check(ptrs, mask, _item_size(ptrs), "load")
+        self.guard.check("load", ptrs, mask.data)
         return super().create_masked_load(ptrs, mask, other, cache_policy, is_volatile)
 
     def create_masked_store(self, ptrs, value, mask, cache_policy):  # type: ignore[no-untyped-def]
         mask = _as_bits(mask)
-        self.guard.wrote(self.guard.check(ptrs, mask, _item_size(ptrs), "store"))
+        self.guard.check("store", ptrs, mask.data)
         return super().create_masked_store(ptrs, value, mask, cache_policy)
 
     def create_atomic_rmw(self, op, ptr, val, mask, sem, scope):  # type: ignore[no-untyped-def]
         if not val.dtype.scalar.is_int():
             raise GuardError("atomic: floating-point atomics make results depend on the order of programs")
-        self.guard.check(ptr, mask, _item_size(ptr), "atomic")
+        self.guard.check("atomic", ptr, _as_bits(mask).data)
         return super().create_atomic_rmw(op, ptr, val, mask, sem, scope)
+
+    def create_atomic_cas(self, ptr, cmp, val, sem, scope):  # type: ignore[no-untyped-def]
+        self.guard.check("atomic", ptr, np.ones(ptr.data.shape, np.bool_))
+        return super().create_atomic_cas(ptr, cmp, val, sem, scope)
 
     def set_grid_idx(self, x, y, z):  # type: ignore[no-untyped-def]
         _, ny, nz = self.grid_dim
@@ -240,5 +271,6 @@ def _as_bits(mask: Any) -> Any:
     return interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
 
 
-def _item_size(pointers: Any) -> int:
-    return interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
+def _no_bfloat16(*operands: Any) -> None:
+    if any(operand.dtype.scalar == tl.bfloat16 for operand in operands):
+        raise GuardError("bfloat16 arithmetic: the interpreter has none; widen to float32 after the load")

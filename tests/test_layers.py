@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "rigsa_kernels": [
-        "format", "library", "init", "select", "reference", "triton_common", "triton_select", "triton_linear", "ops", "linear", "replace", "optim",
+        "format", "nf4", "library", "init", "select", "reference", "adamw", "dispatch", "triton_common",
+        "triton_linear", "triton_grad", "triton_adamw", "triton_select", "ops", "linear", "replace", "optim",
         "offline", "sass", "inspect", "testing",
     ],
     "rigsa": [

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ALPHAS, assert_close, eager_results, flag, make_inputs, quantize_nf4, truth
 from torch import Tensor
 
-from rigsa_kernels import SparsePattern, triton_grad, triton_linear
-from rigsa_kernels.testing import interpreting
+from benchmarks import kernels_on_gpu
+from rigsa_kernels import SparsePattern, testing, triton_grad, triton_linear
+from rigsa_kernels.testing import GuardError, interpreting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,19 +39,41 @@ class Problem:
         weight = self.base if len(self.base) > 1 else self.base[0]
         return self.x, weight, self.bias, self.values, self.alpha, self.pattern, self.dy
 
+    def launch(self) -> list[Tensor]:
+        """``[y, dx, dvalues, dalpha]`` from the kernels, on the tensors' device."""
+        tail = self.values, self.alpha, self.pattern.tensors
+        exact = flag(self.exact).to(self.x.device)
+        y = triton_linear.linear_fwd(self.x, self.base, self.bias, *tail, exact)
+        dx = triton_linear.linear_dx(self.dy, self.base, *tail, exact)
+        return [y, dx, *triton_grad.linear_dvalues(self.dy, self.x, *tail)]
+
     def run(self, order: int = 0) -> list[Tensor]:
-        """``[y, dx, dvalues, dalpha]`` from the kernels."""
+        """`launch`, interpreted."""
         with interpreting(order=order):
-            tail = self.values, self.alpha, self.pattern.tensors
-            y = triton_linear.linear_fwd(self.x, self.base, self.bias, *tail, flag(self.exact))
-            dx = triton_linear.linear_dx(self.dy, self.base, *tail, flag(self.exact))
-            return [y, dx, *triton_grad.linear_dvalues(self.dy, self.x, *tail)]
+            return self.launch()
+
+    def on(self, device: str) -> Problem:
+        """The same problem on another device."""
+        moved = [tensor if tensor is None else tensor.to(device) for tensor in (self.x, self.bias, self.values)]
+        base = [tensor.to(device) for tensor in self.base]
+        x, bias, values = moved
+        alpha, pattern, dy = self.alpha.to(device), self.pattern.to(device), self.dy.to(device)
+        return Problem(x, base, bias, values, alpha, pattern, dy, self.exact)
 
     def check(self, order: int = 0) -> None:
+        self.compare(self.run(order))
+
+    def compare(self, results: list[Tensor]) -> None:
+        """`results`, from any device, against float64."""
         want, sizes = truth(*self.arguments)
         eager = eager_results(*self.arguments, self.exact)
-        for results in zip(self.run(order), want, sizes, eager, strict=True):
-            assert_close(*results, self.x.dtype)
+        check_all([result.cpu() for result in results], want, sizes, eager, self.x.dtype)
+
+
+def check_all(results: list[Tensor], *others) -> None:  # type: ignore[no-untyped-def]
+    *columns, dtype = others
+    for outcome in zip(results, *columns, strict=True):
+        assert_close(*outcome, dtype)
 
 
 def make(m=40, n=70, k=96, density="packed", alpha=0.1, dtype=torch.bfloat16, exact=False, bias=True, nf4=False,
@@ -88,10 +114,9 @@ def test_tiles_of_many_tokens(nf4, density, exact):
     make(150, 70, 96, density, exact=exact, nf4=nf4).check()
 
 
-@pytest.mark.parametrize("density", ["sparse", "full"])
-def test_columns_beyond_what_16_signed_bits_count(density):
+def test_columns_beyond_what_16_signed_bits_count():
     """With every entry free, offsets in a row pass 32,767; dx and the gradient reach columns beyond it."""
-    make(2, 3, 33_000, density, dtype=torch.bfloat16).check()
+    make(2, 3, 33_000, "full").check()
 
 
 def test_a_pattern_with_empty_rows():
@@ -112,6 +137,38 @@ def test_closed_gate_is_the_base_product_bit_for_bit(density, dtype, exact):
     gated, empty = (make(20, 24, 64, d, 0.0, dtype, exact) for d in (density, "empty"))
     for got, want in zip(gated.run()[:2], empty.run()[:2], strict=True):
         assert torch.equal(got, want)
+
+
+def whole_numbers(density: str, exact: bool) -> Problem:
+    """Small whole numbers, a gate of 1/4: float32 sums are exact, so each result is one rounding of the truth."""
+    problem = make(40, 70, 96, density, 0.25, torch.bfloat16, exact, bias=False)
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(like: Tensor, limit: int) -> Tensor:
+        return torch.randint(-limit, limit + 1, like.shape, generator=generator).to(like.dtype)
+
+    problem.x, problem.dy = draw(problem.x, 4), draw(problem.dy, 4)
+    problem.base, problem.values = [draw(problem.base[0], 255)], draw(problem.values, 3)
+    return problem
+
+
+def check_whole_numbers(problem: Problem, results: list[Tensor]) -> None:
+    x, (weight,), delta, dy = problem.x, problem.base, problem.pattern.scatter(problem.values), problem.dy
+    total = weight.double() + 0.25 * delta.double()
+    if not problem.exact:
+        total = total.bfloat16().double()
+    y, dx, dvalues, _ = results
+    assert torch.equal(y, (x.double() @ total.T).bfloat16())
+    assert torch.equal(dx, (dy.double() @ total).bfloat16())
+    assert torch.equal(dvalues, problem.pattern.gather((0.25 * dy.double().T @ x.double()).float()))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("density", ["dense", "packed"])
+def test_exact_sums_are_rounded_once_to_the_nearest(density, exact):
+    """Stricter than any bound: a cast that truncates stays within two roundings of eager, but not here."""
+    problem = whole_numbers(density, exact)
+    check_whole_numbers(problem, problem.run())
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e-3, 1e-1])
@@ -173,11 +230,11 @@ def test_gradients_add_to_what_is_there(density):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(40, 96, dtype=torch.float64)}, "x: expected bfloat16, float16, float32 on a GPU, got torch.float64"),
+        ({"x": torch.zeros(40, 96, dtype=torch.float64)}, "x: expected bfloat16, float16, float32 on a GPU"),
         ({"x": torch.zeros(40, 96, dtype=torch.float16)}, "weight: expected the operand's dtype torch.float16"),
         ({"alpha": torch.zeros(1, dtype=torch.bfloat16)}, "alpha: expected float32 of one entry"),
         ({"values": torch.zeros(5, dtype=torch.int8)}, "values: expected bfloat16, float16, float32 on a GPU"),
-        ({"pattern": SparsePattern.from_mask(torch.ones(9, 9, dtype=torch.bool))}, r"pattern: expected one of \[70, 96\]"),
+        ({"pattern": SparsePattern.from_mask(torch.ones(9, 9) > 0)}, r"pattern: expected one of \[70, 96\]"),
         ({"pattern": SparsePattern.dense(70, 96)}, r"pattern: expected one of \[70, 96\]"),
         ({"values": torch.zeros(9, device="meta")}, "values: expected the device of x, cpu, got meta"),
         ({"base": [torch.zeros(96, 70, dtype=torch.bfloat16).t()]}, "weight: expected a contiguous tensor"),
@@ -197,3 +254,55 @@ def test_an_old_gpu_is_refused():
         triton_linear.linear_dx(
             problem.dy, problem.base, problem.values, problem.alpha, problem.pattern.tensors, flag(True)
         )
+
+
+@triton.jit
+def _unclamped(left, BLOCK: tl.constexpr):  # noqa: N803
+    return tl.arange(0, BLOCK)
+
+
+class TestTheChecksCanFail:
+    """Faults put in on purpose: each turns the check red that is there for it."""
+
+    @pytest.mark.parametrize("module", [triton_linear, triton_grad])
+    def test_a_dropped_boundary(self, monkeypatch, module):
+        monkeypatch.setattr(module, "clamped", _unclamped)
+        with pytest.raises(GuardError, match="out of bounds"):
+            make(20, 70, 96).run()
+
+    def test_a_short_buffer(self):
+        problem = make()
+        problem.values = problem.values[:-1].clone()
+        with pytest.raises(GuardError, match="out of bounds"):
+            problem.run()
+
+    def test_a_truncating_cast(self, monkeypatch):
+        """Rounding towards zero where composed weights and results are stored."""
+
+        def truncated(values: np.ndarray) -> np.ndarray:
+            return (np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+        monkeypatch.setattr(testing, "_round_to_bfloat16", truncated)
+        problem = whole_numbers("packed", exact=False)
+        results = problem.run()
+        with pytest.raises(AssertionError):
+            check_whole_numbers(problem, results)
+
+    @pytest.mark.parametrize("name", ["values", "alpha", "bias"])
+    def test_an_operand_that_is_off(self, name):
+        problem = make(exact=True)
+        results = problem.run()
+        getattr(problem, name)[0] += 1
+        with pytest.raises(AssertionError):
+            problem.compare(results)
+
+
+@pytest.mark.parametrize("density", [None, 0.3])
+def test_the_gpu_benchmark_times_what_it_says(density):
+    """Its calls run, and the plain product beside each has the shape of ours."""
+    for name, ours, plain in kernels_on_gpu.calls(8, 16, 64, density, "cpu"):
+        if name == "gradient":
+            assert plain().shape == (16, 64)
+            assert len(ours()) == 2
+        else:
+            assert ours().shape == plain().shape

@@ -1,0 +1,404 @@
+"""AdamW over many tensors in one pass: the operators, and what they compute, in plain PyTorch.
+
+For every value p with gradient g, at step t, in float32 and in this order of operations::
+
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g * g)
+    p = (1 - lr * weight_decay) * p - lr / (1 - beta1**t) * (m / (sqrt(v) / sqrt(1 - beta2**t) + eps))
+
+(Loshchilov & Hutter 2019; the factors without a tensor are computed in float64 and rounded once.) What is stored is
+narrower than what is computed, and rounding to nearest would lose the small steps: at beta2 = 0.999 a second moment
+moves by at most 0.1 % a step towards a smaller one, half a bfloat16 ulp is 0.2 to 0.4 %, so it would never fall. So:
+
+- bfloat16 parameters and moments are rounded stochastically: 16 random bits are added below the ones that stay.
+- 8-bit moments are codes with one float32 scale for every 256 values, the largest magnitude among them (block-wise:
+  Dettmers et al. 2022). A first moment is an int8 ``127 * sign * sqrt(|m| / scale)``, rounded to nearest: 10 % of it is
+  new in each step. A second moment is a uint8 ``255 * (v / scale)**(1/4)``, rounded stochastically such that the
+  *decoded* value is right on average, and never to zero while it is positive: it divides.
+
+Random bits are a hash of (seed, step, the tensor's number, the value's index), so a run repeats to the bit, however
+the tensors are cut into launches. Two rounds of a 32-bit finaliser take 15 instructions a value (SASS for sm_89);
+Philox, which the initial values come from, takes 50.
+
+Every operation is a correctly rounded one, applied in the order written here, so the Triton kernels store these bits
+too (`rigsa_kernels.triton_adamw`; checked in the interpreter, not run on a GPU).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from rigsa_kernels.format import flat_indices
+from rigsa_kernels.library import define
+
+QUANT_BLOCK = 256
+"""Values that share a scale in 8-bit moments."""
+EXP_AVG_CODE_MAX = 127
+EXP_AVG_SQ_CODE_MAX = 255
+SMALLEST_SCALE = 2.0**-126
+"""A block's scale is divided by; below the smallest normal number its inverse would overflow."""
+MIX_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+"""Of the 32-bit finaliser ``lowbias32`` (Wellons, "Prospecting for hash functions", 2018)."""
+SECOND_WORD = 0x9E3779B9
+"""Added to a value's random word to make another one from it."""
+_CHUNK = 1 << 20
+"""Values updated at a time: bounds the working memory. A multiple of QUANT_BLOCK."""
+_LOW_32 = 0xFFFFFFFF
+
+Hyper = tuple[float, float, float, float, float, float, float, float]
+
+
+def hyper_parameters(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> Hyper:
+    """What the update multiplies by: (decay, step_size, beta1, 1 - beta1, beta2, 1 - beta2, inverse_root, eps)."""
+    decay = 1.0 - lr * weight_decay
+    step_size = lr / (1.0 - beta1**step)
+    inverse_root = 1.0 / math.sqrt(1.0 - beta2**step)
+    return decay, step_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, inverse_root, eps
+
+
+def random_key(seed: int, step: int) -> tuple[int, int]:
+    """Two 32-bit words, signed as Triton passes them, that differ for every seed and step."""
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:8], "little", signed=True)
+
+
+def num_blocks(count: int) -> int:
+    """Scales that `count` 8-bit values need."""
+    return -(-count // QUANT_BLOCK)
+
+
+@torch.no_grad()
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    scales: list[Tensor],
+    numbers: list[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+) -> None:
+    """One step, in place.
+
+    Args:
+        params: float32 or bfloat16, any shapes, contiguous (float64 too on a CPU, computed in float64).
+        grads: of the same shapes; float32 or bfloat16.
+        exp_avgs, exp_avg_sqs: of the same shapes; both float32, both bfloat16, or int8 and uint8.
+        scales: float32 ``[2, ceil(numel / 256)]`` each, first those of exp_avg, where moments are 8-bit; else empty.
+        numbers: of the tensors in the random stream.
+        step: from 1.
+        seed: of the random stream, any integer of 64 bits.
+
+    Each list holds tensors of one dtype on one device.
+
+    Raises:
+        ValueError: an argument that does not fit; raised before anything is changed.
+    """
+    check(params, grads, exp_avgs, exp_avg_sqs, scales, numbers, lr, beta1, beta2, eps, weight_decay, step)
+    hyper, key = hyper_parameters(lr, beta1, beta2, eps, weight_decay, step), random_key(seed, step)
+    for index, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        scale = scales[index] if scales else None
+        flat = [tensor.view(-1) for tensor in tensors]
+        for start in range(0, flat[0].numel(), _CHUNK):
+            part = [tensor[start : start + _CHUNK] for tensor in flat]
+            _update(part, scale, start, hyper, random_words(key, numbers[index], start, part[0]))
+
+
+@torch.no_grad()
+def adamw_compose_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    scales: list[Tensor],
+    composed: list[Tensor],
+    base_values: list[Tensor],
+    alphas: list[Tensor],
+    patterns: list[Tensor],
+    numbers: list[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+) -> None:
+    """`adamw_`, and ``composed = base + alpha * value`` at the free entries in the same pass.
+
+    Args:
+        composed: ``[N, K]`` each; float32, bfloat16 or float16. Written at the free entries, nowhere else.
+        base_values: the frozen weight at the free entries, of the values' shapes and composed's dtype.
+        alphas: the gates, float32 ``(1,)``.
+        patterns: empty where all values are dense, else words, word_offsets and row_base of each tensor in turn.
+
+    The others are those of `adamw_`. The sum is that of the *stored* value, in float32, rounded once.
+
+    Raises:
+        ValueError: an argument that does not fit; raised before anything is changed.
+    """
+    check_composed(params, composed, base_values, alphas, patterns)
+    options = (numbers, lr, beta1, beta2, eps, weight_decay, step, seed)
+    adamw_(params, grads, exp_avgs, exp_avg_sqs, scales, *options)
+    for index, (value, base) in enumerate(zip(params, base_values, strict=True)):
+        # Two roundings, not the one of addcmul, which contracts on some machines and in some lanes.
+        entries = (base.to(alphas[index].dtype) + alphas[index] * value.to(alphas[index].dtype)).to(base.dtype)
+        if patterns:
+            free = flat_indices(patterns[3 * index], composed[index].shape[1])
+            composed[index].view(-1).index_copy_(0, free, entries)
+        else:
+            composed[index].copy_(entries)
+
+
+def random_words(key: tuple[int, int], number: int, start: int, like: Tensor) -> Tensor:
+    """int64 holding uint32: a random word for each of the values `start`, `start + 1`, ... that `like` holds."""
+    first, second = key[0] & _LOW_32, key[1] & _LOW_32
+    stream = mix(torch.tensor(number ^ first)).to(like.device)
+    index = torch.arange(start, start + like.numel(), device=like.device) & _LOW_32
+    return mix(mix(index ^ stream) ^ second)
+
+
+def mix(words: Tensor) -> Tensor:
+    """A bijection of 32-bit words in which every bit in changes about half of those that come out."""
+    words = ((words ^ (words >> 16)) * MIX_MULTIPLIERS[0]) & _LOW_32
+    words = ((words ^ (words >> 15)) * MIX_MULTIPLIERS[1]) & _LOW_32
+    return words ^ (words >> 16)
+
+
+def stochastic_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 to bfloat16: up in magnitude with the probability that makes the mean right.
+
+    `bits` are 0 to 2**16 - 1, int64. A NaN is passed by: a carry through its bits could make a zero of it.
+    """
+    rounded = ((x.float().view(torch.int32).to(torch.int64) & _LOW_32) + bits) >> 16
+    rounded = torch.where(x == x, rounded, 0x7FC0)
+    return rounded.to(torch.int16).view(torch.bfloat16)  # the low 16 bits: PyTorch's integer casts wrap
+
+
+def rounded_root(x: Tensor) -> Tensor:
+    """The correctly rounded root. PyTorch's own of float32 on a CPU is off by one ulp for 0.6 % of numbers."""
+    return x.double().sqrt().to(x.dtype)
+
+
+def _update(part: list[Tensor], scale: Tensor | None, start: int, hyper: Hyper, words: Tensor) -> None:
+    value, grad, exp_avg, exp_avg_sq = part
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    decay, step_size, beta1, rest1, beta2, rest2, inverse_root, eps = torch.tensor(
+        hyper, dtype=dtype, device=value.device
+    )
+    blocks = slice(start // QUANT_BLOCK, num_blocks(start + value.numel()))
+    g = grad.to(dtype)
+    if scale is None:
+        m, v = exp_avg.to(dtype), exp_avg_sq.to(dtype)
+    else:
+        m, v = decode_exp_avg(exp_avg, scale[0, blocks]), decode_exp_avg_sq(exp_avg_sq, scale[1, blocks])
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * (g * g)
+    root = rounded_root(v)
+    p = decay * value.to(dtype) - step_size * (m / (root * inverse_root + eps))
+    _store(value, p, words & 0xFFFF)
+    if scale is None:
+        _store(exp_avg, m, mix((words + SECOND_WORD) & _LOW_32) & 0xFFFF)
+        _store(exp_avg_sq, v, words >> 16)
+    else:
+        encode_exp_avg(m, exp_avg, scale[0, blocks])
+        encode_exp_avg_sq(v, root, words >> 16, exp_avg_sq, scale[1, blocks])
+
+
+def _store(target: Tensor, x: Tensor, bits: Tensor) -> None:
+    target.copy_(stochastic_bfloat16(x, bits) if target.dtype == torch.bfloat16 else x)
+
+
+def decode_exp_avg(codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 first moments from int8 codes and the scales of their blocks."""
+    root = codes.float() * (1.0 / EXP_AVG_CODE_MAX)
+    return root * root.abs() * _spread(scale, codes.numel())
+
+
+def decode_exp_avg_sq(codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 second moments from uint8 codes and the scales of their blocks."""
+    root = codes.float() * (1.0 / EXP_AVG_SQ_CODE_MAX)
+    root = root * root
+    return root * root * _spread(scale, codes.numel())
+
+
+def encode_exp_avg(exp_avg: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Writes codes and scales; to the nearest code in the root."""
+    scale.copy_(_block_max(exp_avg))
+    root = rounded_root(exp_avg.abs() * _inverse(scale, exp_avg.numel())) * EXP_AVG_CODE_MAX
+    code = (root + 0.5).floor().clamp_max(EXP_AVG_CODE_MAX)
+    codes.copy_(torch.where(exp_avg < 0, -code, code))
+
+
+def encode_exp_avg_sq(exp_avg_sq: Tensor, root: Tensor, bits: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Writes codes and scales; up or down with the probability that makes the decoded value right on average.
+
+    `root` is the root of exp_avg_sq, which the update has at hand.
+    """
+    scale.copy_(_block_max(exp_avg_sq))
+    inverse = _inverse(scale, exp_avg_sq.numel())
+    ratio = exp_avg_sq * inverse
+    code = (
+        (rounded_root(root * rounded_root(inverse)) * EXP_AVG_SQ_CODE_MAX).clamp_max(EXP_AVG_SQ_CODE_MAX - 1.0).floor()
+    )
+    square = code * code
+    gap = (code + code + 1.0) * (square + square + code + code + 1.0)  # (code + 1)**4 - code**4
+    above = ratio * float(EXP_AVG_SQ_CODE_MAX**4) - square * square
+    code = torch.where(bits.float() * 2.0**-16 * gap < above, code + 1.0, code)
+    codes.copy_(torch.where(exp_avg_sq > 0, code.clamp_min(1.0), code))
+
+
+def _block_max(x: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(x.abs(), (0, num_blocks(x.numel()) * QUANT_BLOCK - x.numel()))
+    return padded.view(-1, QUANT_BLOCK).amax(1)
+
+
+def _inverse(scale: Tensor, count: int) -> Tensor:
+    return _spread(1.0 / scale.clamp_min(SMALLEST_SCALE), count)
+
+
+def _spread(scale: Tensor, count: int) -> Tensor:
+    return scale.repeat_interleave(QUANT_BLOCK)[:count]
+
+
+def check_options(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+    """Raises ValueError for an option of AdamW out of range."""
+    if isinstance(lr, Tensor) or not 0.0 <= lr < math.inf:
+        raise ValueError(f"lr: expected a number of at least 0 (not a tensor), got {lr}")
+    for index, beta in enumerate((beta1, beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas: expected at least 0 and below 1, got {beta} at index {index}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+    if not 0.0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay: expected at least 0, got {weight_decay}")
+
+
+def check(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    scales: list[Tensor],
+    numbers: list[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """Raises ValueError where the arguments of `adamw_` do not fit together."""
+    check_options(lr, beta1, beta2, eps, weight_decay)
+    if step < 1:
+        raise ValueError(f"step: expected at least 1, got {step}")
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "numbers": numbers}
+    if exp_avgs and exp_avgs[0].dtype == torch.int8:
+        lists["scales"] = scales
+    elif scales:
+        raise ValueError(f"scales: expected none beside moments of {exp_avgs[0].dtype if exp_avgs else None}")
+    for name, values in lists.items():
+        if len(values) != len(params):  # type: ignore[arg-type]
+            raise ValueError(f"{name}: expected {len(params)} entries, as many as params, got {len(values)}")  # type: ignore[arg-type]
+    if not params:
+        return
+    _check_dtypes(params, grads, exp_avgs, exp_avg_sqs)
+    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check_like(name, tensors, params)
+    for index, (param, scale) in enumerate(zip(params, scales, strict=False)):
+        wanted = (2, num_blocks(param.numel()))
+        if tuple(scale.shape) != wanted or scale.dtype != torch.float32 or not scale.is_contiguous():
+            got = f"{scale.dtype} {list(scale.shape)}"
+            raise ValueError(f"scales[{index}]: expected contiguous float32 {list(wanted)}, got {got}")
+
+
+def check_composed(
+    params: list[Tensor],
+    composed: list[Tensor],
+    base_values: list[Tensor],
+    alphas: list[Tensor],
+    patterns: list[Tensor],
+) -> None:
+    """Raises ValueError where what `adamw_compose_` takes beyond `adamw_` does not fit."""
+    for name, tensors in (("composed", composed), ("base_values", base_values), ("alphas", alphas)):
+        if len(tensors) != len(params):
+            raise ValueError(f"{name}: expected {len(params)} tensors, as many as params, got {len(tensors)}")
+    if len(patterns) not in (0, 3 * len(params)):
+        raise ValueError(f"patterns: expected 0 or {3 * len(params)} tensors, got {len(patterns)}")
+    _check_like("base_values", base_values, params)
+    for index, (matrix, base, alpha) in enumerate(zip(composed, base_values, alphas, strict=True)):
+        if matrix.dtype != composed[0].dtype or matrix.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"composed[{index}]: expected one of float32, bfloat16, float16, got {matrix.dtype}")
+        if matrix.dim() != 2 or not matrix.is_contiguous() or matrix.device != params[index].device:
+            raise ValueError(f"composed[{index}]: expected a contiguous [N, K] matrix beside its values")
+        if base.dtype != matrix.dtype:
+            raise ValueError(f"base_values[{index}]: expected composed's {matrix.dtype}, got {base.dtype}")
+        if alpha.dtype != torch.float32 or tuple(alpha.shape) != (1,) or alpha.device != params[index].device:
+            raise ValueError(f"alphas[{index}]: expected float32 (1,), got {alpha.dtype} {list(alpha.shape)}")
+        if not patterns and matrix.shape != params[index].shape:
+            raise ValueError(f"composed[{index}]: expected {list(params[index].shape)}, got {list(matrix.shape)}")
+        if patterns:
+            _check_pattern(index, patterns[3 * index : 3 * index + 3], matrix)
+
+
+def _check_pattern(index: int, pattern: list[Tensor], matrix: Tensor) -> None:
+    num_rows, num_columns = matrix.shape
+    words = (-(-num_columns // 32), num_rows)
+    wanted = ((torch.int32, words), (torch.int16, words), (torch.int32, (num_rows,)))
+    for tensor, (dtype, shape) in zip(pattern, wanted, strict=True):
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"patterns of composed[{index}]: expected contiguous {dtype} {list(shape)}, got {got}")
+        if tensor.device != matrix.device:
+            raise ValueError(f"patterns of composed[{index}]: expected {matrix.device}, got {tensor.device}")
+
+
+def _check_dtypes(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> None:
+    dtype = params[0].dtype
+    wide = (torch.float64,) if dtype == torch.float64 and params[0].device.type == "cpu" else ()
+    if dtype not in (torch.float32, torch.bfloat16, *wide):
+        raise ValueError(f"params: expected float32 or bfloat16 (float64 on a CPU), got {dtype} on {params[0].device}")
+    if grads[0].dtype not in (torch.float32, torch.bfloat16, *wide):
+        raise ValueError(f"grads: expected float32 or bfloat16, got {grads[0].dtype}")
+    moments = exp_avgs[0].dtype, exp_avg_sqs[0].dtype
+    same = [(kind, kind) for kind in (torch.float32, torch.bfloat16, *wide)]
+    if moments not in (*same, (torch.int8, torch.uint8)):
+        raise ValueError(
+            f"exp_avgs, exp_avg_sqs: expected both float32, both bfloat16, or int8 and uint8, got {moments}"
+        )
+    for name, tensors in (("params", params), ("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
+            raise ValueError(f"{name}: expected one dtype, got {sorted({str(tensor.dtype) for tensor in tensors})}")
+
+
+def _check_like(name: str, tensors: list[Tensor], params: list[Tensor]) -> None:
+    device = params[0].device
+    for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        if tensor.layout != torch.strided or not (tensor.is_contiguous() and param.is_contiguous()):
+            raise ValueError(f"{name}[{index}]: expected it and its parameter dense and contiguous")
+        if tensor.shape != param.shape:
+            raise ValueError(f"{name}[{index}]: expected {list(param.shape)}, got {list(tensor.shape)}")
+        if tensor.device != device or param.device != device:
+            raise ValueError(f"{name}[{index}]: expected {device} for all tensors, got {tensor.device}, {param.device}")
+
+
+_OPTIONS = "int[] numbers, float lr, float beta1, float beta2, float eps, float weight_decay, int step, int seed) -> ()"
+_STATE = "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] scales"
+
+define(f"adamw_({_STATE}, {_OPTIONS}", adamw_, "triton_adamw.adamw_", lambda *args: None)
+define(
+    f"adamw_compose_({_STATE}, Tensor(e!)[] composed, Tensor[] base_values, Tensor[] alphas, Tensor[] patterns, "
+    f"{_OPTIONS}",
+    adamw_compose_,
+    "triton_adamw.adamw_compose_",
+    lambda *args: None,
+)
