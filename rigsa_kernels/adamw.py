@@ -45,9 +45,8 @@ MIX_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 """Of the 32-bit finaliser ``lowbias32`` (Wellons, "Prospecting for hash functions", 2018)."""
 SECOND_WORD = 0x9E3779B9
 """Added to a value's random word to make another one from it."""
-_CHUNK = 1 << 20
-"""Values updated at a time: bounds the working memory. A multiple of QUANT_BLOCK."""
-_LOW_32 = 0xFFFFFFFF
+_CHUNK = 1 << 16
+"""Values updated at a time, which stay in the cache between operations. A multiple of QUANT_BLOCK."""
 
 Hyper = tuple[float, float, float, float, float, float, float, float]
 
@@ -160,27 +159,35 @@ def adamw_compose_(
 
 
 def random_words(key: tuple[int, int], number: int, start: int, like: Tensor) -> Tensor:
-    """int64 holding uint32: a random word for each of the values `start`, `start + 1`, ... that `like` holds."""
-    first, second = key[0] & _LOW_32, key[1] & _LOW_32
-    stream = mix(torch.tensor(number ^ first)).to(like.device)
-    index = torch.arange(start, start + like.numel(), device=like.device) & _LOW_32
-    return mix(mix(index ^ stream) ^ second)
+    """int32 holding uint32: a random word for each of the values `start`, `start + 1`, ... that `like` holds."""
+    first, second = key
+    stream = int(mix(torch.tensor([_signed(number) ^ first], dtype=torch.int32)))
+    index = torch.arange(like.numel(), dtype=torch.int32, device=like.device).add_(_signed(start))
+    return mix(mix(index.bitwise_xor_(stream)).bitwise_xor_(second))
+
+
+def _signed(word: int) -> int:
+    """The int32 with the same low 32 bits."""
+    return (word + 2**31) % 2**32 - 2**31
 
 
 def mix(words: Tensor) -> Tensor:
-    """A bijection of 32-bit words in which every bit in changes about half of those that come out."""
-    words = ((words ^ (words >> 16)) * MIX_MULTIPLIERS[0]) & _LOW_32
-    words = ((words ^ (words >> 15)) * MIX_MULTIPLIERS[1]) & _LOW_32
-    return words ^ (words >> 16)
+    """A bijection of 32-bit words in which every bit in changes about half of those that come out.
+
+    int32 throughout: products wrap, and masks undo what arithmetic shifts drag in.
+    """
+    words = (words ^ ((words >> 16) & 0xFFFF)).mul_(_signed(MIX_MULTIPLIERS[0]))
+    words = words.bitwise_xor_((words >> 15) & 0x1FFFF).mul_(_signed(MIX_MULTIPLIERS[1]))
+    return words.bitwise_xor_((words >> 16) & 0xFFFF)
 
 
 def stochastic_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     """float32 to bfloat16: up in magnitude with the probability that makes the mean right.
 
-    `bits` are 0 to 2**16 - 1, int64. A NaN is passed by: a carry through its bits could make a zero of it.
+    `bits` are int32, 0 to 2**16 - 1. A NaN is passed by: a carry through its bits could make a zero of it.
     """
-    rounded = ((x.float().view(torch.int32).to(torch.int64) & _LOW_32) + bits) >> 16
-    rounded = torch.where(x == x, rounded, 0x7FC0)
+    rounded = (x.float().view(torch.int32) + bits) >> 16
+    rounded.masked_fill_(x != x, 0x7FC0)
     return rounded.to(torch.int16).view(torch.bfloat16)  # the low 16 bits: PyTorch's integer casts wrap
 
 
@@ -207,11 +214,11 @@ def _update(part: list[Tensor], scale: Tensor | None, start: int, hyper: Hyper, 
     p = decay * value.to(dtype) - step_size * (m / (root * inverse_root + eps))
     _store(value, p, words & 0xFFFF)
     if scale is None:
-        _store(exp_avg, m, mix((words + SECOND_WORD) & _LOW_32) & 0xFFFF)
-        _store(exp_avg_sq, v, words >> 16)
+        _store(exp_avg, m, mix(words + _signed(SECOND_WORD)) & 0xFFFF)
+        _store(exp_avg_sq, v, (words >> 16) & 0xFFFF)
     else:
         encode_exp_avg(m, exp_avg, scale[0, blocks])
-        encode_exp_avg_sq(v, root, words >> 16, exp_avg_sq, scale[1, blocks])
+        encode_exp_avg_sq(v, root, (words >> 16) & 0xFFFF, exp_avg_sq, scale[1, blocks])
 
 
 def _store(target: Tensor, x: Tensor, bits: Tensor) -> None:

@@ -308,9 +308,8 @@ def test_random_bits_depend_on_seed_step_tensor_and_index_alone():
 def test_random_words_are_uniform_and_their_halves_independent():
     words = adamw.random_words(adamw.random_key(0, 1), 5, 0, torch.empty(1 << 18))
     bits = (words.unsqueeze(1) >> torch.arange(32)) & 1
-    bits = torch.cat(
-        [bits, (adamw.mix((words + adamw.SECOND_WORD) & 0xFFFFFFFF).unsqueeze(1) >> torch.arange(16)) & 1], 1
-    )
+    second = adamw.mix(words + (adamw.SECOND_WORD - 2**32))
+    bits = torch.cat([bits, (second.unsqueeze(1) >> torch.arange(16)) & 1], 1)
     signs = bits.double() * 2 - 1
     correlation = signs.T @ signs / math.sqrt(words.numel())  # off the diagonal: normal, variance 1
     correlation.fill_diagonal_(0.0)
