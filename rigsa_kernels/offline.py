@@ -19,11 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 
+@dataclass(frozen=True)
 class StandInDriver:
     """What Triton asks of a driver up to the point where a kernel would be loaded."""
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    arch: int
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)

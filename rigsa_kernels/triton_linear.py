@@ -158,7 +158,7 @@ def choose_tile(m: int, dtype: torch.dtype, *, nf4: bool, packed: bool, arch: in
     Decoding NF4 beside a packed difference fills the registers, and only sm_89's compiler fits 128 rows.
     """
     if dtype == torch.float32:
-        return Tile(32, 64, 32, 4, 2)
+        return Tile(64, 32, 32, 4, 3)
     if m <= 16:
         return Tile(16, 64, 32, 4, 3)
     if nf4:
