@@ -8,8 +8,8 @@ from rigsa.adapter import MASK_FILE, load_masks
 from rigsa.errors import RigsaError
 from rigsa.experiment import Experiment, level_folder
 from rigsa.files import is_done
-from rigsa.masks import prune
-from rigsa_kernels import SparsePattern, gated_linears
+from rigsa.masks import TrainedLayer, prune
+from rigsa_kernels import gated_linears
 
 
 def run_imp(experiment: Experiment) -> None:
@@ -36,12 +36,13 @@ def enter_ticket(experiment: Experiment, level: int) -> None:
 def choose_ticket(experiment: Experiment, level: int) -> None:
     """Rank the trained values and write the ticket of `level`. Raises RigsaError where a layer would be empty."""
     config, layers = experiment.config, gated_linears(experiment.model)
-    final = {name: layer.rigsa_values.detach() for name, layer in layers.items()}
-    initial = {name: layer.pattern.gather(layer.initial_matrix()) for name, layer in layers.items()}
+    trained = {
+        name: TrainedLayer(layer.rigsa_values, layer.pattern, layer.bound, layer.seed, layer.key)
+        for name, layer in layers.items()
+    }
     try:
-        kept, counts = prune(final, initial, keep_fraction=config.keep_fraction, ranking=config.ranking)
+        patterns, counts = prune(trained, keep_fraction=config.keep_fraction, ranking=config.ranking)
     except ValueError as error:
         raise RigsaError(f"level {level} cannot be pruned: {error}") from error
-    patterns = {name: SparsePattern.from_mask(layer.pattern.scatter(kept[name])) for name, layer in layers.items()}
     share = counts.eligible / counts.free
     experiment.save_ticket(level, patterns, {"same_sign_share": share, **asdict(counts)})

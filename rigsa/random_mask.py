@@ -9,8 +9,8 @@ from rigsa.config import CONFIG_FILE, Config, load
 from rigsa.errors import RigsaError
 from rigsa.experiment import Experiment, level_folder
 from rigsa.files import is_done
-from rigsa.masks import random_mask
-from rigsa_kernels import SparsePattern, gated_linears
+from rigsa.masks import random_patterns
+from rigsa_kernels import gated_linears
 
 
 def matched_ticket(config: Config) -> int:
@@ -50,15 +50,14 @@ def run_random_mask(experiment: Experiment) -> None:
 def draw_ticket(experiment: Experiment, level: int) -> None:
     config, layers = experiment.config, gated_linears(experiment.model)
     if config.density:
-        counts = {name: round(config.density * layer.weight.numel()) for name, layer in layers.items()}
+        counts = {name: round(config.density * layer.num_weights) for name, layer in layers.items()}
     else:
         matched = load_masks(experiment.model, level_folder(Path(config.match), level) / MASK_FILE)
         counts = {name: pattern.nnz for name, pattern in matched.items()}
+    shapes = {name: layer.pattern.shape for name, layer in layers.items()}
+    device = next(iter(layers.values())).weight.device
     try:
-        patterns = {
-            name: SparsePattern.from_mask(random_mask(layer.pattern.shape, counts[name], seed=config.seed, name=name))
-            for name, layer in layers.items()
-        }
+        patterns = random_patterns(shapes, counts, seed=config.seed, device=device)
     except ValueError as error:
         raise RigsaError(f"--density {config.density}: {error}") from error
     experiment.save_ticket(level, patterns, {"kept": sum(counts.values())})

@@ -80,18 +80,18 @@ class SparsePattern:
                 f"words: expected int32 [{num_words}, N] for {in_features} columns, "
                 f"got {words.dtype} {list(words.shape)}"
             )
-        counts = unpack_bits(words, num_words * WORD_BITS)
-        if counts[:, in_features:].any():
+        beyond = num_words * WORD_BITS - in_features
+        if beyond and (words[-1] >> (WORD_BITS - beyond) != 0).any():
             raise ValueError(f"words: a bit beyond column {in_features - 1} is set, so the mask is damaged")
-        counts = counts.view(words.shape[1], num_words, WORD_BITS).sum(-1)
-        before = counts.cumsum(1) - counts
-        per_row = counts.sum(1)
+        words = words.contiguous()
+        counts = popcount(words)
+        per_row = counts.sum(0)
         nnz = int(per_row.sum())
         if nnz >= 2**31:
             raise ValueError(f"mask: expected fewer than 2**31 free entries a layer, got {nnz}")
-        word_offsets = to_signed(before, 16).to(torch.int16).t().contiguous()
+        word_offsets = to_signed(counts.cumsum(0) - counts, 16).to(torch.int16)
         row_base = (per_row.cumsum(0) - per_row).to(torch.int32)
-        return cls(words.shape[1], in_features, nnz, words.contiguous(), word_offsets, row_base)
+        return cls(words.shape[1], in_features, nnz, words, word_offsets, row_base)
 
     @property
     def is_dense(self) -> bool:
@@ -160,10 +160,21 @@ def pack_bits(mask: Tensor) -> Tensor:
     """Boolean ``[N, K]`` to int32 ``[ceil(K / 32), N]``; columns are padded with zero bits."""
     out_features, in_features = mask.shape
     num_words = -(-in_features // WORD_BITS)
-    padded = torch.nn.functional.pad(mask, (0, num_words * WORD_BITS - in_features))
-    place = torch.ones(WORD_BITS, dtype=torch.int64, device=mask.device) << torch.arange(WORD_BITS, device=mask.device)
-    words = (padded.view(out_features, num_words, WORD_BITS) * place).sum(-1)
-    return to_signed(words, 32).to(torch.int32).t().contiguous()
+    bits = torch.nn.functional.pad(mask, (0, num_words * WORD_BITS - in_features))
+    bits = bits.view(out_features, num_words, WORD_BITS)
+    words = torch.zeros(out_features, num_words, dtype=torch.int32, device=mask.device)
+    for place in range(WORD_BITS):  # a product with all places at once would take 8 bytes an entry
+        words |= bits[..., place].to(torch.int32) << place
+    return words.t().contiguous()
+
+
+def popcount(words: Tensor) -> Tensor:
+    """Number of set bits, 0 to 32, of each int32, as int32. The masks undo what arithmetic shifts drag in."""
+    counts = words - ((words >> 1) & 0x55555555)
+    counts = (counts & 0x33333333) + ((counts >> 2) & 0x33333333)
+    counts = (counts + (counts >> 4)) & 0x0F0F0F0F
+    counts = counts + (counts >> 8)
+    return (counts + (counts >> 16)) & 0x3F
 
 
 def unpack_bits(words: Tensor, in_features: int) -> Tensor:

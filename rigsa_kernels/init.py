@@ -1,24 +1,30 @@
 """Initial values, regenerated from a seed and never stored.
 
-Random number i of layer key L comes from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011) with key = seed and counter = (i // 4, L, 0, 0), lane i % 4. The 24 high bits r of the 32-bit word become
-``(r - 8388607.5) * 2**-23 * bound``: every step before the last multiplication is exact in float32, so the bits do not
-depend on the device, and no value is ever zero.
+Random word i of layer key L comes from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011) with key = seed and counter = (i // 4 modulo 2**32, L, i // 2**34, stream), lane i % 4. Stream 0 makes initial
+values, stream 1 random masks (`rigsa_kernels.select`).
+
+The 24 high bits r of a word become ``(r - 8388607.5) * 2**-23 * bound``: every step before the last multiplication is
+exact in float32, so the bits do not depend on the device, and no float32 value is ever zero.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from rigsa_kernels.format import SparsePattern, unpack_bits
+from rigsa_kernels.library import define
 
 _LOW_32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_CHUNK = 1 << 20
-"""Values made at a time: bounds the int64 working memory to about 100 MB whatever the layer's size."""
+CHUNK = 1 << 20
+"""Entries worked on at a time on the PyTorch path: bounds its working memory to about 100 MB whatever the layer."""
 
 
 def layer_key(name: str) -> int:
@@ -42,12 +48,91 @@ def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[T
     return c0, c1, c2, c3
 
 
-def random_words(seed: int, key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """int64 ``[count]`` holding uint32: words `start` (a multiple of 4) to `start + count` of layer `key`'s stream."""
-    index = torch.arange(start // 4, -(-(start + count) // 4), device=device)
-    zero = torch.zeros_like(index)
-    lanes = torch.stack(philox(seed, (index, torch.full_like(index, key), zero, zero)), dim=1).view(-1)
-    return lanes[:count]
+def random_words(seed: int, key: int, stream: int, start: int, count: int, device: torch.device) -> Tensor:
+    """int64 ``[count]`` holding uint32: words `start` to `start + count` of layer `key`'s stream."""
+    group = torch.arange(start // 4, -(-(start + count) // 4), device=device)
+    counter = (group & _LOW_32, torch.full_like(group, key), group >> 32, torch.full_like(group, stream))
+    return torch.stack(philox(seed, counter), dim=1).view(-1)[start % 4 :][:count]
+
+
+def uniform(words: Tensor, bound: float) -> Tensor:
+    """float32 values in (-bound, bound) from uint32 words."""
+    scale = torch.tensor(bound, dtype=torch.float32, device=words.device)
+    return ((words >> 8).to(torch.float32) - 8388607.5) * 2.0**-23 * scale
+
+
+def row_chunks(pattern: list[Tensor], shape: tuple[int, int]) -> Iterator[tuple[slice, Tensor, slice]]:
+    """Walk a matrix in chunks of about `CHUNK` entries: rows, boolean ``[rows, K]`` free entries, where values lie.
+
+    `pattern` is ``SparsePattern.tensors``; values lie in the flat stored values.
+    """
+    out_features, in_features = shape
+    step = max(CHUNK // max(in_features, 1), 1)
+    for first in range(0, out_features, step):
+        rows = slice(first, min(first + step, out_features))
+        if pattern:
+            words, _, row_base = pattern
+            free = unpack_bits(words[:, rows], in_features)
+            begin = int(row_base[first])
+            yield rows, free, slice(begin, begin + int(free.sum()))
+        else:
+            free = torch.ones(rows.stop - first, in_features, dtype=torch.bool)
+            yield rows, free, slice(first * in_features, rows.stop * in_features)
+
+
+def _initial_values_(
+    out: Tensor, pattern: list[Tensor], in_features: int, bound: float, seed: int, key: int, start: int
+) -> None:
+    flat = out.view(-1)
+    if pattern:
+        for rows, free, stored in row_chunks(pattern, (pattern[0].shape[1], in_features)):
+            words = random_words(seed, key, 0, start + rows.start * in_features, free.numel(), out.device)
+            flat[stored] = uniform(words[free.reshape(-1)], bound).to(out.dtype)
+    else:
+        for begin in range(0, flat.numel(), CHUNK):
+            count = min(CHUNK, flat.numel() - begin)
+            words = random_words(seed, key, 0, start + begin, count, out.device)
+            flat[begin : begin + count] = uniform(words, bound).to(out.dtype)
+
+
+define(
+    "initial_values_(Tensor(a!) out, Tensor[] pattern, int in_features, float bound, int seed, int key, int start)"
+    " -> ()",
+    _initial_values_,
+    "triton_select.initial_values_",
+    lambda out, pattern, in_features, bound, seed, key, start: None,
+)
+
+
+def initial_values(
+    pattern: SparsePattern,
+    bound: float,
+    *,
+    seed: int,
+    key: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The initial values of a layer's free entries; the ``[N, K]`` matrix is not made for a packed pattern.
+
+    Args:
+        pattern: which entries; its index tensors are on `device`.
+        bound, seed, key, dtype, device: as in `uniform_init`.
+
+    Returns:
+        ``pattern.values_shape``, equal to ``pattern.gather(uniform_init(pattern.shape, ...))``.
+
+    Raises:
+        ValueError: `seed`, `key` or `bound` out of range.
+
+    Source: RIGSA, section 4.4 (rewinding).
+    """
+    check_stream(seed, key)
+    if not 0 < bound < float("inf"):
+        raise ValueError(f"bound: expected a positive finite number, got {bound}")
+    values = torch.empty(pattern.values_shape, dtype=dtype, device=device)
+    torch.ops.rigsa.initial_values_(values, pattern.tensors, pattern.in_features, bound, as_int64(seed), key, 0)
+    return values
 
 
 def uniform_init(
@@ -71,18 +156,20 @@ def uniform_init(
     Raises:
         ValueError: `seed`, `key` or `bound` out of range.
     """
+    columns = shape[-1] if shape else 1
+    rows = torch.Size(shape[:-1]).numel()
+    matrix = initial_values(SparsePattern.dense(rows, columns), bound, seed=seed, key=key, dtype=dtype, device=device)
+    return matrix.view(shape)
+
+
+def check_stream(seed: int, key: int) -> None:
+    """Raises ValueError where `seed` or `key` is out of range."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected 0 to 2**64 - 1, got {seed}")
     if not 0 <= key < 2**32:
         raise ValueError(f"key: expected 0 to 2**32 - 1, got {key}")
-    if not 0 < bound < float("inf"):
-        raise ValueError(f"bound: expected a positive finite number, got {bound}")
-    device = torch.device(device)
-    values = torch.empty(shape, dtype=dtype, device=device)
-    flat = values.view(-1)
-    scale = torch.tensor(bound, dtype=torch.float32, device=device)
-    for start in range(0, flat.numel(), _CHUNK):
-        count = min(_CHUNK, flat.numel() - start)
-        words = random_words(seed, key, start, count, device)
-        flat[start : start + count] = ((words >> 8).to(torch.float32) - 8388607.5) * 2.0**-23 * scale
-    return values
+
+
+def as_int64(seed: int) -> int:
+    """The signed number with the same 64 bits: an operator's schema has no unsigned one."""
+    return seed - 2**64 if seed >= 2**63 else seed

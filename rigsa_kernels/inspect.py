@@ -135,9 +135,9 @@ def nf4_base(shape: Shape) -> list[Tensor]:
 # Forward and input gradient
 
 
-def _linear(shape: Shape, dtype: torch.dtype, *, dx: bool, packed: bool, nf4: bool) -> None:
+def _linear(shape: Shape, dtype: torch.dtype, values_dtype: torch.dtype, *, dx: bool, packed: bool, nf4: bool) -> None:
     base = nf4_base(shape) if nf4 else [empty(shape.n, shape.k, dtype=dtype)]
-    values, pattern = stored_values(shape, dtype, packed=packed), packed_pattern(shape) if packed else []
+    values, pattern = stored_values(shape, values_dtype, packed=packed), packed_pattern(shape) if packed else []
     alpha, exact = empty(1, dtype=torch.float32), empty(1, dtype=torch.bool)
     if dx:
         triton_linear.linear_dx(empty(shape.m, shape.n, dtype=dtype), base, values, alpha, pattern, exact)
@@ -153,16 +153,18 @@ def _linear_work(launch: Launch, shape: Shape) -> Work:
 
 
 def _linear_cases() -> Iterator[Case]:
-    """Every dtype and form of the weight in training, and the tiles for fewer tokens."""
-    kinds = [(torch.bfloat16, False, ROWS), (torch.bfloat16, True, ROWS), (torch.float16, False, ROWS)]
-    kinds += [(torch.float32, False, ROWS), (torch.bfloat16, False, 64)]
-    kinds += [(torch.bfloat16, False, 16), (torch.bfloat16, True, 16)]
+    """Every dtype and form of the weight in training, values in float32 too, and the tiles for fewer tokens."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    kinds = [(bf16, bf16, False, ROWS), (bf16, bf16, True, ROWS), (bf16, fp32, False, ROWS), (bf16, fp32, True, ROWS)]
+    kinds += [(fp16, fp16, False, ROWS), (fp32, fp32, False, ROWS)]
+    kinds += [(bf16, bf16, False, 64), (bf16, bf16, False, 16), (bf16, bf16, True, 16)]
     for kernel, dx in (("linear_fwd", False), ("linear_dx", True)):
-        for dtype, nf4, rows in kinds:
+        for dtype, values_dtype, nf4, rows in kinds:
             for packed in (False, True):
                 variant = f"{'nf4 ' if nf4 else ''}{'packed' if packed else 'dense'}"
+                variant += "" if values_dtype == dtype else " D32"
                 variant += "" if rows == ROWS else f" m={rows}"
-                launch = partial(_linear, dtype=dtype, dx=dx, packed=packed, nf4=nf4)
+                launch = partial(_linear, dtype=dtype, values_dtype=values_dtype, dx=dx, packed=packed, nf4=nf4)
                 yield Case(kernel, variant, dtype, launch, _linear_work, rows)
 
 
@@ -448,7 +450,8 @@ LEGEND = f"""\
 {NOTE}
 spill: bytes of stack; smem: KiB of shared memory; CTAs: programs that share an SM; tensor: tensor-core instructions of
 all in the main loop; copy, load: asynchronous copies and plain loads in it, number x bits; limit: what it waits for, by
-the model; us, peak, plain: microseconds, share of tensor peak, speed beside a plain product in the same tile.
+the model; us, peak, plain: microseconds, share of tensor peak, speed beside a plain product in the same tile. D32: the
+values of D are float32 beside a 16-bit weight; m: rows, 860 unless said otherwise.
 """
 _HEADER = ("kernel", "variant", "type", "sm", "regs", "spill", "smem", "CTAs", "tensor", "copy", "load", "limit")
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

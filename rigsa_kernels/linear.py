@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from rigsa_kernels import ops, reference
 from rigsa_kernels.dispatch import Path, choose_path
 from rigsa_kernels.format import SparsePattern
-from rigsa_kernels.init import uniform_init
+from rigsa_kernels.init import initial_values
 from rigsa_kernels.nf4 import dequantize, is_nf4_linear, nf4_base
 
 logger = logging.getLogger(__name__)
@@ -180,21 +180,14 @@ class GatedSparseLinear(nn.Module):
         self.register_buffer("rigsa_words", pattern.words)
         self.register_buffer("rigsa_word_offsets", pattern.word_offsets)
         self.register_buffer("rigsa_row_base", pattern.row_base)
-        self.rigsa_values = nn.Parameter(pattern.gather(self.initial_matrix()))
+        self.rigsa_values = nn.Parameter(
+            initial_values(
+                pattern, self.bound, seed=self.seed, key=self.key, dtype=self._values_dtype, device=self.weight.device
+            )
+        )
         with torch.no_grad():
             self.rigsa_alpha.fill_(self.alpha_init)
         self._kept.clear()
-
-    def initial_matrix(self) -> Tensor:
-        """The initial ``[N, K]`` difference, regenerated from (seed, key)."""
-        return uniform_init(
-            (self.out_features, self.in_features),
-            self.bound,
-            seed=self.seed,
-            key=self.key,
-            dtype=self._values_dtype,
-            device=self.weight.device,
-        )
 
     def composed_threshold(self) -> float:
         """The |alpha| from which composing in the layer's dtype keeps the adapter (`composed_is_safe`)."""

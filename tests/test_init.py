@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from rigsa_kernels import layer_key, uniform_init
-from rigsa_kernels.init import _CHUNK, philox
+from rigsa_kernels import SparsePattern, layer_key, uniform_init
+from rigsa_kernels.init import CHUNK, initial_values, philox, random_words
 
 
 def words(*values: int) -> tuple[torch.Tensor, ...]:
@@ -26,6 +26,15 @@ def test_philox_known_answers(counter, seed, expected):
     assert tuple(int(word) for word in philox(seed, words(*counter))) == expected
 
 
+@pytest.mark.parametrize("start", [0, 5, 2**32 - 6, 2**34 - 6])
+def test_words_are_numbered_through(start):
+    """Word i is lane i % 4 at counter (i // 4 modulo 2**32, key, i // 2**34, stream)."""
+    got = random_words(7, 3, 1, start, 12, torch.device("cpu")).tolist()
+    for i, word in enumerate(got, start):
+        group = i // 4
+        assert word == int(philox(7, words(group % 2**32, 3, group // 2**32, 1))[i % 4])
+
+
 def test_uniform_within_the_bound_and_never_zero():
     values = uniform_init((1000, 100), 0.5, seed=3, key=1)
     assert values.abs().max() < 0.5
@@ -36,9 +45,26 @@ def test_uniform_within_the_bound_and_never_zero():
 
 
 def test_chunks_do_not_show():
-    whole = uniform_init((_CHUNK + 7,), 1.0, seed=5, key=9)
-    assert torch.equal(whole[:_CHUNK], uniform_init((_CHUNK,), 1.0, seed=5, key=9))
+    whole = uniform_init((CHUNK + 7,), 1.0, seed=5, key=9)
+    assert torch.equal(whole[:CHUNK], uniform_init((CHUNK,), 1.0, seed=5, key=9))
     assert len(whole.unique()) > 0.9 * len(whole)
+
+
+def test_initial_values_at_a_pattern_are_those_of_the_matrix():
+    options = {"seed": 5, "key": 9}
+    mask = torch.rand(60, 97, generator=torch.Generator().manual_seed(0)) < 0.1
+    for pattern in (SparsePattern.from_mask(mask), SparsePattern.dense(7, 9), SparsePattern.from_mask(mask & False)):
+        matrix = uniform_init(pattern.shape, 0.3, **options)
+        assert torch.equal(initial_values(pattern, 0.3, **options), pattern.gather(matrix))
+
+
+def test_shape_is_only_a_shape():
+    flat = uniform_init((24,), 1.0, seed=1, key=2)
+    for shape in ((4, 6), (2, 3, 4), (24, 1), (1, 24)):
+        assert torch.equal(uniform_init(shape, 1.0, seed=1, key=2), flat.view(shape))
+    assert torch.equal(uniform_init((), 1.0, seed=1, key=2), flat[0])
+    assert uniform_init((0, 3), 1.0, seed=1, key=2).shape == (0, 3)
+    assert uniform_init((2, 3), 1.0, seed=1, key=2, device="meta").is_meta
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

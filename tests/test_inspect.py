@@ -42,6 +42,8 @@ PRODUCTS = [case for case in CASES if case.kernel.startswith("linear")]
 ON_TENSOR_CORES = [case for case in PRODUCTS if case.dtype != torch.float32]
 
 IN_TRAINING = [case for case in ON_TENSOR_CORES if "nf4" not in case.variant and case.rows == ROWS]
+# A dense D in float32 is twice the bytes beside W0, and L2 shows it: the README says to hold it in bfloat16.
+WIDE = [case for case in IN_TRAINING if case.variant == "dense D32"]
 
 # float16 differs from bfloat16 in conversions only, so one architecture answers for it.
 EVERYWHERE = [(case, arch) for case in CASES for arch in sorted(GPUS) if arch == 89 or case.dtype != torch.float16]
@@ -69,10 +71,15 @@ def tensor_instructions(product, warps):
 
 def copies(case, product, warps):
     """``{bits: how many}``: the copies a lane makes of the dense operands' tiles, as wide as they can be."""
-    on_right = 1 if case.kernel == "linear_dvalues" else ("nf4" not in case.variant) + ("packed" not in case.variant)
+    size = case.dtype.itemsize
+    operands = [(product.block_rows, size)]
+    if "nf4" not in case.variant:
+        operands.append((product.block_columns, size))
+    if "packed" not in case.variant and case.kernel != "linear_dvalues":
+        operands.append((product.block_columns, 4 if "fp32 D" in case.variant else size))
     made = Counter()
-    for entries in (product.block_rows, *[product.block_columns] * on_right):
-        bits = entries * product.block_size * case.dtype.itemsize * 8 // (32 * warps)
+    for entries, size in operands:
+        bits = entries * product.block_size * size * 8 // (32 * warps)
         made[min(bits, 128)] += max(bits // 128, 1)
     return made
 
@@ -113,7 +120,7 @@ def test_tensor_cores_do_what_the_product_needs_and_no_more(case):
 @pytest.mark.parametrize("case", IN_TRAINING, ids=name)
 def test_predicted_speed_beside_a_plain_product(case):
     (inspection,) = inspected(case, 89)
-    assert min(prediction.ratio for prediction in inspection.predictions) >= 0.95
+    assert min(prediction.ratio for prediction in inspection.predictions) >= (0.75 if case in WIDE else 0.95)
 
 
 def test_sm_90_is_not_predicted():
