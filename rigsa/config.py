@@ -12,6 +12,7 @@ from rigsa.errors import RigsaError
 from rigsa.files import read_json, write_json
 from rigsa.masks import Ranking
 from rigsa_kernels.linear import Numerics
+from rigsa_kernels.optim import StateDtype
 
 CONFIG_FILE = "config.json"
 
@@ -31,6 +32,9 @@ class Config:
     data: str = _field("mnist", "digits (scikit-learn's 8x8), mnist (the hub's) or a folder of IDX files")
     device: str = _field("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = _field("bfloat16", "of the model", choices=("float32", "bfloat16"))
+    quantize: str = _field(
+        "none", "keep the frozen weights of the adapted layers in 4 bits (needs bitsandbytes)", choices=("none", "nf4")
+    )
     attention: str = _field(
         "sdpa", "attention implementation of transformers; eager is faster for short prompts on a CPU"
     )
@@ -43,8 +47,14 @@ class Config:
     init_scale: float = _field(1.0, "initial values are uniform in +-init_scale/sqrt(in_features); paper: not stated")
     values_dtype: str = _field(
         "bfloat16",
-        "of the trained values and their moments; paper: not stated, and float32 would not fit its 24 GB",
+        "of the trained values; bfloat16 is rounded stochastically; paper: not stated, and float32 would not fit its "
+        "24 GB",
         choices=("float32", "bfloat16"),
+    )
+    state_dtype: StateDtype = _field(
+        "bfloat16",
+        "of the optimiser's two moments; paper: not stated, and float32 would not fit its 24 GB",
+        choices=get_args(StateDtype),
     )
     numerics: Numerics = _field(
         "auto", "how W0 + alpha*D is applied: two products, one, or by rule", choices=get_args(Numerics)
@@ -75,6 +85,14 @@ class Config:
     max_steps: int = _field(0, "at most this many steps a level; 0: as many as the epochs have")
     batch_size: int = _field(16, "prompts per optimiser step")
     micro_batch_size: int = _field(1, "prompts per forward and backward pass; divides batch_size")
+    checkpointing: bool = _field(
+        False, "keep only the input of each decoder layer for the backward pass and compute the rest again"
+    )
+    step_in_backward: bool = _field(
+        False,
+        "update each layer as soon as its gradient is complete, and free the gradient; needs --max-grad-norm 0 and one "
+        "micro-batch a step",
+    )
     learning_rate: float = _field(2e-3, "peak of the linear schedule")
     alpha_learning_rate: float = _field(2e-3, "the same for the gates")
     warmup_steps: int = _field(1000, "linear warm-up; after it the rate falls linearly to 0")
@@ -128,6 +146,12 @@ class Config:
             f"a divisor of the batch size {self.batch_size}",
             self.batch_size % self.micro_batch_size == 0,
         )
+        if self.step_in_backward and (self.max_grad_norm or self.accumulation_steps > 1):
+            raise RigsaError(
+                "--step-in-backward: no whole gradient ever exists to be clipped or added to; expected --max-grad-norm "
+                f"0 and --micro-batch-size {self.batch_size} (the batch size), got {self.max_grad_norm} and "
+                f"{self.micro_batch_size}"
+            )
         _require(
             self,
             "checkpoint_steps",
@@ -174,6 +198,7 @@ def quickstart(method: str = "imp") -> Config:
         attention="eager",
         system_prompt="",
         values_dtype="float32",
+        state_dtype="float32",
         numerics="composed",  # under "auto" most gates here stay exact: a step takes 1.4 times as long
         prunings=1,
         epochs=2,

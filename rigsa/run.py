@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from rigsa.config import PRESETS, Config, check_folder, flag, save
 from rigsa.errors import RigsaError
+from rigsa.files import read_json, write_json
 
 if TYPE_CHECKING:
     from rigsa.experiment import Experiment
@@ -21,6 +25,10 @@ METHODS = {
     "imp": "iterative magnitude pruning: train the dense adapter, prune it to tickets, train each",
     "random-mask": "the control: one level whose ticket is drawn at random, as dense as an imp run's last one",
 }
+PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
+TOKENS = {"digits": 93}
+"""Of a prompt without examples, as SmolLM2's tokenizer makes them; images of 28x28 have `MNIST_TOKENS`."""
+MNIST_TOKENS = 860
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(command=run_method, method=method)
         add_run_options(command, method)
+    add_plan(commands.add_parser("plan", help=PLAN, description=PLAN[0].upper() + PLAN[1:] + ".", allow_abbrev=False))
     report = commands.add_parser("report", help="redraw tables and figures from run folders", allow_abbrev=False)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, drawn together")
     report.add_argument("--out", type=Path, help="folder for report.md and figure.png; default: the first RUN")
@@ -55,33 +64,73 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_run_options(command: argparse.ArgumentParser, method: str) -> None:
     """--preset, --out, --dry-run and one option per field of `Config` that the method reads."""
-    command.add_argument(
-        "--preset", choices=PRESETS, default="quickstart",
-        help="where the other values come from: paper (SmolLM2-1.7B, a 24 GB GPU), quickstart (two CPU cores), "
-        "smoke (a check that everything runs); default: quickstart",
-    )  # fmt: skip
+    add_preset(command, "quickstart")
     command.add_argument("--out", type=Path, help=f"run folder; default: runs/{method}-PRESET-seedSEED")
     command.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
+    command.add_argument(
+        "--gpu-memory", type=float, metavar="GIB",
+        help="refuse a run that is planned to need more; default: what the GPU has, and no limit on a CPU",
+    )  # fmt: skip
+    add_configuration(command, lambda field: field.metadata["only"] in ("", method))
+
+
+def add_plan(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=run_plan)
+    add_preset(command, "paper")
+    command.add_argument("--method", choices=METHODS, default="imp", help="default: imp")
+    command.add_argument("--gpu-memory", type=float, default=24.0, metavar="GIB", help="of the GPU; default: 24")
+    command.add_argument(
+        "--tokens", type=int, help=f"of a prompt; default: {TOKENS['digits']} with --data digits, else {MNIST_TOKENS}"
+    )
+    command.add_argument(
+        "--same-sign-share", type=float, metavar="FLOAT",
+        help="of a level's entries, those that a pruning may keep: sets the densities of the levels, unless --density "
+        "does; default: 0.539, which leads to the paper's 3.46 %%",
+    )  # fmt: skip
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
+    add_configuration(command, lambda field: field.name != "match")
+
+
+def add_preset(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--preset", choices=PRESETS, default=default,
+        help="where the other values come from: paper (SmolLM2-1.7B, a 24 GB GPU), quickstart (two CPU cores), "
+        f"smoke (a check that everything runs); default: {default}",
+    )  # fmt: skip
+
+
+def add_configuration(command: argparse.ArgumentParser, belongs: Callable[[dataclasses.Field[Any]], bool]) -> None:
+    """One option per field of `Config` that belongs to the command."""
     group = command.add_argument_group("configuration (default: the preset's value)")
     for field in dataclasses.fields(Config):
-        if field.name == "method" or field.metadata["only"] not in ("", method):
+        if field.name == "method" or not belongs(field):
             continue
         group.add_argument(
             f"--{flag(field.name)}",
             dest=field.name,
-            type=type(field.default),
-            choices=field.metadata["choices"] or None,
             default=argparse.SUPPRESS,
-            metavar=None if field.metadata["choices"] else type(field.default).__name__.upper(),
             help=field.metadata["help"].replace("%", "%%"),
+            **_how_to_parse(field),
         )
 
 
-def resolve(options: argparse.Namespace) -> Config:
+def _how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    kind, choices = type(field.default), field.metadata["choices"]
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": kind, "choices": choices or None, "metavar": None if choices else kind.__name__.upper()}
+
+
+def configure(options: argparse.Namespace) -> Config:
     """The preset with what the command line overrides."""
     names = {field.name for field in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(options).items() if name in names}
-    config = dataclasses.replace(PRESETS[options.preset](options.method), **given)
+    return dataclasses.replace(PRESETS[options.preset](options.method), **given)
+
+
+def resolve(options: argparse.Namespace) -> Config:
+    """The configuration of a run: `configure`, and the run that a random mask is matched to."""
+    config = configure(options)
     if config.method == "random-mask":
         if config.match and config.density:
             raise RigsaError("--match and --density: give one of them")
@@ -103,6 +152,7 @@ def run_method(options: argparse.Namespace) -> None:
     quiet_libraries()
     from rigsa.experiment import Experiment
     from rigsa.imp import run_imp
+    from rigsa.memory_plan import Target, require_fit
     from rigsa.plan import describe
     from rigsa.random_mask import matched_ticket, run_random_mask
     from rigsa.report import write_report
@@ -112,11 +162,50 @@ def run_method(options: argparse.Namespace) -> None:
     runners: dict[str, Callable[[Experiment], None]] = {"imp": run_imp, "random-mask": run_random_mask}
     check_folder(config, out)
     experiment = Experiment.prepare(config, out)
-    print(describe(experiment), flush=True)
+    tokens = len(experiment.prompts.encode(experiment.splits.train.levels[0]))
+    target = Target(experiment.model.config, config, experiment.model.device, tokens)
+    plans = require_fit(target, densities_to_train(config), memory_of(target.device, options.gpu_memory))
+    print(describe(experiment, plans), flush=True)
     save(config, out)
     runners[config.method](experiment)
     table, figure = write_report([out], out)
     print(f"\n{table}\n\nfigure: {figure}")
+
+
+def densities_to_train(config: Config) -> dict[int, float]:
+    """Level to density: expected for pruning, known for a random mask."""
+    from rigsa.experiment import METRICS_FILE, level_folder
+    from rigsa.memory_plan import expected_densities
+    from rigsa.random_mask import matched_ticket
+
+    if config.method == "imp":
+        return expected_densities(config)
+    level = matched_ticket(config)
+    return {level: config.density or read_json(level_folder(Path(config.match), level) / METRICS_FILE)["density"]}
+
+
+def memory_of(device: torch.device, given: float | None) -> float:
+    """Bytes: what was given, in GiB, else what the GPU has; a CPU has no limit."""
+    if given is not None:
+        return given * 2**30
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    from rigsa.memory_plan import SAME_SIGN_SHARE, Target, expected_densities
+    from rigsa.memory_report import memory_report
+    from rigsa.model import model_shape
+
+    config = configure(options)
+    device = torch.device("cpu" if config.device == "cpu" else "cuda")
+    tokens = options.tokens or TOKENS.get(config.data, MNIST_TOKENS)
+    share = SAME_SIGN_SHARE if options.same_sign_share is None else options.same_sign_share
+    target = Target(model_shape(config.model), config, device, tokens)
+    text, record = memory_report(target, expected_densities(config, share), options.gpu_memory * 2**30)
+    print(text)
+    if options.json:
+        write_json(options.json, record)
 
 
 def run_report(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
@@ -63,13 +64,16 @@ def train_level(model: nn.Module, dataset: PromptDataset, config: Config, folder
     checkpoint = latest_checkpoint(folder / _CHECKPOINTS)
     steps = steps_per_level(config, len(dataset))
     watch = ProgressAndTime(label)
+    optimizer = make_optimizer(model, config)
+    if config.step_in_backward:
+        step_in_backward(optimizer)
     trainer = LevelTrainer(
         covers=config.loss,
         model=model,
         args=training_arguments(config, steps, folder / _CHECKPOINTS),
         train_dataset=dataset,
         data_collator=partial(collate, pad_id=dataset.prompts.pad_id),
-        optimizers=(make_optimizer(model, config), None),
+        optimizers=(optimizer, None),
         callbacks=[watch, MarkCheckpoint()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -104,7 +108,25 @@ def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
         weight_decay=config.weight_decay,
         alpha_lr=config.alpha_learning_rate,
         alpha_weight_decay=config.alpha_weight_decay,
+        state_dtype=config.state_dtype,
+        seed=config.seed,
     )
+
+
+def step_in_backward(optimizer: MaskedAdamW) -> list[RemovableHandle]:
+    """From here on, `backward` updates each parameter as soon as its gradient is complete, and frees the gradient.
+
+    Gradients then take the memory of one layer. The bits are those of an ordinary step, as no parameter's update looks
+    at another's gradient; that is why there can be no clipping, and one micro-batch a step only. The `step` that
+    follows finds nothing left to do.
+    """
+
+    def update(parameter: Tensor) -> None:
+        optimizer.step()  # of those that have a gradient: this one
+        parameter.grad = None
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter.register_post_accumulate_grad_hook(update) for parameter in parameters]
 
 
 def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArguments:

@@ -76,7 +76,7 @@ def copies(case, product, warps):
     if "nf4" not in case.variant:
         operands.append((product.block_columns, size))
     if "packed" not in case.variant and case.kernel != "linear_dvalues":
-        operands.append((product.block_columns, 4 if "fp32 D" in case.variant else size))
+        operands.append((product.block_columns, 4 if "D32" in case.variant else size))
     made = Counter()
     for entries, size in operands:
         bits = entries * product.block_size * size * 8 // (32 * warps)

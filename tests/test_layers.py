@@ -14,8 +14,8 @@ ORDER = {
         "offline", "sass", "inspect", "testing",
     ],
     "rigsa": [
-        "errors", "files", "memory", "masks", "config", "textual_mnist", "model", "adapter", "evaluate", "train",
-        "experiment", "imp", "random_mask", "plan", "report", "run",
+        "errors", "files", "memory", "live_memory", "masks", "config", "textual_mnist", "model", "adapter", "evaluate",
+        "train", "simulate", "memory_plan", "memory_report", "experiment", "imp", "random_mask", "plan", "report", "run",
     ],
 }  # fmt: skip
 
