@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from rigsa_kernels import GatedSparseLinear, SparsePattern, uniform_init
 
@@ -180,6 +181,20 @@ def test_a_gate_that_is_not_finite_is_named(numerics):
         layer(torch.randn(5, 40))
     with pytest.raises(ValueError, match="rigsa_alpha: expected a finite gate, got nan"):
         make_layer().load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_activation_checkpointing_changes_no_bit(packed, numerics):
+    gradients = []
+    for run in (lambda layer, x: layer(x), lambda layer, x: checkpoint(layer, x, use_reentrant=False)):
+        layer = make_layer(torch.bfloat16, numerics=numerics)
+        if packed:
+            layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
+        x = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+        run(layer, x).float().pow(2).sum().backward()
+        gradients.append([x.grad, layer.rigsa_values.grad, layer.rigsa_alpha.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_compiles_without_a_graph_break():
