@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, set_seed
 
 from rigsa.adapter import ADAPTER_FILE, MASK_FILE, base_fingerprint, load_adapter, load_masks, save_masks
 from rigsa.config import Config
+from rigsa.distributed import is_sharded, main_first, wait_for_all
 from rigsa.evaluate import evaluate
 from rigsa.files import is_done, mark_done, read_json, write_json
 from rigsa.model import attach_adapter, load_model, resolve_device
@@ -70,6 +71,12 @@ class Experiment:
 
     def attach(self) -> None:
         attach_adapter(self.model, self.config)
+
+    def reload(self, level: int) -> None:
+        """A whole model in place of one that training left in shards, with the adapter that training wrote."""
+        self.model, _ = load_model(self.config, resolve_device(self.config.device))
+        self.attach()
+        self.restore(level)
 
     def adopt(self, patterns: dict[str, SparsePattern]) -> None:
         """Every layer takes its pattern, rewinds and closes its gate."""
@@ -113,26 +120,32 @@ class Experiment:
     def measure_base(self) -> dict[str, Any]:
         """The untrained model's results, once."""
         folder = self.run / BASE
-        if not is_done(folder):
-            write_json(folder / METRICS_FILE, self.test("untrained"))
-            mark_done(folder)
+        with main_first():
+            if not is_done(folder):
+                write_json(folder / METRICS_FILE, self.test("untrained"))
+                mark_done(folder)
         return read_json(folder / METRICS_FILE)
 
     def run_level(self, level: int) -> dict[str, Any]:
         """Train the adapter as it stands, test it, write everything down, the marker last. Returns the metrics."""
         folder, label = level_folder(self.run, level), f"level {level}"
+        wait_for_all()  # until every process has seen that this level is not done
         train_level(self.model, PromptDataset(self.splits.train, self.prompts), self.config, folder, label)
-        metrics = {"level": level, **self._adapter_metrics(), "pruning": self._pruning(folder)}
-        metrics |= {"train_loss": read_log(folder)[-1]["loss"], **self.test(label)}
-        write_json(folder / METRICS_FILE, metrics)
-        mark_done(folder)
-        remove_checkpoints(folder)
-        return metrics
+        if is_sharded(self.model):
+            self.reload(level)
+        with main_first():
+            if not is_done(folder):
+                metrics = {"level": level, **self._adapter_metrics(), "pruning": self._pruning(folder)}
+                metrics |= {"train_loss": read_log(folder)[-1]["loss"], **self.test(label)}
+                write_json(folder / METRICS_FILE, metrics)
+                mark_done(folder)
+                remove_checkpoints(folder)
+        return read_json(folder / METRICS_FILE)
 
     def _adapter_metrics(self) -> dict[str, Any]:
         layers = gated_linears(self.model)
         free = sum(layer.rigsa_values.numel() for layer in layers.values())
-        total = sum(layer.weight.numel() for layer in layers.values())
+        total = sum(layer.num_weights for layer in layers.values())
         gates = torch.cat([layer.rigsa_alpha.detach() for layer in layers.values()]).abs()
         return {
             "density": free / total,

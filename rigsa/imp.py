@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from rigsa.adapter import MASK_FILE, load_masks
+from rigsa.distributed import main_first
 from rigsa.errors import RigsaError
 from rigsa.experiment import Experiment, level_folder
 from rigsa.files import is_done
@@ -27,9 +28,10 @@ def run_imp(experiment: Experiment) -> None:
 def enter_ticket(experiment: Experiment, level: int) -> None:
     """Prune the level before, unless that was done already, and put every layer at the start of `level`."""
     path = level_folder(experiment.run, level) / MASK_FILE
-    if not path.exists():
-        experiment.restore(level - 1)
-        choose_ticket(experiment, level)
+    with main_first():
+        if not path.exists():
+            experiment.restore(level - 1)
+            choose_ticket(experiment, level)
     experiment.adopt(load_masks(experiment.model, path))
 
 

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from rigsa.config import Config
 from rigsa.errors import RigsaError
 from rigsa_kernels import replace_linears
+from rigsa_kernels.nf4 import nf4_base
 from rigsa_kernels.replace import select_linears
 
 EMBEDDED = "smollm2-135m"
@@ -60,7 +61,11 @@ def model_shape(name: str) -> PretrainedConfig:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is a GPU if PyTorch sees one. Raises RigsaError for ``cuda`` where it sees none."""
+    """``auto`` is a GPU if PyTorch sees one: the current one, which `rigsa.distributed.join` chooses.
+
+    Raises:
+        RigsaError: for ``cuda`` where PyTorch sees no GPU.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise RigsaError("--device cuda: PyTorch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -107,7 +112,7 @@ def quantize_linears(model: PreTrainedModel, device: torch.device) -> None:
     layers would widen doubly quantised ones anyway.
 
     Raises:
-        RigsaError: bitsandbytes is not installed.
+        RigsaError: bitsandbytes is not installed, or a layer has a shape that NF4 kernels cannot decode.
     """
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
@@ -121,7 +126,13 @@ def quantize_linears(model: PreTrainedModel, device: torch.device) -> None:
         )  # fmt: skip
         quantized.weight = Params4bit(linear.weight.data, requires_grad=False, module=quantized, **options)
         quantized.bias = linear.bias
+        # On some CPUs bitsandbytes would reorder the codes at the first test; an adapted layer reads them as they are.
+        quantized.support_avx512bf16_for_cpu = False
         model.set_submodule(name, quantized.to(device))
+        try:
+            nf4_base(quantized.weight)
+        except ValueError as error:
+            raise RigsaError(f"--quantize nf4: {name} cannot be kept in 4 bits ({error})") from error
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rigsa.adapter import MASK_FILE, load_masks
 from rigsa.config import CONFIG_FILE, Config, load
+from rigsa.distributed import main_first
 from rigsa.errors import RigsaError
 from rigsa.experiment import Experiment, level_folder
 from rigsa.files import is_done
@@ -41,8 +42,9 @@ def run_random_mask(experiment: Experiment) -> None:
     folder = level_folder(experiment.run, level)
     if is_done(folder):
         return
-    if not (folder / MASK_FILE).exists():
-        draw_ticket(experiment, level)
+    with main_first():
+        if not (folder / MASK_FILE).exists():
+            draw_ticket(experiment, level)
     experiment.adopt(load_masks(experiment.model, folder / MASK_FILE))
     experiment.run_level(level)
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,12 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except RigsaError as error:
-        print(f"rigsa: {error}", file=sys.stderr)
+        print(f"{speaker()}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nrigsa: interrupted. Run the same command again to go on from the last checkpoint.", file=sys.stderr)
+        print(
+            f"\n{speaker()}: interrupted. Run the same command again to go on from the last checkpoint.",
+            file=sys.stderr,
+        )
         return 130
     return 0
+
+
+def speaker() -> str:
+    """Who says it, where a launcher started several processes."""
+    rank = os.environ.get("RANK", "0")
+    return "rigsa" if rank == "0" else f"rigsa (process {rank})"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -150,13 +160,17 @@ def run_method(options: argparse.Namespace) -> None:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return
     quiet_libraries()
+    from rigsa import distributed
     from rigsa.experiment import Experiment
     from rigsa.imp import run_imp
     from rigsa.memory_plan import Target, require_fit
+    from rigsa.model import resolve_device
     from rigsa.plan import describe
     from rigsa.random_mask import matched_ticket, run_random_mask
     from rigsa.report import write_report
 
+    distributed.join(on_cpu=resolve_device(config.device).type == "cpu")
+    distributed.check(config)
     if config.method == "random-mask":
         matched_ticket(config)  # say what is missing before a model is loaded
     runners: dict[str, Callable[[Experiment], None]] = {"imp": run_imp, "random-mask": run_random_mask}
@@ -164,12 +178,19 @@ def run_method(options: argparse.Namespace) -> None:
     experiment = Experiment.prepare(config, out)
     tokens = len(experiment.prompts.encode(experiment.splits.train.levels[0]))
     target = Target(experiment.model.config, config, experiment.model.device, tokens)
-    plans = require_fit(target, densities_to_train(config), memory_of(target.device, options.gpu_memory))
-    print(describe(experiment, plans), flush=True)
-    save(config, out)
+    # A plan is that of one process with a whole model, so it cannot refuse one in shards.
+    memory = math.inf if distributed.is_sharding() else memory_of(target.device, options.gpu_memory)
+    plans = require_fit(target, densities_to_train(config), memory)
+    if distributed.is_main():
+        print(describe(experiment, plans), flush=True)
+    distributed.wait_for_all()  # until every process has checked the folder
+    with distributed.main_first():
+        save(config, out)
     runners[config.method](experiment)
-    table, figure = write_report([out], out)
-    print(f"\n{table}\n\nfigure: {figure}")
+    if distributed.is_main():
+        table, figure = write_report([out], out)
+        print(f"\n{table}\n\nfigure: {figure}")
+    distributed.leave()
 
 
 def densities_to_train(config: Config) -> dict[int, float]:
@@ -198,6 +219,10 @@ def run_plan(options: argparse.Namespace) -> None:
     from rigsa.model import model_shape
 
     config = configure(options)
+    for name in ("gpu_memory", "tokens"):
+        given = getattr(options, name)
+        if given is not None and not 0 < given < math.inf:
+            raise RigsaError(f"--{flag(name)}: expected a positive number, got {given}")
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     tokens = options.tokens or TOKENS.get(config.data, MNIST_TOKENS)
     share = SAME_SIGN_SHARE if options.same_sign_share is None else options.same_sign_share

@@ -6,29 +6,44 @@ moment resumes to the same bits as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 
 from rigsa.adapter import ADAPTER_FILE, load_adapter, save_adapter
 from rigsa.config import Config
+from rigsa.distributed import (
+    accumulation_steps,
+    is_main,
+    is_sharded,
+    is_sharding,
+    main_first,
+    num_processes,
+    wait_for_all,
+    whole,
+)
 from rigsa.errors import RigsaError
 from rigsa.evaluate import answer_logits, training_loss
 from rigsa.files import is_done, mark_done, read_json, write_json, write_text
 from rigsa.memory import peak_memory, reset_peak_memory
 from rigsa.textual_mnist import PromptDataset, collate
 from rigsa_kernels import MaskedAdamW, gated_linears
+from rigsa_kernels.optim import local_part
 from rigsa_kernels.reference import NonFiniteGateError
 
 LOG_FILE = "log.jsonl"
@@ -54,6 +69,8 @@ def steps_per_level(config: Config, num_images: int) -> int:
 def train_level(model: nn.Module, dataset: PromptDataset, config: Config, folder: Path, label: str) -> None:
     """Train, then write the adapter, the resources used and, last, the log; where they are, load the adapter instead.
 
+    On several processes all of them train, and the main one writes. Under FSDP `model` is left in shards.
+
     Raises:
         RigsaError: the loss or a value became non-finite (step and layer are named), or a file cannot be written.
     """
@@ -61,33 +78,36 @@ def train_level(model: nn.Module, dataset: PromptDataset, config: Config, folder
         load_adapter(model, folder / ADAPTER_FILE)
         return
     reset_peak_memory()
-    checkpoint = latest_checkpoint(folder / _CHECKPOINTS)
+    with main_first():
+        checkpoint = latest_checkpoint(folder / _CHECKPOINTS)
+    if checkpoint is not None:
+        check_processes(checkpoint)
+        load_adapter(model, checkpoint / ADAPTER_FILE)
     steps = steps_per_level(config, len(dataset))
     watch = ProgressAndTime(label)
-    optimizer = make_optimizer(model, config)
-    if config.step_in_backward:
-        step_in_backward(optimizer)
     trainer = LevelTrainer(
-        covers=config.loss,
+        config=config,
         model=model,
         args=training_arguments(config, steps, folder / _CHECKPOINTS),
         train_dataset=dataset,
         data_collator=partial(collate, pad_id=dataset.prompts.pad_id),
-        optimizers=(optimizer, None),
         callbacks=[watch, MarkCheckpoint()],
     )
     trainer.remove_callback(PrinterCallback)
     if checkpoint is not None and checkpoint_step(checkpoint) == steps:
-        load_adapter(model, checkpoint / ADAPTER_FILE)
         trainer.state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
         callbacks = read_json(checkpoint / _STATE_FILE)["stateful_callbacks"]
         watch.before = callbacks[ProgressAndTime.__name__]["attributes"]["before"]
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save_adapter(model, folder / ADAPTER_FILE)
-    write_json(folder / RESOURCES_FILE, {"train_seconds": watch.seconds, "peak_memory_bytes": peak_memory()})
-    lines = [{name: entry[name] for name in _LOGGED} for entry in trainer.state.log_history if "loss" in entry]
-    write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+        optimizer = trainer.create_optimizer()
+        with stepping_in_backward(optimizer) if config.step_in_backward else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with whole(model), main_first():
+        if not (folder / LOG_FILE).exists():
+            save_adapter(model, folder / ADAPTER_FILE)
+            write_json(folder / RESOURCES_FILE, {"train_seconds": watch.seconds, "peak_memory_bytes": peak_memory()})
+            lines = [{name: entry[name] for name in _LOGGED} for entry in trainer.state.log_history if "loss" in entry]
+            write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -113,8 +133,9 @@ def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
     )
 
 
-def step_in_backward(optimizer: MaskedAdamW) -> list[RemovableHandle]:
-    """From here on, `backward` updates each parameter as soon as its gradient is complete, and frees the gradient.
+@contextlib.contextmanager
+def stepping_in_backward(optimizer: MaskedAdamW) -> Iterator[None]:
+    """Inside, `backward` updates each parameter as soon as its gradient is complete, and frees the gradient.
 
     Gradients then take the memory of one layer. The bits are those of an ordinary step, as no parameter's update looks
     at another's gradient; that is why there can be no clipping, and one micro-batch a step only. The `step` that
@@ -126,7 +147,12 @@ def step_in_backward(optimizer: MaskedAdamW) -> list[RemovableHandle]:
         parameter.grad = None
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return [parameter.register_post_accumulate_grad_hook(update) for parameter in parameters]
+    hooks = [parameter.register_post_accumulate_grad_hook(update) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:  # the gates live on in the next level, which has an optimiser of its own
+            hook.remove()
 
 
 def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArguments:
@@ -134,13 +160,14 @@ def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArgu
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.accumulation_steps,
+        gradient_accumulation_steps=accumulation_steps(config),
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=config.warmup_steps,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed % 2**32,
         use_cpu=config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()),
+        ddp_find_unused_parameters=False,
         dataloader_drop_last=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
@@ -153,7 +180,7 @@ def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArgu
         report_to=[],
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process, one GPU: without this the Trainer would split batches over all it sees
+        arguments._n_gpu = 1  # one process, one GPU: without this a lone process would split batches over all it sees
     return arguments
 
 
@@ -171,21 +198,39 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return finished[-1] if finished else None
 
 
+def check_processes(checkpoint: Path) -> None:
+    """Raises RigsaError where another number of processes made `checkpoint`: sums would be rounded differently."""
+    then = len(list(checkpoint.glob("rng_state*.pth")))
+    if then != num_processes():
+        raise RigsaError(f"{checkpoint} was made by {then} processes; expected as many to go on, got {num_processes()}")
+
+
 class LevelTrainer(Trainer):
     """Our loss, adapter-only checkpoints, and a stop at the first non-finite number."""
 
     model: nn.Module
     loss_is_scaled_for_ga = False  # ours is a mean per micro-batch, for the Trainer to divide
 
-    def __init__(self, *, covers: str, **kwargs: Any) -> None:
+    def __init__(self, *, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.covers = covers
+        self.config = config
+
+    def create_optimizer(self, model: nn.Module | None = None) -> MaskedAdamW:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model, self.config)
+        return self.optimizer
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        keep_out_of_ddp(model)
+        if is_sharding():
+            release_origins(model)
+        return super()._wrap_model(model, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         try:
-            loss = training_loss(model, inputs, self.covers)
+            loss = training_loss(model, inputs, self.config.loss)
         except NonFiniteGateError as error:
             self._stop_at_non_finite(str(error), None)
         # Reading the loss costs nothing on a CPU; on a GPU it would stop every step, so there _save and the log tell.
@@ -198,10 +243,12 @@ class LevelTrainer(Trainer):
             self._stop_at_non_finite(f"the loss is {logs['loss']}", None)
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if first_non_finite_parameter(self.model):
-            self._stop_at_non_finite("a trained value is not finite", None)
-        save_adapter(self.model, Path(str(output_dir)) / ADAPTER_FILE)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with whole(self.model):
+            if first_non_finite_parameter(self.model):
+                self._stop_at_non_finite("a trained value is not finite", None)
+            if is_main():
+                save_adapter(self.model, Path(str(output_dir)) / ADAPTER_FILE)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -210,8 +257,18 @@ class LevelTrainer(Trainer):
             reason = str(error).strip().splitlines()[0]
             raise RigsaError(f"cannot write a checkpoint ({reason}). What was saved before is untouched.") from error
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The Trainer would save the model's shards, too, most of which are the frozen weights.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if is_main():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adapter(model or self.model, Path(resume_from_checkpoint) / ADAPTER_FILE)
+        """Nothing: `train_level` has loaded the adapter, while no tensor was in shards yet."""
 
     def _stop_at_non_finite(self, what: str, inputs: dict[str, Tensor] | None) -> NoReturn:
         layer = first_non_finite_parameter(self.model) or (inputs and first_non_finite_output(self.model, inputs))
@@ -222,10 +279,27 @@ class LevelTrainer(Trainer):
         )
 
 
+def keep_out_of_ddp(model: nn.Module) -> None:
+    """Have DDP send trained parameters only: every process has loaded the frozen ones and the patterns already.
+
+    DDP would broadcast all of them once, buffers before each forward pass, and neither gloo nor NCCL sends int16.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
+
+
+def release_origins(model: nn.Module) -> None:
+    """Forget the layers that were adapted: they would keep the frozen weights whole beside their shards."""
+    for layer in gated_linears(model).values():
+        (linear,) = layer._origin
+        linear.weight = linear.bias = None  # type: ignore[assignment]
+
+
 def first_non_finite_parameter(model: nn.Module) -> str | None:
-    """Name of the first adapted layer whose values or gate are not all finite."""
+    """Name of the first adapted layer whose values or gate are not all finite, as far as this process holds them."""
     for name, layer in gated_linears(model).items():
-        if not (layer.rigsa_values.isfinite().all() and layer.rigsa_alpha.isfinite().all()):
+        if not all(local_part(tensor).isfinite().all() for tensor in (layer.rigsa_values, layer.rigsa_alpha)):
             return name
     return None
 
@@ -250,7 +324,9 @@ class MarkCheckpoint(TrainerCallback):
     """Writes the marker of a checkpoint after everything else of it."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        mark_done(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        wait_for_all()  # each process saves its random state
+        if is_main():
+            mark_done(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 class ProgressAndTime(TrainerCallback, ExportableState):
@@ -267,7 +343,9 @@ class ProgressAndTime(TrainerCallback, ExportableState):
         return {"args": {"label": self.label}, "attributes": {"before": self.seconds}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, unit="step")
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step", disable=not is_main()
+        )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)

@@ -14,6 +14,9 @@ bfloat16     bfloat16  int8      6 +  4 = 10           2
 ===========  ========  =======  =====================  ==============
 
 (int8 moments move 1/32 more for each direction of their scales: 8 bytes a block of 256.)
+
+Parameters that FSDP2 sharded (DTensors) are updated shard by shard, without communication; moments are sharded as they
+are. A shard draws random bits and cuts blocks of its own, so float32 states alone have the bits of whole parameters.
 """
 
 from __future__ import annotations
@@ -40,6 +43,35 @@ class _Launch:
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor (told by its method: its module takes a second to import), else `tensor`."""
+    return cast(Tensor, tensor.to_local().detach()) if hasattr(tensor, "to_local") else tensor
+
+
+def _shard(param: Any) -> tuple[int, int]:
+    """``(number, count)`` of the shard that this process holds, which replicas share; (0, 1) of a plain tensor."""
+    number, count = 0, 1
+    if hasattr(param, "to_local"):
+        mesh = param.device_mesh
+        for size, place, placement in zip(mesh.shape, mesh.get_coordinate(), param.placements, strict=True):
+            if placement.is_shard():
+                number, count = number * size + place, count * size
+    return number, count
+
+
+def _new_scales(param: Any) -> Tensor:
+    """Of 8-bit moments: two rows of a scale for each block.
+
+    Of a DTensor, whose blocks are cut within shards: a DTensor with one row for each shard, as long as the first, the
+    largest one, needs. So it is saved and loaded as moments are, by as many processes.
+    """
+    if not hasattr(param, "to_local"):
+        return torch.zeros(2, num_blocks(param.numel()), device=param.device)
+    largest = -(-param.shape[0] // _shard(param)[1]) * param.shape[1:].numel()
+    row = torch.zeros(1, 2 * num_blocks(largest), device=param.device)
+    return cast(Tensor, type(param).from_local(row, param.device_mesh, param.placements, run_check=False))
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -133,36 +165,40 @@ class MaskedAdamW(torch.optim.Optimizer):
             _check_options(group)
             for position, param in enumerate(group["params"]):
                 if param.grad is not None:
-                    _check_gradient(f"params[{position}] of group {index}", param)
+                    _check_gradient(f"params[{position}] of group {index}", *map(local_part, (param, param.grad)))
                     step = self.state.get(param, {}).get("step", 0) + 1
                     key = (index, param.device, param.dtype, param.grad.dtype, step)
                     launch = launches.setdefault(key, _Launch(group, step))
                     launch.params.append(param)
                     launch.grads.append(param.grad)
-                    launch.numbers.append(number + position)
+                    launch.numbers.append(number + position + (_shard(param)[0] << 24))
             number += len(group["params"])
         return list(launches.values())
 
     def _run(self, launch: _Launch) -> None:
         options = launch.options
         states = [self._state_of(param, options["state_dtype"]) for param in launch.params]
-        exp_avgs, exp_avg_sqs, scales = (
-            [state[name] for state in states if name in state] for name in ("exp_avg", "exp_avg_sq", "scales")
-        )
+        params, grads = ([local_part(tensor) for tensor in tensors] for tensors in (launch.params, launch.grads))
+        exp_avgs, exp_avg_sqs = ([local_part(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        scales = [
+            local_part(state["scales"]).view(-1)[: 2 * num_blocks(param.numel())].view(2, -1)
+            for state, param in zip(states, params, strict=True)
+            if "scales" in state
+        ]
         lr, (beta1, beta2), eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
-        if _is_for_pytorch([*launch.params, *launch.grads, *exp_avgs, *exp_avg_sqs]):
+        if _is_for_pytorch([*params, *grads, *exp_avgs, *exp_avg_sqs]):
             steps = [torch.tensor(float(launch.step))] * len(states)
             torch._fused_adamw_(
-                launch.params, launch.grads, exp_avgs, exp_avg_sqs, [], steps,
+                params, grads, exp_avgs, exp_avg_sqs, [], steps,
                 lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
             )  # fmt: skip
         else:
-            grads = [grad.contiguous() for grad in launch.grads]
+            grads = [grad.contiguous() for grad in grads]
             torch.ops.rigsa.adamw_(
-                launch.params, grads, exp_avgs, exp_avg_sqs, scales, launch.numbers,
+                params, grads, exp_avgs, exp_avg_sqs, scales, launch.numbers,
                 lr, beta1, beta2, eps, weight_decay, launch.step, options["seed"],
             )  # fmt: skip
-            torch.autograd.graph.increment_version(launch.params)
+            torch.autograd.graph.increment_version(params)
         for state in states:
             state["step"] = launch.step
 
@@ -172,7 +208,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if not state:
             if state_dtype == "int8":
                 first, second = torch.int8, torch.uint8
-                state["scales"] = torch.zeros(2, num_blocks(param.numel()), device=param.device)
+                state["scales"] = _new_scales(param)
             else:
                 wide = state_dtype == "float32" and param.dtype == torch.float64
                 first = second = torch.float64 if wide else getattr(torch, state_dtype)
@@ -205,8 +241,7 @@ def _check_options(options: dict[str, Any]) -> None:
     check_options(options["lr"], beta1, beta2, options["eps"], options["weight_decay"])
 
 
-def _check_gradient(name: str, param: Tensor) -> None:
-    grad = cast(Tensor, param.grad)
+def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
     wide = (torch.float64,) if param.device.type == "cpu" else ()
     for what, tensor in (("parameter", param), ("gradient", grad)):
         if tensor.dtype not in (torch.float32, torch.bfloat16, *wide):

@@ -17,10 +17,12 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
     assert dataclasses.asdict(paper()) == {
         "method": "imp", "seed": 0,
         "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "data": "mnist", "device": "auto", "dtype": "bfloat16",
-        "attention": "sdpa", "system_prompt": "default",
-        "gate": "layer", "alpha_init": 1e-6, "init_scale": 1.0, "values_dtype": "bfloat16", "numerics": "auto",
+        "quantize": "none", "attention": "sdpa", "system_prompt": "default",
+        "gate": "layer", "alpha_init": 1e-6, "init_scale": 1.0, "values_dtype": "bfloat16", "state_dtype": "bfloat16",
+        "numerics": "auto",
         "prunings": 4, "keep_fraction": 0.8, "ranking": "layer", "match": "", "density": 0.0,
         "loss": "answer", "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
+        "checkpointing": False, "step_in_backward": False,
         "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,
         "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
         "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
@@ -47,10 +49,12 @@ def test_bare_command_is_the_quickstart():
 )
 def test_every_field_can_be_overridden(field):
     other = {"float32": "bfloat16", "bfloat16": "float32", "auto": "exact", "layer": "global", "answer": "all"}
-    value = {str: other.get(field.default, "0,1,2"), int: 10, float: 0.5}[type(field.default)]
-    value = {"micro_batch_size": 8, "device": "cpu", "gate": "model"}.get(field.name, value)
-    method = field.metadata["only"] or "imp"
-    config = parse(method, "--preset", "paper", f"--{field.name.replace('_', '-')}", str(value))
+    value = {str: other.get(field.default, "0,1,2"), int: 10, float: 0.5, bool: True}[type(field.default)]
+    value = {"micro_batch_size": 8, "device": "cpu", "gate": "model", "quantize": "nf4"}.get(field.name, value)
+    needs = {"step_in_backward": ["--max-grad-norm", "0", "--micro-batch-size", "16"]}.get(field.name, [])
+    method, option = field.metadata["only"] or "imp", f"--{field.name.replace('_', '-')}"
+    given = [option] if value is True else [option, str(value)]
+    config = parse(method, "--preset", "paper", *given, *needs)
     assert getattr(config, field.name) == value
 
 
@@ -78,6 +82,11 @@ def test_unknown_options_are_refused(argument, capsys):
         (["--checkpoint-steps", "15"], "--checkpoint-steps: expected a multiple of the 10 logging steps, got 15"),
         (["--eval-shots", "0;5"], "--eval-shots: expected numbers separated by commas, got 0;5"),
         (["--seed", "-1"], "--seed: expected 0 to"),
+        (["--step-in-backward"], "--step-in-backward: no whole gradient ever exists to be clipped or added to"),
+        (
+            ["--step-in-backward", "--max-grad-norm", "0", "--micro-batch-size", "4"],
+            "and --micro-batch-size 8 (the batch",
+        ),
         (["--beta2", "1"], "--beta2: expected 0 or more and less than 1, got 1.0"),
     ],
 )

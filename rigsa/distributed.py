@@ -1,0 +1,131 @@
+"""One run on several processes: who writes, who waits, and what does not go together. On accelerate, which reads what
+``torchrun`` and ``accelerate launch`` set.
+
+Only the main process, rank 0, writes a run folder. A step is done ``with main_first()``: the main process does it and
+marks it as done, then the others enter, find it done and read it. That is the way an interrupted run goes on, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from rigsa.config import Config
+from rigsa.errors import RigsaError
+from rigsa_kernels import gated_linears
+
+LONGEST_STEP = timedelta(days=1)
+"""Nobody waits longer for another process: for the main process, while it measures on the test images. A process that
+fails is not waited for: the launcher stops the others."""
+
+
+def join(on_cpu: bool) -> None:
+    """Meet the other processes, if a launcher started any, and take the GPU with this process's local rank."""
+    PartialState(cpu=on_cpu, timeout=LONGEST_STEP)
+
+
+def leave() -> None:
+    """At the end of a run that went well."""
+    PartialState().destroy_process_group()
+
+
+def is_main() -> bool:
+    return PartialState().is_main_process
+
+
+def num_processes() -> int:
+    return PartialState().num_processes
+
+
+def wait_for_all() -> None:
+    PartialState().wait_for_everyone()
+
+
+def main_first() -> AbstractContextManager[None]:
+    """The block runs in the main process, and after it in the others."""
+    return PartialState().main_process_first()
+
+
+def accumulation_steps(config: Config) -> int:
+    """Micro-batches of each process in one optimiser step.
+
+    Raises:
+        RigsaError: the processes cannot share a batch evenly.
+    """
+    together = num_processes() * config.micro_batch_size
+    if config.batch_size % together:
+        raise RigsaError(
+            f"--batch-size {config.batch_size} and --micro-batch-size {config.micro_batch_size} on {num_processes()} "
+            f"processes: expected a batch size that {together} divides (processes times micro-batch size)"
+        )
+    return config.batch_size // together
+
+
+def check(config: Config) -> None:
+    """Raises RigsaError where `config` does not go together with the processes of this run."""
+    accumulation_steps(config)
+    if config.step_in_backward and num_processes() > 1:
+        raise RigsaError(
+            f"--step-in-backward on {num_processes()} processes: expected one process, as a gradient that is freed at "
+            "once cannot be averaged over several"
+        )
+    if is_sharding():
+        _check_sharding(config)
+
+
+def is_sharding() -> bool:
+    """Whether ``accelerate launch --use_fsdp`` asks for shards instead of a copy in every process."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def _check_sharding(config: Config) -> None:
+    efficient = parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    on_cpu = PartialState().distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO)
+    requirements = [
+        ("FSDP", "several processes with a GPU each", "a CPU or one process" if on_cpu else None),
+        ("--fsdp_version", "2", None if os.environ.get("FSDP_VERSION") == "2" else os.environ.get("FSDP_VERSION", "1")),
+        ("--fsdp_cpu_ram_efficient_loading", "false (initial values come from a seed)", "true" if efficient else None),
+        ("--values-dtype", "float32 under FSDP, the dtype of the gates", _unless(config.values_dtype, "float32")),
+        ("--gate", "layer under FSDP, which shards each decoder layer by itself", _unless(config.gate, "layer")),
+        ("--quantize", "none under FSDP", _unless(config.quantize, "none")),
+    ]
+    for name, expected, got in requirements:
+        if got is not None:
+            raise RigsaError(f"{name}: expected {expected}, got {got}")
+
+
+def _unless(value: str, expected: str) -> str | None:
+    return None if value == expected else value
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether training has left `model` in shards. There is no way back: it has to be loaded again."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Inside, the main process has the adapted layers of a sharded model in full, on the CPU. All have to enter."""
+    shards = [
+        (layer, name, parameter)
+        for layer in gated_linears(model).values()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    try:
+        for layer, name, parameter in shards:
+            gathered = parameter.detach().full_tensor()
+            if is_main():
+                setattr(layer, name, nn.Parameter(gathered.cpu(), requires_grad=False))
+        yield
+    finally:
+        for layer, name, parameter in shards:
+            setattr(layer, name, parameter)

@@ -1,0 +1,140 @@
+"""What tensors hold while operators run, moment by moment and part by part; on real tensors or on fake ones.
+
+A *moment* is one allocation. Every storage that an operator makes is a block with a moment of birth and one of death,
+so what is live at any moment, and what it belongs to, can be asked once all is over and known.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+PARTS = ("weights", "adapter", "gradients", "optimiser", "activations", "workspace")
+ALLOCATION = 512
+"""PyTorch's CUDA allocator hands out multiples of this many bytes."""
+
+
+@dataclass
+class _Block:
+    size: int
+    born: int
+    died: int | None = None
+    part: str = "workspace"
+
+
+class LiveMemory(TorchDispatchMode):
+    """Records every storage that is made inside the block, and those it was told to `hold`.
+
+    What an operator takes and gives back before it returns is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks: list[_Block] = []
+        self._live: dict[int, _Block] = {}
+        self._now = 0
+
+    def hold(self, part: str, tensors: Iterable[Tensor]) -> None:
+        """Count `tensors`, wherever they come from, as `part`."""
+        for tensor in tensors:
+            self._block_of(tensor).part = part
+
+    def hold_rest(self, part: str) -> None:
+        """Count everything that is live and still nameless as `part`."""
+        for block in self._live.values():
+            if block.part == "workspace":
+                block.part = part
+
+    def usage(self) -> Usage:
+        """What was live at each moment."""
+        curves = np.zeros((len(PARTS), self._now + 1), dtype=np.int64)
+        for block in self._blocks:
+            row = curves[PARTS.index(block.part)]
+            row[block.born] += block.size
+            if block.died is not None:
+                row[block.died] -= block.size
+        return Usage(curves.cumsum(axis=1)[:, :-1])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._block_of(value)
+        return result
+
+    def _block_of(self, tensor: Tensor) -> _Block:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._live:
+            block = _Block(-(-storage.nbytes() // ALLOCATION) * ALLOCATION, self._now)
+            self._now += 1
+            self._blocks.append(block)
+            self._live[key] = block
+            weakref.finalize(storage, self._free, key).atexit = False
+        return self._live[key]
+
+    def _free(self, key: int) -> None:
+        self._live.pop(key).died = self._now
+
+
+@dataclass(frozen=True, eq=False)
+class Usage:
+    """Live bytes: ``curves[part, moment]``, parts as in `PARTS`."""
+
+    curves: np.ndarray
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the moment that has most."""
+        return int(self.curves.sum(axis=0).max())
+
+    @property
+    def by_part(self) -> dict[str, int]:
+        """The same moment, taken apart."""
+        moment = self.curves.sum(axis=0).argmax()
+        return {part: int(size) for part, size in zip(PARTS, self.curves[:, moment], strict=True)}
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """Live bytes as a function of the micro-batch: ``fixed + size * each``, both ``[part, moment]``.
+
+    The operators are the same whatever the micro-batch, so two recorded steps tell every other one.
+    """
+
+    fixed: np.ndarray
+    each: np.ndarray
+
+    @classmethod
+    def between(cls, two: Usage, three: Usage) -> Growth:
+        """From steps of two and of three prompts. (One prompt's last position is contiguous, so a copy is missing.)"""
+        if two.curves.shape != three.curves.shape:
+            raise ValueError(f"three: expected the moments of two, {two.curves.shape}, got {three.curves.shape}")
+        each = three.curves - two.curves
+        return cls(two.curves - 2 * each, each)
+
+    def holding(self, part: str, size: int) -> Growth:
+        """The same step with `size` bytes of `part` at every moment, instead of what it has."""
+        row = PARTS.index(part)
+        fixed, each = self.fixed.copy(), self.each.copy()
+        fixed[row], each[row] = size, 0
+        return Growth(fixed, each)
+
+    def at(self, micro_batch: int) -> Usage:
+        """The step of that many prompts."""
+        return Usage(self.fixed + micro_batch * self.each)
+
+    def largest(self, limit: float) -> int:
+        """The largest micro-batch whose peak is at most `limit` bytes; 0 where not even one prompt fits."""
+        fixed, each = self.fixed.sum(axis=0), self.each.sum(axis=0)
+        if (fixed + each).max() > limit:
+            return 0
+        grows = each > 0
+        return int(((limit - fixed[grows]) // each[grows]).min())
