@@ -1,40 +1,86 @@
-"""Seconds of the weight gradients of one block of SmolLM2-135M: the whole product and a gather, or sampled on CSR.
+"""The gradient at the pattern in two ways: the whole product and a gather, or sampled on CSR.
 
-``pytest benchmarks/bench_gradient.py``; what `rigsa_kernels.reference.SAMPLED_PRODUCT_DENSITY` rests on. 1,424 tokens.
+What `rigsa_kernels.reference.SAMPLED_PRODUCT_DENSITY` rests on. The floor is the whole product alone.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 
-from rigsa.masks import random_mask
+from benchmarks.arena import Arena, Outcome
+from benchmarks.checks import Problem, assert_within, make_problem
+from benchmarks.providers import ticket_mask
+from benchmarks.race import Contestant, UnavailableError
 from rigsa_kernels import SparsePattern, reference
 from rigsa_kernels.format import flat_indices
 
-TOKENS = 1424
-SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+TOKENS = {"smoke": 89, "core": 1424, "full": 1424}
+LEVEL_DENSITIES = {"smoke": (0.0346,), "core": (0.01, 0.0346, 0.2), "full": (0.01, 0.02, 0.03, 0.0346, 0.05, 0.1, 0.2)}
+SHAPE = (1536, 576)
 
 
-def whole(dy: torch.Tensor, x: torch.Tensor, pattern: SparsePattern) -> torch.Tensor:
-    return (dy.t() @ x).view(-1).index_select(0, flat_indices(pattern.words, pattern.in_features))
+@dataclass(frozen=True)
+class Question:
+    """One layer, one batch."""
+
+    tokens: int
+    density: float
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.tokens}-{self.density:g}-{self.dtype}"
 
 
-def sampled(dy: torch.Tensor, x: torch.Tensor, pattern: SparsePattern) -> torch.Tensor:
-    return reference._sampled_product(dy, x, pattern.tensors)
+def questions(level: str) -> list[Question]:
+    densities, dtypes = LEVEL_DENSITIES[level], ("bfloat16", "float32")
+    return [Question(TOKENS[level], density, dtype) for dtype in dtypes for density in densities]
 
 
-@pytest.mark.parametrize("way", [whole, sampled], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("density", [0.01, 0.0346, 0.2], ids="{:.2%}".format)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_gradient(benchmark, dtype, density, way):
-    generator = torch.Generator().manual_seed(0)
-    layers = []
-    for number, (n, k) in enumerate(SHAPES):
-        dy, x = (torch.randn(TOKENS, size, generator=generator).to(getattr(torch, dtype)) for size in (n, k))
-        mask = random_mask((n, k), round(density * n * k), seed=0, name=str(number))
-        layers.append((dy, x, SparsePattern.from_mask(mask)))
-    for dy, x, pattern in layers:
-        torch.testing.assert_close(sampled(dy, x, pattern), whole(dy, x, pattern).float(), rtol=0.02, atol=0.5)
-    benchmark.group = f"weight gradients of a block, {dtype}, {density:.2%}"
-    benchmark.pedantic(lambda: [way(*layer) for layer in layers], rounds=15, warmup_rounds=3)
+def product(problem: Problem, pattern: SparsePattern) -> Tensor:
+    return problem.dy.t() @ problem.x
+
+
+def whole(problem: Problem, pattern: SparsePattern) -> Tensor:
+    return product(problem, pattern).view(-1).index_select(0, flat_indices(pattern.words, pattern.in_features))
+
+
+def sampled(problem: Problem, pattern: SparsePattern) -> Tensor:
+    if problem.x.device.type == "cuda":
+        raise UnavailableError("sampled on CSR: a path of the CPU")
+    return reference._sampled_product(problem.dy, problem.x, pattern.tensors)
+
+
+WAYS = {"the product alone": product, "whole product, gathered": whole, "sampled on CSR": sampled}
+FLOOR = next(iter(WAYS))
+
+
+def contestant(arena: Arena, question: Question, name: str) -> Contestant:
+    problem = make_problem(question.tokens, SHAPE, getattr(torch, question.dtype), arena.device)
+    mask = ticket_mask(SHAPE, question.density, arena.device)
+    pattern = SparsePattern.from_mask(mask)
+    run = partial(WAYS[name], problem, pattern)
+
+    def check() -> None:
+        want, eager = problem.grad, problem.eager_grad
+        if name != FLOOR:
+            want, eager = want[mask], eager[mask]
+        assert_within(name, run(), want, eager, want.abs().max(), problem.x.dtype)
+
+    return Contestant(run, check)
+
+
+@pytest.fixture(scope="module")
+def gradients(arena: Arena, question: Question) -> Outcome:
+    n, k = SHAPE
+    group = f"gradient of a {n} x {k} layer, {question.tokens} tokens, {question.density:.2%}, {question.dtype}"
+    return arena.race(group, FLOOR, {name: partial(contestant, arena, question, name) for name in WAYS})
+
+
+@pytest.mark.parametrize("provider", WAYS)
+def test_gradient(arena, gradients, provider, benchmark):
+    arena.record(gradients, provider, benchmark)

@@ -1,74 +1,64 @@
-"""Seconds of one training step of SmolLM2-135M: ours beside full fine-tuning of the same linear layers.
+"""Forward, backward and optimiser step of a whole SmolLM2: every method beside full fine-tuning of the same layers.
 
-``pytest benchmarks/bench_step.py``; the number in brackets is the ratio to the fastest of the group. 16 prompts of 89
-tokens, loss on the answer token, forward, backward and optimiser step.
+The loss is that of one answer token, attention is eager, weights are random, and methods with a density have 3.46 %
+unless they say otherwise. PEFT trains through PyTorch's fused AdamW. The share of the roofline is that of
+`benchmarks.floors`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from functools import partial
 
 import pytest
-import torch
 import torch.nn.functional as F
-from torch import nn
 
-from rigsa.config import quickstart
+from benchmarks.arena import Arena, Outcome
+from benchmarks.floors import step_floor
+from benchmarks.memory import extra_bytes, held_bytes, saved_bytes
+from benchmarks.models import base_model, check_model, prompts
+from benchmarks.providers import FULL, TRAINEES, share
+from benchmarks.race import Contestant
+from benchmarks.shapes import STEPS, Batch
 from rigsa.evaluate import answer_logits
-from rigsa.masks import random_mask
-from rigsa.model import load_model
-from rigsa_kernels import MaskedAdamW, SparsePattern, gated_linears, replace_linears
-from rigsa_kernels.replace import select_linears
-
-BATCH, TOKENS = 16, 89
-ALPHA = 0.1  # an open gate, so that numerics="auto" composes as it does in most of a training run
 
 
-def full_fine_tuning(model: nn.Module) -> torch.optim.Optimizer:
-    linears, _ = select_linears(model, "*", ())
-    for linear in linears.values():
-        linear.weight.requires_grad_()
-    return torch.optim.AdamW([linear.weight for linear in linears.values()], fused=True)
+def questions(level: str) -> list[Batch]:
+    return STEPS[level]
 
 
-def gated(density: float | None, **options: object) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    def prepare(model: nn.Module) -> torch.optim.Optimizer:
-        replace_linears(model, alpha_init=ALPHA, **options)
-        for name, layer in gated_linears(model).items() if density else ():
-            kept = round(density * layer.weight.numel())
-            mask = random_mask(layer.pattern.shape, kept, seed=0, name=name)
-            layer.set_pattern(SparsePattern.from_mask(mask))
-        return MaskedAdamW(model)
+def contestant(arena: Arena, batch: Batch, name: str) -> Contestant:
+    base, ids = base_model(batch, arena.device), prompts(batch, arena.device)
+    trainee = TRAINEES[name](share(base))
+    model, optimizer = trainee.model, trainee.optimizer
 
-    return prepare
-
-
-PROVIDERS = {
-    "full fine-tuning": full_fine_tuning,
-    "level 0, bf16 values": gated(None, values_dtype=torch.bfloat16, numerics="composed"),
-    "level 0": gated(None, numerics="composed"),
-    "level 0, exact": gated(None, numerics="exact"),
-    "43 %": gated(0.43, numerics="composed"),
-    "3.46 %": gated(0.0346, numerics="composed"),
-    "3.46 %, exact": gated(0.0346, numerics="exact"),
-}
-
-
-@pytest.mark.model
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_step(benchmark, provider, dtype):
-    model, _ = load_model(dataclasses.replace(quickstart(), dtype=dtype), torch.device("cpu"))
-    optimizer = PROVIDERS[provider](model)
-    ids = torch.randint(1000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    answer = ids[:, 0]
+    def forward():  # type: ignore[no-untyped-def]
+        return F.cross_entropy(answer_logits(model, {"input_ids": ids}), ids[:, 0])
 
     def step() -> None:
-        loss = F.cross_entropy(answer_logits(model, {"input_ids": ids}), answer)
-        loss.backward()
+        forward().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    benchmark.group = f"training step, {dtype}"
-    benchmark.pedantic(step, rounds=7, warmup_rounds=2)
+    check_model(trainee, base, ids)
+    forward().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trainee.trained)
+    optimizer.step()  # makes its state
+    optimizer.zero_grad()
+    held = held_bytes([*model.parameters(), *model.buffers(), *trainee.state])
+    info = {"saved_bytes": saved_bytes(forward, model), "peak_bytes": held + extra_bytes(step, arena.device)}
+    floor = step_floor(arena.machine, base, trainee, batch)
+    return Contestant(step, least=floor, tokens=ids.numel(), info=info)
+
+
+@pytest.fixture(scope="module")
+def steps(arena: Arena, question: Batch) -> Outcome:
+    group = (
+        f"training step, SmolLM2-{question.size} with {question.layers} blocks, "
+        f"{question.prompts} x {question.tokens} tokens, {question.dtype}"
+    )
+    return arena.race(group, FULL, {name: partial(contestant, arena, question, name) for name in TRAINEES})
+
+
+@pytest.mark.parametrize("provider", TRAINEES)
+def test_step(arena, steps, provider, benchmark):
+    arena.record(steps, provider, benchmark)

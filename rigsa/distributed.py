@@ -71,12 +71,12 @@ def accumulation_steps(config: Config) -> int:
 
 def check(config: Config) -> None:
     """Raises RigsaError where `config` does not go together with the processes of this run."""
-    accumulation_steps(config)
     if config.step_in_backward and num_processes() > 1:
         raise RigsaError(
             f"--step-in-backward on {num_processes()} processes: expected one process, as a gradient that is freed at "
             "once cannot be averaged over several"
         )
+    accumulation_steps(config)
     if is_sharding():
         _check_sharding(config)
 
@@ -86,24 +86,24 @@ def is_sharding() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
+def on_gpus() -> bool:
+    """Whether there are several processes with a GPU each: elsewhere accelerate would copy without a word."""
+    return PartialState().distributed_type not in (DistributedType.MULTI_CPU, DistributedType.NO)
+
+
 def _check_sharding(config: Config) -> None:
-    efficient = parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    on_cpu = PartialState().distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO)
-    requirements = [
-        ("FSDP", "several processes with a GPU each", "a CPU or one process" if on_cpu else None),
-        ("--fsdp_version", "2", None if os.environ.get("FSDP_VERSION") == "2" else os.environ.get("FSDP_VERSION", "1")),
-        ("--fsdp_cpu_ram_efficient_loading", "false (initial values come from a seed)", "true" if efficient else None),
-        ("--values-dtype", "float32 under FSDP, the dtype of the gates", _unless(config.values_dtype, "float32")),
-        ("--gate", "layer under FSDP, which shards each decoder layer by itself", _unless(config.gate, "layer")),
-        ("--quantize", "none under FSDP", _unless(config.quantize, "none")),
-    ]
-    for name, expected, got in requirements:
-        if got is not None:
-            raise RigsaError(f"{name}: expected {expected}, got {got}")
-
-
-def _unless(value: str, expected: str) -> str | None:
-    return None if value == expected else value
+    if not on_gpus():
+        raise RigsaError("FSDP: expected several processes with a GPU each, got a CPU or one process")
+    efficient = str(parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")).lower()
+    for name, got, expected, reason in (
+        ("--fsdp_version", os.environ.get("FSDP_VERSION", "1"), "2", "version 1 flattens parameters"),
+        ("--fsdp_cpu_ram_efficient_loading", efficient, "false", "every process makes its own initial values"),
+        ("--values-dtype", config.values_dtype, "float32", "what is sharded together has one dtype, the gates'"),
+        ("--gate", config.gate, "layer", "each decoder layer is sharded by itself"),
+        ("--quantize", config.quantize, "none", "accelerate does not shard 4-bit weights"),
+    ):
+        if got != expected:
+            raise RigsaError(f"{name} {got}: expected {expected} under FSDP, as {reason}")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -122,7 +122,7 @@ def whole(model: nn.Module) -> Iterator[None]:
     ]
     try:
         for layer, name, parameter in shards:
-            gathered = parameter.detach().full_tensor()
+            gathered = parameter.full_tensor().detach()
             if is_main():
                 setattr(layer, name, nn.Parameter(gathered.cpu(), requires_grad=False))
         yield

@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import RandomSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
@@ -53,16 +54,20 @@ _STATE_FILE = "trainer_state.json"
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
-def steps_per_level(config: Config, num_images: int) -> int:
-    """Optimiser steps of one level; a last incomplete batch of an epoch is dropped.
+def steps_per_epoch(config: Config, num_images: int) -> int:
+    """Optimiser steps of one pass over the images; a last incomplete batch is dropped.
 
     Raises:
         RigsaError: there are fewer images than one batch needs.
     """
-    per_epoch = num_images // config.batch_size
-    if per_epoch == 0:
+    if num_images < config.batch_size:
         raise RigsaError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
-    steps = config.epochs * per_epoch
+    return num_images // config.batch_size
+
+
+def steps_per_level(config: Config, num_images: int) -> int:
+    """Optimiser steps of one level. Raises RigsaError as `steps_per_epoch`."""
+    steps = config.epochs * steps_per_epoch(config, num_images)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
@@ -209,6 +214,7 @@ class LevelTrainer(Trainer):
     """Our loss, adapter-only checkpoints, and a stop at the first non-finite number."""
 
     model: nn.Module
+    train_dataset: PromptDataset
     loss_is_scaled_for_ga = False  # ours is a mean per micro-batch, for the Trainer to divide
 
     def __init__(self, *, config: Config, **kwargs: Any) -> None:
@@ -218,7 +224,12 @@ class LevelTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> MaskedAdamW:
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, self.config)
-        return self.optimizer
+        return cast(MaskedAdamW, self.optimizer)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """Whole batches only. What is left would make a smaller step, and processes could not share it evenly."""
+        count = steps_per_epoch(self.config, len(self.train_dataset)) * self.config.batch_size
+        return RandomSampler(self.train_dataset, num_samples=count)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         keep_out_of_ddp(model)
@@ -233,7 +244,7 @@ class LevelTrainer(Trainer):
             loss = training_loss(model, inputs, self.config.loss)
         except NonFiniteGateError as error:
             self._stop_at_non_finite(str(error), None)
-        # Reading the loss costs nothing on a CPU; on a GPU it would stop every step, so there _save and the log tell.
+        # Reading the loss costs nothing on a CPU; on a GPU it would stop every step: there save_model and the log tell.
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             self._stop_at_non_finite(f"the loss is {loss.item()}", inputs)
         return loss
@@ -265,7 +276,7 @@ class LevelTrainer(Trainer):
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if is_main():
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: `train_level` has loaded the adapter, while no tensor was in shards yet."""

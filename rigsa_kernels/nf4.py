@@ -2,11 +2,11 @@
 
 The ``[N, K]`` matrix is cut into blocks of 64 consecutive weights; each weight is the index of one of 16 levels, times
 the block's largest magnitude. Two indices share a byte, the first in its high half. With double quantisation the
-blocks' magnitudes are themselves 8-bit; they are widened to float32 once, when a layer is adapted, which costs 3/8 bit a
-weight, and saves the kernels a second look-up.
+blocks' magnitudes are themselves 8-bit; they are widened to float32 once, when a layer is adapted, which costs 3/8 bit
+a weight, and saves the kernels a second look-up.
 
-A frozen weight crosses the border to the operators as a list of tensors, its *base*: ``[weight]`` for a matrix, ``[codes,
-absmax, levels]`` for NF4 (uint8 ``[N * K / 2]``, float32 ``[N * K / block]``, float32 ``[16]``).
+A frozen weight crosses the border to the operators as a list of tensors, its *base*: ``[weight]`` for a matrix,
+``[codes, absmax, levels]`` for NF4 (uint8 ``[N * K / 2]``, float32 ``[N * K / block]``, float32 ``[16]``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def nf4_base(weight: Tensor) -> list[Tensor]:
         ValueError: its shape or block size is one that the kernels cannot decode.
     """
     state: Any = weight.quant_state  # type: ignore[attr-defined]
-    out_features, in_features = state.shape
+    _, in_features = state.shape
     if in_features % RUN or state.blocksize % RUN:
         raise ValueError(
             f"weight: expected an NF4 weight whose in_features and block size are multiples of {RUN}, "

@@ -4,9 +4,9 @@ Each operator is a `torch.library` schema, a fake (shapes without data, for trac
 `rigsa_kernels.reference` implements the CPU, the Triton kernels CUDA. Autograd stays outside, in one
 `torch.autograd.Function`: half the host time of `register_autograd` for a call this small.
 
-A frozen weight crosses this border as a list of tensors, its base: ``[weight]``, or ``[codes, absmax, levels]`` for NF4.
-So does a pattern: ``[]`` for dense, ``[words, word_offsets, row_base]`` for packed. `exact` is a boolean tensor of shape
-``(1,)`` that the kernels read on the device.
+A frozen weight crosses this border as a list of tensors, its base: ``[weight]``, or ``[codes, absmax, levels]`` for
+NF4. So does a pattern: ``[]`` for dense, ``[words, word_offsets, row_base]`` for packed. `exact` is a boolean tensor of
+shape ``(1,)`` that the kernels read on the device.
 """
 
 from __future__ import annotations

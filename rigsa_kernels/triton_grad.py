@@ -5,8 +5,8 @@
 
 One program owns one tile of G, so every entry has one writer and the sum over tokens one order: no atomics, the same
 bits each time. Where the tile ends, its accumulators are written 32 columns after 32 columns, because the addresses of
-a whole tile at once do not fit the registers (undivided, a 128x64 tile spilled 360 bytes a thread on sm_89). A program's
-share of dalpha leaves it as one number; the shares are added afterwards.
+a whole tile at once do not fit the registers (undivided, a 128x64 tile spilled 360 bytes a thread on sm_89). A
+program's share of dalpha leaves it as one number; the shares are added afterwards.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def linear_kernel(a_ptr, weight_ptr, absmax_ptr, levels_ptr, bias_ptr, values_pt
                   DX: tl.constexpr, PACKED: tl.constexpr, NF4_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
                   EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
                   GROUP: tl.constexpr):  # fmt: skip
-    """One tile ``[BLOCK_M, BLOCK_O]`` of ``y [M, N]`` from a = x ``[M, K]``, or of ``dx [M, K]`` from a = dy ``[M, N]``.
+    """A tile ``[BLOCK_M, BLOCK_O]`` of ``y [M, N]`` from a = x ``[M, K]``, or of ``dx [M, K]`` from a = dy ``[M, N]``.
 
     O is the output's width, C the contraction's: N and K forward, K and N for dx. EVEN: C is a multiple of BLOCK_C, and
     nothing has to be masked along it. Along M and O, what lies beyond the edge is clamped, and not stored.

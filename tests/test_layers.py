@@ -14,8 +14,9 @@ ORDER = {
         "offline", "sass", "inspect", "testing",
     ],
     "rigsa": [
-        "errors", "files", "memory", "live_memory", "masks", "config", "distributed", "textual_mnist", "model", "adapter", "evaluate",
-        "train", "simulate", "memory_plan", "memory_report", "experiment", "imp", "random_mask", "plan", "report", "run",
+        "errors", "files", "memory", "live_memory", "masks", "config", "distributed", "textual_mnist", "model",
+        "adapter", "evaluate", "train", "simulate", "memory_plan", "memory_report", "experiment", "imp", "random_mask",
+        "plan", "report", "run",
     ],
 }  # fmt: skip
 

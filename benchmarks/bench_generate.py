@@ -1,0 +1,56 @@
+"""Greedy generation with an adapted model, beside the base model."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.arena import Arena, Outcome
+from benchmarks.models import base_model, check_model, prompts
+from benchmarks.providers import LEVEL_0, LORA_16, LORA_DEFAULT, SHIRA, TICKET_NAME, TRAINEES, Trainee, share
+from benchmarks.race import Contestant
+from benchmarks.shapes import GENERATIONS, NEW_TOKENS, Batch
+from benchmarks.targets import BASE
+
+ADAPTED = (
+    LORA_DEFAULT, LORA_16, SHIRA, "PEFT Super-Tuning, 3.46 %", LEVEL_0, TICKET_NAME, "ours, 3.46 %, exact",
+)  # fmt: skip
+
+
+def questions(level: str) -> list[Batch]:
+    return GENERATIONS[level]
+
+
+def contestant(arena: Arena, batch: Batch, name: str) -> Contestant:
+    base, ids = base_model(batch, arena.device), prompts(batch, arena.device)
+    trainee = Trainee(base, None) if name == BASE else TRAINEES[name](share(base))
+    count = NEW_TOKENS[arena.level]
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return trainee.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+
+    def check() -> None:
+        check_model(trainee, base, ids)
+        assert run().shape == (batch.prompts, batch.tokens + count)
+
+    moved = count * sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
+    least = moved / arena.machine.bandwidth()  # every new token reads every weight once
+    return Contestant(run, check, least=least, bytes=moved, tokens=batch.prompts * count)
+
+
+@pytest.fixture(scope="module")
+def generations(arena: Arena, question: Batch) -> Outcome:
+    group = (
+        f"generation of {NEW_TOKENS[arena.level]} tokens, SmolLM2-{question.size} with {question.layers} blocks, "
+        f"{question.prompts} x {question.tokens} tokens before, {question.dtype}"
+    )
+    return arena.race(group, BASE, {name: partial(contestant, arena, question, name) for name in (BASE, *ADAPTED)})
+
+
+@pytest.mark.parametrize("provider", [BASE, *ADAPTED])
+def test_generate(arena, generations, provider, benchmark):
+    arena.record(generations, provider, benchmark)

@@ -1,0 +1,92 @@
+"""``pytest benchmarks [--level smoke|core|full] [--record FOLDER] [--compare FILE]``.
+
+The times, their statistics and the JSON are pytest-benchmark's (``--benchmark-*`` options work, and
+``--benchmark-verbose`` prints its table too); what is added stands in each benchmark's ``extra_info``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.arena import Arena
+from benchmarks.compare import THRESHOLD, regressions
+from benchmarks.race import Replay
+from benchmarks.report import tables, write_report
+from benchmarks.shapes import LEVELS
+
+REPLAY = Replay()
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+WORSE = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("benchmarks of rigsa")
+    group.addoption("--level", choices=LEVELS, default="smoke", help="how much is asked (default: smoke)")
+    group.addoption("--record", type=Path, metavar="FOLDER", help="write results.json, tables.md and plots there")
+    group.addoption(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help=f"a results.json: fail where a ratio to the floor is over {THRESHOLD:g} times its ratio",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS], config.stash[WORSE] = [], []
+    config.option.benchmark_quiet = True
+    if config.option.record:
+        config.option.record.mkdir(parents=True, exist_ok=True)
+        config.option.benchmark_json = config.option.record / "results.json"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module's questions at this level; all providers of one are neighbours, so its race runs once."""
+    if "question" in metafunc.fixturenames:
+        questions = metafunc.module.questions(metafunc.config.option.level)
+        metafunc.parametrize("question", questions, ids=str, scope="module")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "arena" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=REPLAY.clock))
+
+
+@pytest.fixture(scope="session")
+def arena(pytestconfig: pytest.Config) -> Arena:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Arena(device, pytestconfig.option.level, REPLAY, pytestconfig.stash[ROWS])
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    from benchmarks.machine import Machine
+
+    machine_info |= Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")).info()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config, rows = session.config, session.config.stash[ROWS]
+    if config.option.record and rows:
+        write_report(rows, config.option.record)
+    if config.option.compare:
+        stored = json.loads(config.option.compare.read_text())["benchmarks"]
+        config.stash[WORSE] = regressions(stored, rows)
+        if config.stash[WORSE] and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.ensure_newline()
+    terminalreporter.write_line(tables(config.stash[ROWS]))
+    if config.option.compare:
+        worse = config.stash[WORSE]
+        terminalreporter.section(f"{len(worse)} regressions against {config.option.compare}")
+        for line in worse:
+            terminalreporter.write_line(line, red=True)
