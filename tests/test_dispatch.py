@@ -1,9 +1,12 @@
+import sys
+
 import pytest
 import torch
 import torch.nn as nn
 
 from rigsa_kernels import replace_linears
 from rigsa_kernels.dispatch import choose_path
+from rigsa_kernels.library import on_first_use
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ALIGNED, ODD = (64, 128), (64, 2049)
@@ -52,3 +55,11 @@ def test_a_layer_refuses_before_it_computes():
     model = replace_linears(nn.Sequential(nn.Linear(64, 64)), force="fused")
     with pytest.raises(ValueError, match="force: 'fused' runs a Triton kernel on CUDA"):
         model(torch.randn(2, 64))
+
+
+def test_missing_triton_is_one_clear_error(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("triton", "rigsa_kernels.triton_"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)  # how an absent package is simulated
+    with pytest.raises(RuntimeError, match="triton: needed for rigsa's operators on CUDA and not installed"):
+        on_first_use("triton_linear.linear_fwd")(torch.zeros(1))
