@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from benchmarks.arena import Arena, Outcome
+from benchmarks.floors import generation_floor
+from benchmarks.memory import held_bytes
 from benchmarks.models import base_model, check_model, prompts
 from benchmarks.providers import LEVEL_0, LORA_16, LORA_DEFAULT, SHIRA, TICKET_NAME, TRAINEES, Trainee, share
 from benchmarks.race import Contestant
-from benchmarks.shapes import GENERATIONS, NEW_TOKENS, Batch
+from benchmarks.shapes import GENERATIONS, MODELS_AT_ONCE, NEW_TOKENS, Batch
 from benchmarks.targets import BASE
 
 ADAPTED = (
-    LORA_DEFAULT, LORA_16, SHIRA, "PEFT Super-Tuning, 3.46 %", LEVEL_0, TICKET_NAME, "ours, 3.46 %, exact",
+    TICKET_NAME, LORA_DEFAULT, LORA_16, SHIRA, "PEFT Super-Tuning, 3.46 %", "ours, 3.46 %, exact", LEVEL_0,
 )  # fmt: skip
 
 
@@ -37,8 +39,8 @@ def contestant(arena: Arena, batch: Batch, name: str) -> Contestant:
         check_model(trainee, base, ids)
         assert run().shape == (batch.prompts, batch.tokens + count)
 
-    moved = count * sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
-    least = moved / arena.machine.bandwidth()  # every new token reads every weight once
+    least = generation_floor(arena.machine, base, batch, count)
+    moved = count * held_bytes(base.parameters())
     return Contestant(run, check, least=least, bytes=moved, tokens=batch.prompts * count)
 
 
@@ -48,7 +50,8 @@ def generations(arena: Arena, question: Batch) -> Outcome:
         f"generation of {NEW_TOKENS[arena.level]} tokens, SmolLM2-{question.size} with {question.layers} blocks, "
         f"{question.prompts} x {question.tokens} tokens before, {question.dtype}"
     )
-    return arena.race(group, BASE, {name: partial(contestant, arena, question, name) for name in (BASE, *ADAPTED)})
+    builders = {name: partial(contestant, arena, question, name) for name in (BASE, *ADAPTED)}
+    return arena.race(group, BASE, builders, MODELS_AT_ONCE)
 
 
 @pytest.mark.parametrize("provider", [BASE, *ADAPTED])

@@ -2,7 +2,7 @@
 
 The loss is that of one answer token, attention is eager, weights are random, and methods with a density have 3.46 %
 unless they say otherwise. PEFT trains through PyTorch's fused AdamW. The share of the roofline is that of
-`benchmarks.floors`.
+`benchmarks.floors`. Frozen weights stand in memory once; what a method trains is its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.memory import extra_bytes, held_bytes, saved_bytes
 from benchmarks.models import base_model, check_model, prompts
 from benchmarks.providers import FULL, TRAINEES, share
 from benchmarks.race import Contestant
-from benchmarks.shapes import STEPS, Batch
+from benchmarks.shapes import MODELS_AT_ONCE, STEPS, Batch
 from rigsa.evaluate import answer_logits
 
 
@@ -56,7 +56,8 @@ def steps(arena: Arena, question: Batch) -> Outcome:
         f"training step, SmolLM2-{question.size} with {question.layers} blocks, "
         f"{question.prompts} x {question.tokens} tokens, {question.dtype}"
     )
-    return arena.race(group, FULL, {name: partial(contestant, arena, question, name) for name in TRAINEES})
+    builders = {name: partial(contestant, arena, question, name) for name in TRAINEES}
+    return arena.race(group, FULL, builders, MODELS_AT_ONCE)
 
 
 @pytest.mark.parametrize("provider", TRAINEES)

@@ -6,7 +6,7 @@ The times, their statistics and the JSON are pytest-benchmark's (``--benchmark-*
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from benchmarks.arena import Arena
-from benchmarks.compare import THRESHOLD, regressions
+from benchmarks.compare import RULE, THRESHOLD, Comparison, RecordError, check_common, compare, read_record
 from benchmarks.race import Replay
 from benchmarks.report import tables, write_report
 from benchmarks.shapes import LEVELS
 
 REPLAY = Replay()
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
-WORSE = pytest.StashKey[list[str]]()
+STORED = pytest.StashKey[list[Mapping[str, Any]]]()
+COMPARED = pytest.StashKey[Comparison]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,17 +33,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compare",
         type=Path,
         metavar="FILE",
-        help=f"a results.json: fail where a ratio to the floor is over {THRESHOLD:g} times its ratio",
+        help=f"a results.json: fail where a ratio to the floor is over {THRESHOLD:g} times its ratio, and not by noise",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS], config.stash[WORSE] = [], []
+    config.stash[ROWS] = []
     config.option.benchmark_quiet = True
     if config.option.record:
         config.option.record.mkdir(parents=True, exist_ok=True)
         config.option.benchmark_json = config.option.record / "results.json"
+    if config.option.compare:
+        try:
+            config.stash[STORED] = read_record(config.option.compare)
+        except RecordError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -56,6 +62,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "arena" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=REPLAY.clock))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Nothing in common is said before anything is measured."""
+    if STORED in session.config.stash:
+        try:
+            names = (item.nodeid for item in session.items)
+            check_common(session.config.stash[STORED], names, session.config.option.compare)
+        except RecordError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 @pytest.fixture(scope="session")
@@ -75,18 +91,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     config, rows = session.config, session.config.stash[ROWS]
     if config.option.record and rows:
         write_report(rows, config.option.record)
-    if config.option.compare:
-        stored = json.loads(config.option.compare.read_text())["benchmarks"]
-        config.stash[WORSE] = regressions(stored, rows)
-        if config.stash[WORSE] and session.exitstatus == pytest.ExitCode.OK:
+    if STORED in config.stash:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        config.stash[COMPARED] = compare(config.stash[STORED], rows, device)
+        if not config.stash[COMPARED].passed and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     terminalreporter.ensure_newline()
     terminalreporter.write_line(tables(config.stash[ROWS]))
-    if config.option.compare:
-        worse = config.stash[WORSE]
-        terminalreporter.section(f"{len(worse)} regressions against {config.option.compare}")
-        for line in worse:
+    if COMPARED in config.stash:
+        compared = config.stash[COMPARED]
+        terminalreporter.section(f"{compared.summary} against {config.option.compare}")
+        terminalreporter.write_line(RULE)
+        for line in compared.worse:
             terminalreporter.write_line(line, red=True)

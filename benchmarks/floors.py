@@ -1,8 +1,12 @@
-"""The least that a training step can cost: its products at the machine's rate, its bytes at its bandwidth, attention.
+"""The least that a step or a generation can cost: its products at the machine's rate, its bytes at its bandwidth.
 
-Products: forward and the gradient of the input for every weight, and the gradient of what is trained (at the free
-entries only, where there are few). Bytes: operands and results of these products once, and what the optimiser reads and
-writes. Attention is not modelled but timed. Norms, activations and rotations are left out: no step reaches 100 %.
+A training step. Products: forward and the gradient of the input for every weight, and the gradient of what is trained
+(at the free entries only, where there are few). Bytes: operands and results of these products once, and what the
+optimiser reads and writes. Attention is not modelled but timed. Norms, activations and rotations are left out: no step
+reaches 100 %.
+
+A generation: the products of the prompt, and every weight read once for each new token. An adapter adds nothing to
+that, as it could be merged.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from benchmarks.machine import Machine
+from benchmarks.memory import held_bytes
 from benchmarks.providers import Trainee, model_linears
 from benchmarks.shapes import Batch
 
@@ -32,6 +37,13 @@ def step_floor(machine: Machine, base: nn.Module, trainee: Trainee, batch: Batch
     flops = 2 * tokens * (2 * weights + products * free) + 4 * batch.prompts * head
     moved = width * (3 * tokens * sides + 2 * (weights + head)) + optimizer_bytes(trainee)
     return machine.total(flops, moved, base.dtype) + attention_seconds(machine, batch)
+
+
+def generation_floor(machine: Machine, base: nn.Module, batch: Batch, new_tokens: int) -> float:
+    """Seconds."""
+    weights = sum(linear.weight.numel() for linear in model_linears(base).values())
+    flops = 2 * batch.prompts * batch.tokens * weights
+    return machine.total(flops, new_tokens * held_bytes(base.parameters()), base.dtype)
 
 
 def optimizer_bytes(trainee: Trainee) -> int:

@@ -15,13 +15,15 @@ def saved_bytes(run: Run, module: nn.Module) -> int:
     """Storages that autograd saves during `run` and that are neither parameters nor buffers of `module`."""
     own = {_key(tensor) for tensor in (*module.parameters(), *module.buffers())}
     saved: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive until counted, or a storage's number could be used twice
+    # Alive until counted, or a storage's number could be used twice. Storages here, and detached tensors in the graph:
+    # an output saved with its graph by the operation that made it would be a circle that no collector sees.
+    kept: list[torch.UntypedStorage] = []
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.layout == torch.strided and _key(tensor) not in own:
-            kept.append(tensor)
+            kept.append(tensor.untyped_storage())
             saved[_key(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()

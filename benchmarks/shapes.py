@@ -64,6 +64,9 @@ GENERATIONS = {
 }
 NEW_TOKENS = {"smoke": 4, "core": 32, "full": 128}
 
+MODELS_AT_ONCE = 3
+"""Whole adapted models held beside the floor: of SmolLM2-135M at level core, 4 to 7 GB of tensors a heat."""
+
 OPTIMIZED = {"smoke": [(576, 576)], "core": [(1536, 576), (2048, 2048)], "full": LINEARS["full"]}
 SELECTED = {"smoke": [2**18], "core": [2**22], "full": [2**22, 2**26]}
 """Entries of one matrix."""

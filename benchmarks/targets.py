@@ -33,21 +33,37 @@ TARGETS = (
 
 
 def target_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Markdown: each target beside what was measured; empty where a run has none of it. Ratios of two ratios to the
-    floor, each a median over rounds."""
-    measured = {(row["group"], row["extra_info"]["provider"]): row["extra_info"].get("ratio") for row in rows}
+    """Markdown: each target of the questions that were asked, beside what was measured; empty where none was asked.
+
+    *measured* is a ratio of two ratios to the floor, each a median over rounds. The floors (`benchmarks.floors`) tell
+    whether a target can be reached: *of floor* is the share of its least time that a provider runs at, *floors* the
+    ratio of the two least times, and *ours at its floor* what would be measured if ours alone took its least time.
+    """
+    measured = {(row["group"], row["extra_info"]["provider"]): row["extra_info"] for row in rows}
     lines = []
     for group in dict.fromkeys(group for group, _ in measured):
         for target in TARGETS:
-            own, other = (measured.get((group, name)) for name in (target.numerator, target.denominator))
-            if group.startswith(target.question) and own and other:
-                lines.append(_line(group, target, own / other))
-    head = "| question | ratio | measured | target | |\n|---|---|---:|---:|---|\n"
+            own, other = (measured.get((group, name), {}) for name in (target.numerator, target.denominator))
+            if group.startswith(target.question):
+                cells = [group, f"{target.numerator} / {target.denominator}", *_cells(target, own, other)]
+                lines.append(f"| {' | '.join(cells)} |")
+    head = (
+        "| question | ratio | target | measured | | of floor | floors | ours at its floor |\n"
+        "|---|---|---:|---:|---|---:|---:|---:|\n"
+    )
     return head + "\n".join(lines) if lines else ""
 
 
-def _line(group: str, target: Target, ratio: float) -> str:
+def _cells(target: Target, own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    bound = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
+    if not ("ratio" in own and "ratio" in other):
+        return [bound, "", "not measured", "", "", ""]
+    ratio = own["ratio"] / other["ratio"]
     met = ratio >= target.bound if target.at_least else ratio <= target.bound
-    sign = "≥" if target.at_least else "≤"
-    names = f"{target.numerator} / {target.denominator}"
-    return f"| {group} | {names} | {ratio:.2f} | {sign} {target.bound:g} | {'met' if met else 'missed'} |"
+    cells = [bound, f"{ratio:.2f}", "met" if met else "not met"]
+    if not ("least_seconds" in own and "least_seconds" in other):
+        return [*cells, "", "", ""]
+    shares = own["roofline_share"], other["roofline_share"]
+    best = ratio / shares[1] if target.at_least else ratio * shares[0]
+    floors = own["least_seconds"] / other["least_seconds"]
+    return [*cells, " / ".join(f"{share:.0%}" for share in shares), f"{floors:.2f}", f"{best:.2f}"]

@@ -1,4 +1,4 @@
-"""An adapter on disk: ``mask.safetensors`` (one bit a weight) and ``adapter.safetensors`` (free values and gates).
+"""An adapter on disk: ``mask.safetensors`` (one bit a weight) and ``adapter.safetensors`` (what was trained).
 
 The mask alone gives a ticket at its start, as initial values come from the seed. Nothing is read from pickle.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,15 +24,22 @@ from rigsa_kernels import SparsePattern, gated_linears
 
 ADAPTER_FILE = "adapter.safetensors"
 MASK_FILE = "mask.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter; a gate that layers share stands under each of its names."""
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """A short hash of the frozen weights under the adapter: names, shapes and every 97th row."""
+    """A short hash of the frozen parameters: names, shapes and every 97th row."""
     digest = hashlib.sha256()
-    for name, layer in gated_linears(model).items():
-        digest.update(f"{name}{tuple(layer.weight.shape)}{layer.weight.dtype}".encode())
-        digest.update(layer.weight[::97].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and not name.endswith("rigsa_alpha"):
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            rows = parameter.detach()[::97].clone(memory_format=torch.contiguous_format)
+            digest.update(rows.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -51,8 +62,8 @@ def load_masks(model: nn.Module, path: Path) -> dict[str, SparsePattern]:
 
 
 def save_adapter(model: nn.Module, path: Path) -> None:
-    """The free values and gates of `model`, in their dtypes."""
-    tensors = {name: parameter.detach().cpu() for name, parameter in _trained(model).items()}
+    """What is trained in `model`, in its dtypes: free values and gates, or PEFT's parameters."""
+    tensors = {name: parameter.detach().cpu() for name, parameter in trained_parameters(model).items()}
     for name, tensor in tensors.items():
         if tensor.numel() == 1:
             tensors[name] = tensor.clone()  # a gate that layers share: safetensors wants storages of their own
@@ -60,12 +71,12 @@ def save_adapter(model: nn.Module, path: Path) -> None:
 
 
 def load_adapter(model: nn.Module, path: Path) -> None:
-    """Into layers that already carry the pattern (`GatedSparseLinear.set_pattern`).
+    """Into a model that carries the adapter, its layers the pattern (`GatedSparseLinear.set_pattern`).
 
     Raises:
         RigsaError: the file is missing, damaged, of another base model or another pattern. The model is unchanged.
     """
-    saved, wanted = _load(path, base_fingerprint(model)), _trained(model)
+    saved, wanted = read_adapter(model, path), trained_parameters(model)
     for name in {**saved, **wanted}:
         there = tuple(saved[name].shape) if name in saved else "nothing"
         here = tuple(wanted[name].shape) if name in wanted else "nothing"
@@ -76,12 +87,9 @@ def load_adapter(model: nn.Module, path: Path) -> None:
             parameter.copy_(saved[name])
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        f"{name}.{parameter_name}": getattr(layer, parameter_name)
-        for name, layer in gated_linears(model).items()
-        for parameter_name in ("rigsa_values", "rigsa_alpha")
-    }
+def read_adapter(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """What `save_adapter` wrote, as it is. Raises RigsaError where it is missing, damaged or of another base model."""
+    return _load(path, base_fingerprint(model))
 
 
 def _save(tensors: dict[str, Tensor], path: Path, base: str) -> None:
@@ -111,3 +119,33 @@ def _load(path: Path, base: str) -> dict[str, Tensor]:
     if metadata.get("base") != base:
         raise RigsaError(f"{path} belongs to another base model (its weights differ from this model's)")
     return tensors
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes what its base model computes, bit for bit. May be nested; nothing trained changes."""
+    gated = [layer for layer in gated_linears(model).values() if layer.enabled]
+    tuners = [tuner for tuner in _tuner_layers(model) if not tuner.disable_adapters]
+    trained = [(parameter, parameter.requires_grad) for tuner in tuners for parameter in tuner.parameters()]
+    try:
+        for layer in gated:
+            layer.enabled = False
+        for tuner in tuners:
+            tuner.enable_adapters(False)
+        yield
+    finally:
+        for layer in gated:
+            layer.enabled = True
+        for tuner in tuners:
+            tuner.enable_adapters(True)
+        for parameter, flag in trained:  # PEFT freezes what it disables, and would train all that it enables
+            parameter.requires_grad_(flag)
+
+
+def _tuner_layers(model: nn.Module) -> list[Any]:
+    """PEFT's layers. It is asked only where it was imported: elsewhere there are none."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -18,9 +18,8 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rigsa.config import Config
+from rigsa.config import LOW_RANK, ON_PEFT, Config
 from rigsa.errors import RigsaError
-from rigsa_kernels import gated_linears
 
 LONGEST_STEP = timedelta(days=1)
 """Nobody waits longer for another process: for the main process, while it measures on the test images. A process that
@@ -92,6 +91,8 @@ def on_gpus() -> bool:
 
 
 def _check_sharding(config: Config) -> None:
+    if config.method in (*ON_PEFT, *LOW_RANK):
+        raise RigsaError(f"{config.method} under FSDP: adapters of PEFT have parameters of their own dtype; use DDP")
     if not on_gpus():
         raise RigsaError("FSDP: expected several processes with a GPU each, got a CPU or one process")
     efficient = str(parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")).lower()
@@ -101,6 +102,8 @@ def _check_sharding(config: Config) -> None:
         ("--values-dtype", config.values_dtype, "float32", "what is sharded together has one dtype, the gates'"),
         ("--gate", config.gate, "layer", "each decoder layer is sharded by itself"),
         ("--quantize", config.quantize, "none", "accelerate does not shard 4-bit weights"),
+        ("--rewind-step", str(config.rewind_step), "0", "it writes the adapter down while it is in shards"),
+        ("--early-bird-steps", str(config.early_bird_steps), "0", "it ranks values while they are in shards"),
     ):
         if got != expected:
             raise RigsaError(f"{name} {got}: expected {expected} under FSDP, as {reason}")
@@ -113,19 +116,19 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Inside, the main process has the adapted layers of a sharded model in full, on the CPU. All have to enter."""
+    """Inside, the main process has a sharded model's parameters in full, on the CPU. All processes have to enter."""
     shards = [
-        (layer, name, parameter)
-        for layer in gated_linears(model).values()
-        for name, parameter in layer.named_parameters(recurse=False)
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
         if isinstance(parameter, DTensor)
     ]
     try:
-        for layer, name, parameter in shards:
+        for module, name, parameter in shards:
             gathered = parameter.full_tensor().detach()
             if is_main():
-                setattr(layer, name, nn.Parameter(gathered.cpu(), requires_grad=False))
+                setattr(module, name, nn.Parameter(gathered.cpu(), requires_grad=parameter.requires_grad))
         yield
     finally:
-        for layer, name, parameter in shards:
-            setattr(layer, name, parameter)
+        for module, name, parameter in shards:
+            setattr(module, name, parameter)

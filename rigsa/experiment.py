@@ -4,6 +4,7 @@ A run folder::
 
     config.json                 the resolved configuration, written first
     base/metrics.json           the untrained model
+    base/replies.json           its own replies to the prompts that drift is measured on
     level_K/mask.safetensors    the ticket (no file at level 0, which is dense)
     level_K/pruning.json        how the ticket was chosen
     level_K/adapter.safetensors trained values and gates
@@ -19,25 +20,41 @@ often they were interrupted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from rigsa.adapter import ADAPTER_FILE, MASK_FILE, base_fingerprint, load_adapter, load_masks, save_masks
-from rigsa.config import Config
+from rigsa import source_tasks
+from rigsa.adapter import (
+    ADAPTER_FILE,
+    MASK_FILE,
+    base_fingerprint,
+    load_adapter,
+    load_masks,
+    save_masks,
+    trained_parameters,
+)
+from rigsa.config import FROM_GRADIENTS, GATED, LOW_RANK, ON_PEFT, Config
 from rigsa.distributed import is_sharded, main_first, wait_for_all
+from rigsa.drift import drift, replies
+from rigsa.errors import RigsaError
 from rigsa.evaluate import evaluate
 from rigsa.files import is_done, mark_done, read_json, write_json
 from rigsa.model import attach_adapter, load_model, resolve_device
+from rigsa.peft_adapters import attach_peft
 from rigsa.textual_mnist import Images, PromptDataset, Prompts, Splits, load_splits
-from rigsa.train import read_log, remove_checkpoints, steps_per_level, train_level
+from rigsa.train import RESOURCES_FILE, read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa_kernels import SparsePattern, gated_linears
+from rigsa_kernels.replace import select_linears
 
 METRICS_FILE = "metrics.json"
+REPLIES_FILE = "replies.json"
+EARLY_BIRD_FILE = "early_bird.json"
 PRUNING_FILE = "pruning.json"
 BASE = "base"
 
@@ -55,6 +72,8 @@ class Experiment:
     model: PreTrainedModel
     prompts: Prompts
     splits: Splits
+    num_weights: int
+    """In the linear layers that are adapted."""
 
     @classmethod
     def prepare(cls, config: Config, run: Path) -> Experiment:
@@ -63,14 +82,29 @@ class Experiment:
         splits = Splits(
             splits.train.first(config.train_images), splits.validation, splits.test.first(config.test_images)
         )
-        steps_per_level(config, len(splits.train))
+        steps = steps_per_level(config, len(splits.train))
+        if config.rewind_step >= steps:
+            raise RigsaError(
+                f"--rewind-step: expected less than the {steps} steps of a level, got {config.rewind_step}"
+            )
+        if config.method in FROM_GRADIENTS and config.mask_images > len(splits.train):
+            raise RigsaError(
+                f"--mask-images: there are only {len(splits.train)} training images, got {config.mask_images}"
+            )
+        source_tasks.check(config)
         model, tokenizer = load_model(config, resolve_device(config.device))
         prompts = Prompts(tokenizer, config.system_prompt)
         set_seed(config.seed % 2**32)
-        return cls(config, run, model, prompts, splits)
+        layers, _ = select_linears(model, "*", ())
+        num_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+        return cls(config, run, model, prompts, splits, num_weights)
 
     def attach(self) -> None:
-        attach_adapter(self.model, self.config)
+        """What the method trains: an adapter of PEFT, a gated sparse difference, or, for RoSA, one beside the other."""
+        if self.config.method in (*ON_PEFT, *LOW_RANK):
+            attach_peft(self.model, self.config)
+        if self.config.method in GATED:
+            attach_adapter(self.model, self.config)
 
     def reload(self, level: int) -> None:
         """A whole model in place of one that training left in shards, with the adapter that training wrote."""
@@ -96,14 +130,37 @@ class Experiment:
         save_masks(patterns, folder / MASK_FILE, base_fingerprint(self.model))
 
     def test(self, label: str) -> dict[str, Any]:
-        """Accuracy and loss on the test images per number of examples, and on the validation images."""
+        """What was learned and what was forgotten.
+
+        Accuracy and loss on the test images per number of examples and on the validation images; the source tasks that
+        the configuration names.
+        """
         self.model.eval()
-        results = {
-            f"{shots}-shot": self._evaluate(self.splits.test, shots, f"{label}: test, {shots}-shot")
-            for shots in self.config.shots
+        config = self.config
+        results: dict[str, Any] = {
+            "test": {
+                f"{shots}-shot": self._evaluate(self.splits.test, shots, f"{label}: test, {shots}-shot")
+                for shots in config.shots
+            },
+            "validation": self._evaluate(self.splits.validation, config.shots[0], f"{label}: validation"),
         }
-        validation = self._evaluate(self.splits.validation, self.config.shots[0], f"{label}: validation")
-        return {"test": results, "validation": validation}
+        if config.tasks:
+            results["source"] = source_tasks.measure(
+                self.model,
+                self.prompts.tokenizer,
+                config.tasks,
+                data_dir=config.data_dir,
+                limit=config.limit,
+                batch_size=config.eval_batch_size,
+                system_prompt=config.system_prompt,
+                label=label,
+            )
+        return results
+
+    def drift(self) -> dict[str, Any]:
+        """How far the adapter has moved the model from its base's own replies."""
+        self.model.eval()
+        return drift(self.model, read_json(self.run / BASE / REPLIES_FILE))
 
     def _evaluate(self, images: Images, shots: int, label: str) -> dict[str, Any]:
         dataset = PromptDataset(images, self.prompts, self._examples(shots))
@@ -122,38 +179,52 @@ class Experiment:
         folder = self.run / BASE
         with main_first():
             if not is_done(folder):
-                write_json(folder / METRICS_FILE, self.test("untrained"))
+                if self.config.drift:
+                    spoken = replies(self.model, self.prompts.tokenizer, self.config.system_prompt)
+                    write_json(folder / REPLIES_FILE, spoken)
+                metrics = {"tokenizer": self.prompts.fingerprint(), **self.test("untrained")}
+                write_json(folder / METRICS_FILE, metrics)
                 mark_done(folder)
         return read_json(folder / METRICS_FILE)
 
-    def run_level(self, level: int) -> dict[str, Any]:
-        """Train the adapter as it stands, test it, write everything down, the marker last. Returns the metrics."""
+    def run_level(self, level: int, callbacks: Sequence[TrainerCallback] = (), first_step: int = 0) -> dict[str, Any]:
+        """Train the adapter as it stands, test it, write everything down, the marker last. Returns the metrics.
+
+        `callbacks` and `first_step` are for `train_level`.
+        """
         folder, label = level_folder(self.run, level), f"level {level}"
         wait_for_all()  # until every process has seen that this level is not done
-        train_level(self.model, PromptDataset(self.splits.train, self.prompts), self.config, folder, label)
+        dataset = PromptDataset(self.splits.train, self.prompts)
+        train_level(self.model, dataset, self.config, folder, label, callbacks, first_step)
         if is_sharded(self.model):
             self.reload(level)
         with main_first():
             if not is_done(folder):
                 metrics = {"level": level, **self._adapter_metrics(), "pruning": self._pruning(folder)}
+                metrics["steps"] = read_json(folder / RESOURCES_FILE)["steps"]
+                if (folder / EARLY_BIRD_FILE).exists():
+                    metrics["early_bird"] = read_json(folder / EARLY_BIRD_FILE)
                 metrics |= {"train_loss": read_log(folder)[-1]["loss"], **self.test(label)}
+                if self.config.drift:
+                    metrics["drift"] = self.drift()
                 write_json(folder / METRICS_FILE, metrics)
                 mark_done(folder)
                 remove_checkpoints(folder)
         return read_json(folder / METRICS_FILE)
 
     def _adapter_metrics(self) -> dict[str, Any]:
+        """Sizes of what is trained, in all and, for gated sparse layers, layer by layer."""
         layers = gated_linears(self.model)
+        trained = {id(parameter): parameter.numel() for parameter in trained_parameters(self.model).values()}
         free = sum(layer.rigsa_values.numel() for layer in layers.values())
-        total = sum(layer.num_weights for layer in layers.values())
-        gates = torch.cat([layer.rigsa_alpha.detach() for layer in layers.values()]).abs()
-        return {
-            "density": free / total,
-            "free": free,
-            "weights": total,
-            "mean_abs_alpha": gates.mean().item(),
-            "layer_density": {name: layer.pattern.density for name, layer in layers.items()},
-        }
+        metrics: dict[str, Any] = {"free": free, "trainable": sum(trained.values()), "weights": self.num_weights}
+        metrics["density"] = (free or metrics["trainable"]) / self.num_weights
+        if layers:
+            metrics["layer_density"] = {name: layer.pattern.density for name, layer in layers.items()}
+        if layers and self.config.gate != "none":
+            gates = torch.cat([layer.rigsa_alpha.detach() for layer in layers.values()]).abs()
+            metrics["mean_abs_alpha"] = gates.mean().item()
+        return metrics
 
     @staticmethod
     def _pruning(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ keep_fraction times the same-sign share: 0.8 * 0.539 a level, four times, gives 
 80 % a pruning ratio; only the first reading gives 3.46 %.)
 
 This is not Zhou et al.'s ``large_final_same_sign`` (2019), which removes a fixed share of a layer and lets entries
-that changed sign survive when that share is small.
+that changed sign survive when that share is small. That rule and its relatives are in `rigsa.criteria`.
 
 The sign test and the choice itself are `rigsa_kernels.select`; another rule is another call of its `top_k`.
 """
@@ -14,27 +14,30 @@ The sign test and the choice itself are `rigsa_kernels.select`; another rule is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from rigsa_kernels.format import SparsePattern
-from rigsa_kernels.init import layer_key
-from rigsa_kernels.select import count_bits, drawn, ranked, same_sign, top_k
+from rigsa.criteria import CRITERIA, Score, high_in_all
+from rigsa_kernels.format import SparsePattern, pack_bits
+from rigsa_kernels.init import initial_values, layer_key
+from rigsa_kernels.select import Entries, count_bits, drawn, every_entry, ranked, same_sign, top_k
 
 Ranking = Literal["layer", "global"]
+Layer = TypeVar("Layer")
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedLayer:
-    """A layer's free values after training, and what regenerates their initial ones (`rigsa_kernels.init`).
+    """A layer's free values after training, and what they started from.
 
     Attributes:
         values: ``pattern.values_shape``; float32, bfloat16 or float16.
         pattern: which entries are free. Those that were pruned before are not, so none can come back.
-        bound, seed, key: of the initial values.
+        bound, seed, key: of the initial values (`rigsa_kernels.init`), which are regenerated where `initial` is None.
+        initial: where the ticket started from something else (`rigsa.criteria.treated_values`): that, as `values`.
     """
 
     values: Tensor
@@ -42,11 +45,32 @@ class TrainedLayer:
     bound: float
     seed: int
     key: int
+    initial: Tensor | None = None
+
+    def start(self) -> Tensor:
+        """``pattern.values_shape``: what the values were before training. Raises ValueError where `initial` does not
+        fit."""
+        if self.initial is not None:
+            self.pattern.check_values(self.initial)
+            return self.initial
+        return initial_values(
+            self.pattern, self.bound, seed=self.seed, key=self.key, dtype=self.values.dtype, device=self.values.device
+        )
+
+    def same_sign(self) -> Tensor:
+        """The bit mask of the entries that kept their sign; initial values that come from a seed are never stored."""
+        if self.initial is None:
+            return same_sign(self.values, self.pattern, bound=self.bound, seed=self.seed, key=self.key)
+        return pack_bits(self.pattern.scatter(self.values.detach().sign() * self.start().sign() > 0))
+
+    def score(self, score: Score) -> Tensor:
+        """float32 ``pattern.values_shape``."""
+        return score(self.values.detach().float(), self.start().float())
 
 
 @dataclass(frozen=True)
 class PruneCounts:
-    """What one pruning saw and did, summed over the layers."""
+    """What one pruning saw and did, summed over the layers. All free entries are eligible but under ``rigsa``."""
 
     free: int
     eligible: int
@@ -54,37 +78,37 @@ class PruneCounts:
 
 
 def prune(
-    layers: Mapping[str, TrainedLayer], *, keep_fraction: float, ranking: Ranking
+    layers: Mapping[str, TrainedLayer], *, keep_fraction: float, ranking: Ranking, criterion: str = "rigsa"
 ) -> tuple[dict[str, SparsePattern], PruneCounts]:
     """Choose the entries of every layer that survive.
 
     Args:
         layers: name to values, all on one device.
         keep_fraction: share of the eligible entries that is kept, in (0, 1].
-        ranking: magnitudes are compared within each layer, or over the whole model.
+        ranking: entries are compared within each layer, or over the whole model. Under ``rigsa`` and ``random`` no
+            score is ever in memory; otherwise those of one layer at a time are, or, over the whole model, all.
+        criterion: a name in `rigsa.criteria.CRITERIA`. Under ``rigsa`` the entries that kept their sign are eligible,
+            under all others every free entry is. ``random`` is the draw of `random_patterns`, level after level, so an
+            entry that it keeps was kept at every level before.
 
     Returns:
         Name to packed pattern, a part of the one before, and the counts. ``round(keep_fraction * eligible)`` entries
-        are kept, exactly (a layer's own count, or the model's); among equal magnitudes the first in storage order.
+        are kept, exactly (a layer's own count, or the model's; one more at most where a criterion has two scores).
+        Among equals the first in storage order are kept, also among the many that score 0 under the sign criteria,
+        where Zhou et al. draw at random.
 
     Raises:
-        ValueError: `keep_fraction` out of range, a value is not finite, or a layer would be left empty (named).
+        ValueError: `keep_fraction` out of range, `criterion` unknown, a value is not finite, or a layer would be left
+            empty (named).
     """
     if not 0 < keep_fraction <= 1:
         raise ValueError(f"keep_fraction: expected more than 0 and at most 1, got {keep_fraction}")
-    eligible = {
-        name: same_sign(layer.values, layer.pattern, bound=layer.bound, seed=layer.seed, key=layer.key)
-        for name, layer in layers.items()
-    }
-    counts = dict(zip(layers, torch.stack([count_bits(words) for words in eligible.values()]).tolist(), strict=True))
-    entries = {
-        name: ranked(layer.values, layer.pattern, by="magnitude", candidates=eligible[name])
-        for name, layer in layers.items()
-    }
-    if ranking == "layer":
-        kept = top_k(entries, {name: round(keep_fraction * count) for name, count in counts.items()})
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
+    if criterion == "rigsa":
+        kept, counts = _share_of_same_sign(layers, keep_fraction, ranking)
     else:
-        kept = top_k(entries, round(keep_fraction * sum(counts.values())))
+        kept, counts = _share_of_free(layers, keep_fraction, ranking, criterion)
     for name, pattern in kept.items():
         if pattern.nnz == 0:
             raise ValueError(
@@ -93,6 +117,176 @@ def prune(
             )
     free = sum(layer.pattern.nnz for layer in layers.values())
     return kept, PruneCounts(free, sum(counts.values()), sum(pattern.nnz for pattern in kept.values()))
+
+
+def _share_of_same_sign(
+    layers: Mapping[str, TrainedLayer], keep_fraction: float, ranking: Ranking
+) -> tuple[dict[str, SparsePattern], dict[str, int]]:
+    """RIGSA's rule: the patterns and the number of eligible entries of each layer."""
+    eligible = {name: layer.same_sign() for name, layer in layers.items()}
+    counts = dict(zip(layers, torch.stack([count_bits(words) for words in eligible.values()]).tolist(), strict=True))
+    entries = {
+        name: ranked(layer.values, layer.pattern, by="magnitude", candidates=eligible[name])
+        for name, layer in layers.items()
+    }
+    if ranking == "layer":
+        return top_k(entries, {name: round(keep_fraction * count) for name, count in counts.items()}), counts
+    return top_k(entries, round(keep_fraction * sum(counts.values()))), counts
+
+
+def _share_of_free(
+    layers: Mapping[str, TrainedLayer], keep_fraction: float, ranking: Ranking, criterion: str
+) -> tuple[dict[str, SparsePattern], dict[str, int]]:
+    """The rules of Zhou et al. 2019: a fixed share of what is still free."""
+    for name, layer in layers.items():  # a score may hide it
+        if not_finite := int((~layer.values.isfinite()).sum()):
+            raise ValueError(f"values: expected finite numbers to rank, got {not_finite} in {name} that are not")
+    counts = {name: layer.pattern.nnz for name, layer in layers.items()}
+    kept: dict[str, SparsePattern] = {}
+    for group in _compared(layers, ranking):
+        kept |= _highest(group, CRITERIA[criterion].scores, round(keep_fraction * sum(counts[name] for name in group)))
+    return kept, counts
+
+
+def _compared(layers: Mapping[str, Layer], ranking: Ranking) -> list[dict[str, Layer]]:
+    """The groups of layers whose entries are compared with each other."""
+    return [{name: layer} for name, layer in layers.items()] if ranking == "layer" else [dict(layers)]
+
+
+def _highest(layers: dict[str, TrainedLayer], scores: tuple[Score, ...], count: int) -> dict[str, SparsePattern]:
+    """`count` entries of all these layers together: high in every score, or, without a score, drawn."""
+    if len(scores) > 1:
+        return _highest_in_all(layers, scores, count)
+    if not scores:
+        return top_k({name: _drawn_among_free(layer) for name, layer in layers.items()}, count)
+    [score] = scores
+    return top_k({name: ranked(layer.score(score), layer.pattern, by="score") for name, layer in layers.items()}, count)
+
+
+def _highest_in_all(layers: dict[str, TrainedLayer], scores: tuple[Score, ...], count: int) -> dict[str, SparsePattern]:
+    joined = [torch.cat([layer.score(score).view(-1) for layer in layers.values()]) for score in scores]
+    parts = high_in_all(joined, count).split([layer.pattern.nnz for layer in layers.values()])
+    return {
+        name: _part(layer.pattern, part.view(layer.pattern.values_shape))
+        for (name, layer), part in zip(layers.items(), parts, strict=True)
+    }
+
+
+def _part(pattern: SparsePattern, chosen: Tensor) -> SparsePattern:
+    """The free entries where the boolean `chosen`, in ``pattern.values_shape``, is True."""
+    return SparsePattern.from_words(pack_bits(pattern.scatter(chosen)), pattern.in_features)
+
+
+def _drawn_among_free(layer: TrainedLayer) -> Entries:
+    entries = drawn(layer.pattern.shape, seed=layer.seed, key=layer.key, device=layer.values.device)
+    return replace(entries, candidates=_words(layer.pattern, layer.values.device))
+
+
+def _words(pattern: SparsePattern, device: torch.device | str) -> Tensor:
+    """int32 ``[ceil(K / 32), N]``: the bit mask of a pattern, dense or packed."""
+    return every_entry(pattern.shape, torch.device(device)) if pattern.words is None else pattern.words
+
+
+def largest_patterns(
+    scores: Mapping[str, Tensor],
+    *,
+    density: float,
+    ranking: Ranking,
+    by: Literal["score", "magnitude"] = "score",
+    largest: bool = True,
+) -> dict[str, SparsePattern]:
+    """One-shot masks: the entries of full matrices with the largest scores.
+
+    Args:
+        scores: name to ``[N, K]``, float32, bfloat16 or float16, all on one device.
+        density: share that is kept, in (0, 1].
+        ranking: ``round(density * N * K)`` entries of each layer, or ``round(density * weights)`` of all together.
+        by: the scores are ranked as they are, or by their magnitude.
+        largest: False keeps the smallest.
+
+    Returns:
+        Name to packed pattern. Among equals the first in storage order are kept.
+
+    Raises:
+        ValueError: `density` out of range, a score is no matrix or not finite, or a layer would be left empty (named).
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
+    for name, matrix in scores.items():
+        if matrix.dim() != 2:
+            raise ValueError(f"scores: expected an [N, K] matrix for {name}, got {list(matrix.shape)}")
+    kept: dict[str, SparsePattern] = {}
+    for group in _compared(scores, ranking):
+        entries = {name: _ranked_matrix(matrix, by, largest) for name, matrix in group.items()}
+        kept |= top_k(entries, round(density * sum(matrix.numel() for matrix in group.values())))
+    for name, pattern in kept.items():
+        if pattern.nnz == 0:
+            raise ValueError(f"density: {density} leaves {name} empty ({scores[name].numel()} weights); keep more")
+    return kept
+
+
+def _ranked_matrix(matrix: Tensor, by: Literal["score", "magnitude"], largest: bool) -> Entries:
+    pattern = SparsePattern.dense(*matrix.shape)
+    if largest:
+        return ranked(matrix, pattern, by=by)
+    return ranked(-(matrix.detach().abs() if by == "magnitude" else matrix.detach()), pattern, by="score")
+
+
+def hamming_distance(a: Mapping[str, SparsePattern], b: Mapping[str, SparsePattern]) -> float:
+    """The share of the weights that are free in one ticket and not in the other, 0 to 1.
+
+    The Hamming distance of the two masks over all layers, divided by the number of their entries. Two masks of density
+    d differ in at most 2 d of them, so a fixed bound on the distance, such as the 0.1 of early-bird tickets, says
+    nothing below a density of 0.05.
+
+    Raises:
+        ValueError: the layers or their shapes differ.
+
+    Source: You et al., "Drawing Early-Bird Tickets" (ICLR 2020), there over channels.
+    """
+    if {name: pattern.shape for name, pattern in a.items()} != {name: pattern.shape for name, pattern in b.items()}:
+        raise ValueError("b: expected the layers of a, with the same names and shapes")
+    differing, weights = 0, 0
+    for name, pattern in a.items():
+        device = next((one.words.device for one in (pattern, b[name]) if one.words is not None), "cpu")
+        differing += int(count_bits(_words(pattern, device) ^ _words(b[name], device)))
+        weights += pattern.out_features * pattern.in_features
+    return differing / max(weights, 1)
+
+
+def drop_and_grow(values: Tensor, pattern: SparsePattern, gradient: Tensor, *, number: int) -> SparsePattern:
+    """Move `number` entries of one layer: the smallest free ones go, and as many with the largest gradient come.
+
+    An entry that goes does not come back in the same call. Among equals the first in storage order stay, and come.
+
+    Args:
+        values: ``pattern.values_shape``, float32, bfloat16 or float16.
+        pattern: which entries are free; on the values' device.
+        gradient: ``[N, K]`` of the whole matrix, one of these dtypes, on that device.
+        number: 0 to the number of free entries, and of those that are not.
+
+    Returns:
+        A packed pattern with as many free entries as `pattern`.
+
+    Raises:
+        ValueError: a shape, a dtype or `number` does not fit, or a number to rank is not finite.
+
+    Source: Evci et al., "Rigging the Lottery" (ICML 2020); Ansell et al., "Scaling Sparse Fine-Tuning to Large Language
+    Models" (2024), SpIEL-AG.
+    """
+    rows, columns = pattern.shape
+    most = min(pattern.nnz, rows * columns - pattern.nnz)
+    if not 0 <= number <= most:
+        raise ValueError(f"number: expected 0 to {most} entries to move ({pattern.nnz} are free), got {number}")
+    free, whole = _words(pattern, values.device), SparsePattern.dense(rows, columns)
+    entries = {
+        "values": ranked(values, pattern, by="magnitude"),
+        "gradient": ranked(gradient, whole, by="magnitude", candidates=~free & every_entry(whole.shape, free.device)),
+    }
+    chosen = top_k(entries, {"values": pattern.nnz - number, "gradient": number})
+    return SparsePattern.from_words(
+        _words(chosen["values"], free.device) | _words(chosen["gradient"], free.device), columns
+    )
 
 
 def random_patterns(

@@ -91,8 +91,10 @@ def expected_densities(config: Config, same_sign_share: float = SAME_SIGN_SHARE)
     Raises:
         RigsaError: the share is out of range.
     """
+    if config.method == "full":
+        return {0: 1.0}
     if config.density:
-        return {1: config.density}
+        return {0: 1.0, 1: config.density} if config.method == "lt-sft" else {1: config.density}
     if not 0 < same_sign_share <= 1:
         raise RigsaError(f"--same-sign-share: expected more than 0 and at most 1, got {same_sign_share}")
     tickets = {level: (config.keep_fraction * same_sign_share) ** level for level in range(config.prunings + 1)}

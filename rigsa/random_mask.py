@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rigsa.adapter import MASK_FILE, load_masks
 from rigsa.config import CONFIG_FILE, Config, load
-from rigsa.distributed import main_first
 from rigsa.errors import RigsaError
 from rigsa.experiment import Experiment, level_folder
 from rigsa.files import is_done
 from rigsa.masks import random_patterns
-from rigsa_kernels import gated_linears
+from rigsa.ticket import run_ticket
+from rigsa_kernels import SparsePattern, gated_linears
 
 
 def matched_ticket(config: Config) -> int:
@@ -36,20 +38,11 @@ def matched_ticket(config: Config) -> int:
 
 def run_random_mask(experiment: Experiment) -> None:
     """One level, from the same initial values as the matched ticket, with as many entries in each layer."""
-    experiment.measure_base()
-    experiment.attach()
     level = matched_ticket(experiment.config)
-    folder = level_folder(experiment.run, level)
-    if is_done(folder):
-        return
-    with main_first():
-        if not (folder / MASK_FILE).exists():
-            draw_ticket(experiment, level)
-    experiment.adopt(load_masks(experiment.model, folder / MASK_FILE))
-    experiment.run_level(level)
+    run_ticket(experiment, partial(draw_ticket, level), level)
 
 
-def draw_ticket(experiment: Experiment, level: int) -> None:
+def draw_ticket(level: int, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
     config, layers = experiment.config, gated_linears(experiment.model)
     if config.density:
         counts = {name: round(config.density * layer.num_weights) for name, layer in layers.items()}
@@ -57,9 +50,8 @@ def draw_ticket(experiment: Experiment, level: int) -> None:
         matched = load_masks(experiment.model, level_folder(Path(config.match), level) / MASK_FILE)
         counts = {name: pattern.nnz for name, pattern in matched.items()}
     shapes = {name: layer.pattern.shape for name, layer in layers.items()}
-    device = next(iter(layers.values())).weight.device
     try:
-        patterns = random_patterns(shapes, counts, seed=config.seed, device=device)
+        patterns = random_patterns(shapes, counts, seed=config.seed, device=experiment.model.device)
     except ValueError as error:
         raise RigsaError(f"--density {config.density}: {error}") from error
-    experiment.save_ticket(level, patterns, {"kept": sum(counts.values())})
+    return patterns, {"kept": sum(counts.values())}

@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rigsa.config import PRESETS, Config, check_folder, flag, save
+from rigsa.config import METHODS, PLANNED, PRESETS, Config, check_folder, flag, reads, save
 from rigsa.errors import RigsaError
 from rigsa.files import read_json, write_json
 
 if TYPE_CHECKING:
     from rigsa.experiment import Experiment
+    from rigsa.memory_plan import LevelPlan
 
-METHODS = {
-    "imp": "iterative magnitude pruning: train the dense adapter, prune it to tickets, train each",
-    "random-mask": "the control: one level whose ticket is drawn at random, as dense as an imp run's last one",
-}
+SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
+CHAT = "talk to the adapted model of a run, and show it images of digits"
 PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
 TOKENS = {"digits": 93}
 """Of a prompt without examples, as SmolLM2's tokenizer makes them; images of 28x28 have `MNIST_TOKENS`."""
@@ -66,10 +65,18 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run_method, method=method)
         add_run_options(command, method)
     add_plan(commands.add_parser("plan", help=PLAN, description=PLAN[0].upper() + PLAN[1:] + ".", allow_abbrev=False))
-    report = commands.add_parser("report", help="redraw tables and figures from run folders", allow_abbrev=False)
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, drawn together")
-    report.add_argument("--out", type=Path, help="folder for report.md and figure.png; default: the first RUN")
+    add_sweep(commands.add_parser("sweep", help=SWEEP, description=SWEEP.capitalize() + ".", allow_abbrev=False))
+    report = commands.add_parser("report", help="tables and figures from run folders alone", allow_abbrev=False)
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold them")
+    report.add_argument(
+        "--out", type=Path, help="folder for report.html, report.md, report.csv and figures; default: RUN, or ./report"
+    )
     report.set_defaults(command=run_report)
+    chat = commands.add_parser("chat", help=CHAT, description=CHAT.capitalize() + ".", allow_abbrev=False)
+    chat.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    chat.add_argument("--level", type=int, help="of the adapter; default: the last finished one")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="where a reply is cut; default: 256")
+    chat.set_defaults(command=run_chat)
     return parser
 
 
@@ -82,13 +89,13 @@ def add_run_options(command: argparse.ArgumentParser, method: str) -> None:
         "--gpu-memory", type=float, metavar="GIB",
         help="refuse a run that is planned to need more; default: what the GPU has, and no limit on a CPU",
     )  # fmt: skip
-    add_configuration(command, lambda field: field.metadata["only"] in ("", method))
+    add_configuration(command, lambda field: reads(method, field))
 
 
 def add_plan(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=run_plan)
     add_preset(command, "paper")
-    command.add_argument("--method", choices=METHODS, default="imp", help="default: imp")
+    command.add_argument("--method", choices=PLANNED, default="imp", help="default: imp")
     command.add_argument("--gpu-memory", type=float, default=24.0, metavar="GIB", help="of the GPU; default: 24")
     command.add_argument(
         "--tokens", type=int, help=f"of a prompt; default: {TOKENS['digits']} with --data digits, else {MNIST_TOKENS}"
@@ -99,7 +106,23 @@ def add_plan(command: argparse.ArgumentParser) -> None:
         "does; default: 0.539, which leads to the paper's 3.46 %%",
     )  # fmt: skip
     command.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
-    add_configuration(command, lambda field: field.name != "match")
+    add_configuration(command, lambda field: field.name != "match" and any(reads(method, field) for method in PLANNED))
+
+
+def add_sweep(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=run_sweep)
+    add_preset(command, "quickstart")
+    command.add_argument("--methods", required=True, metavar="LIST", help=f"some of {', '.join(METHODS)}")
+    command.add_argument("--seeds", default="0", metavar="LIST", help="default: 0")
+    command.add_argument(
+        "--vary", action="append", default=[], metavar="[METHOD:]FIELD=LIST",
+        help="an option that takes each of these values, for all methods that read it or for one; may be repeated",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, default=Path("runs/sweep"), help="sweep folder; default: runs/sweep")
+    command.add_argument("--shard", default="1/1", metavar="I/N", help="run only part I of N, counted from 1")
+    command.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    command.add_argument("--gpu-memory", type=float, metavar="GIB", help="as for every run")
+    add_configuration(command, lambda field: field.name not in ("seed", "match"))
 
 
 def add_preset(command: argparse.ArgumentParser, default: str) -> None:
@@ -134,9 +157,13 @@ def _how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 def configure(options: argparse.Namespace) -> Config:
     """The preset with what the command line overrides."""
+    return dataclasses.replace(PRESETS[options.preset](options.method), **given_fields(options))
+
+
+def given_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Config` that the command line gave."""
     names = {field.name for field in dataclasses.fields(Config)}
-    given = {name: value for name, value in vars(options).items() if name in names}
-    return dataclasses.replace(PRESETS[options.preset](options.method), **given)
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def resolve(options: argparse.Namespace) -> Config:
@@ -163,35 +190,41 @@ def run_method(options: argparse.Namespace) -> None:
     quiet_libraries()
     from rigsa import distributed
     from rigsa.experiment import Experiment
-    from rigsa.imp import run_imp
-    from rigsa.memory_plan import Target, require_fit
+    from rigsa.methods import RUNNERS
     from rigsa.model import resolve_device
     from rigsa.plan import describe
-    from rigsa.random_mask import matched_ticket, run_random_mask
-    from rigsa.report import write_report
+    from rigsa.random_mask import matched_ticket
 
     distributed.join(on_cpu=resolve_device(config.device).type == "cpu")
     distributed.check(config)
     if config.method == "random-mask":
         matched_ticket(config)  # say what is missing before a model is loaded
-    runners: dict[str, Callable[[Experiment], None]] = {"imp": run_imp, "random-mask": run_random_mask}
     check_folder(config, out)
     experiment = Experiment.prepare(config, out)
-    tokens = len(experiment.prompts.encode(experiment.splits.train.levels[0]))
-    target = Target(experiment.model.config, config, experiment.model.device, tokens)
-    # A plan is that of one process with a whole model, so it cannot refuse one in shards.
-    memory = math.inf if distributed.is_sharding() else memory_of(target.device, options.gpu_memory)
-    plans = require_fit(target, densities_to_train(config), memory)
+    plans = plan_memory(experiment, options.gpu_memory)
     if distributed.is_main():
         print(describe(experiment, plans), flush=True)
     distributed.wait_for_all()  # until every process has checked the folder
     with distributed.main_first():
         save(config, out)
-    runners[config.method](experiment)
+    RUNNERS[config.method](experiment)
     if distributed.is_main():
-        table, figure = write_report([out], out)
-        print(f"\n{table}\n\nfigure: {figure}")
+        print_report([out], out)
     distributed.leave()
+
+
+def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelPlan]:
+    """The plan of every level, none for adapters of PEFT. Raises RigsaError where one does not fit."""
+    from rigsa import distributed
+    from rigsa.memory_plan import Target, require_fit
+
+    config, device = experiment.config, experiment.model.device
+    if config.method not in PLANNED:
+        return []
+    tokens = len(experiment.prompts.encode(experiment.splits.train.levels[0]))
+    # A plan is that of one process with a whole model, so it cannot refuse one in shards.
+    memory = math.inf if distributed.is_sharding() else memory_of(device, gpu_memory)
+    return require_fit(Target(experiment.model.config, config, device, tokens), densities_to_train(config), memory)
 
 
 def densities_to_train(config: Config) -> dict[int, float]:
@@ -200,10 +233,10 @@ def densities_to_train(config: Config) -> dict[int, float]:
     from rigsa.memory_plan import expected_densities
     from rigsa.random_mask import matched_ticket
 
-    if config.method == "imp":
+    if config.method != "random-mask" or config.density:
         return expected_densities(config)
     level = matched_ticket(config)
-    return {level: config.density or read_json(level_folder(Path(config.match), level) / METRICS_FILE)["density"]}
+    return {level: read_json(level_folder(Path(config.match), level) / METRICS_FILE)["density"]}
 
 
 def memory_of(device: torch.device, given: float | None) -> float:
@@ -234,11 +267,42 @@ def run_plan(options: argparse.Namespace) -> None:
         write_json(options.json, record)
 
 
-def run_report(options: argparse.Namespace) -> None:
-    from rigsa.report import write_report
+def run_sweep(options: argparse.Namespace) -> None:
+    from rigsa import sweep
 
-    table, figure = write_report(options.runs, options.out or options.runs[0])
-    print(f"{table}\n\nfigure: {figure}")
+    plan = sweep.plan_sweep(
+        options.methods, options.seeds, options.vary, preset=options.preset, options=given_fields(options),
+        out=options.out,
+    )  # fmt: skip
+    shard = sweep.Shard.parse(options.shard)
+    extra = [] if options.gpu_memory is None else [f"--gpu-memory={options.gpu_memory}"]
+    if options.dry_run:
+        sweep.print_commands(plan, shard, extra)
+        return
+    quiet_libraries()
+    sweep.run_sweep(plan, print_report, shard=shard, extra=extra)
+
+
+def run_report(options: argparse.Namespace) -> None:
+    print_report(options.runs, options.out)
+
+
+def print_report(runs: Sequence[Path], out: Path | None) -> None:
+    """Write the report, and show its table and where it is."""
+    from rigsa.html_report import write_report
+
+    table, page = write_report(runs, out)
+    print(f"\n{table}\n\nreport: {page}")
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    from rigsa import chat, distributed
+    from rigsa.config import load
+    from rigsa.model import resolve_device
+
+    distributed.join(on_cpu=resolve_device(load(options.run).device).type == "cpu")
+    chat.run_chat(options.run, options.level, options.max_new_tokens)
 
 
 def quiet_libraries() -> None:

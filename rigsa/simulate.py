@@ -96,6 +96,7 @@ class SimulatedModel:
             if config.quantize == "nf4":
                 for linear in select_linears(self.model, "*", ())[0].values():
                     _quantize(linear)
+            self.model.requires_grad_(False)
             # "composed" would ask the values whether it is wise
             attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
             for layer in gated_linears(self.model).values():

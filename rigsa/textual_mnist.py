@@ -7,6 +7,8 @@ A pixel becomes one digit 0-9 and a row one line. The user's turn is the image, 
 from __future__ import annotations
 
 import gzip
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +203,11 @@ class Prompts:
         self.system = [] if system_prompt == "default" else [{"role": "system", "content": system_prompt}]
         self.digit_ids = torch.tensor([self._digit_id(digit) for digit in range(10)])
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def fingerprint(self) -> str:
+        """A short hash of the vocabulary and the chat template: equal for prompts with equal ids."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps([vocabulary, self.tokenizer.chat_template]).encode()).hexdigest()[:16]
 
     def _digit_id(self, digit: int) -> int:
         prefix = self._encode(ANSWER_PREFIX)

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -20,13 +20,23 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 
-from rigsa.adapter import ADAPTER_FILE, load_adapter, save_adapter
+from rigsa.adapter import (
+    ADAPTER_FILE,
+    MASK_FILE,
+    base_fingerprint,
+    load_adapter,
+    load_masks,
+    save_adapter,
+    save_masks,
+    trained_parameters,
+)
 from rigsa.config import Config
 from rigsa.distributed import (
     accumulation_steps,
@@ -49,7 +59,7 @@ from rigsa_kernels.reference import NonFiniteGateError
 
 LOG_FILE = "log.jsonl"
 RESOURCES_FILE = "resources.json"
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
 _STATE_FILE = "trainer_state.json"
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
@@ -71,48 +81,102 @@ def steps_per_level(config: Config, num_images: int) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def train_level(model: nn.Module, dataset: PromptDataset, config: Config, folder: Path, label: str) -> None:
+class PatternMover(TrainerCallback):
+    """A callback that moves patterns while the model trains, so that masks have to be saved with the values.
+
+    It moves them in `on_step_end`, before a checkpoint of that step is written.
+    """
+
+
+class EndsEarly(TrainerCallback):
+    """A callback that may end a level before its last step."""
+
+    def ended_at(self) -> int | None:
+        """The step at which it did, as it has written down before any checkpoint of that step."""
+        raise NotImplementedError
+
+
+def train_level(
+    model: nn.Module,
+    dataset: PromptDataset,
+    config: Config,
+    folder: Path,
+    label: str,
+    callbacks: Sequence[TrainerCallback] = (),
+    first_step: int = 0,
+) -> None:
     """Train, then write the adapter, the resources used and, last, the log; where they are, load the adapter instead.
 
     On several processes all of them train, and the main one writes. Under FSDP `model` is left in shards.
 
+    Args:
+        model: with the adapter at its start.
+        dataset: training images.
+        config: of the run.
+        folder: of the level.
+        label: of the progress bar.
+        callbacks: more of them; where there is a `PatternMover`, the level's mask is written before the adapter.
+        first_step: of the schedule; only the steps from there on are made.
+
     Raises:
         RigsaError: the loss or a value became non-finite (step and layer are named), or a file cannot be written.
     """
+    moving = any(isinstance(callback, PatternMover) for callback in callbacks)
     if (folder / LOG_FILE).exists():
-        load_adapter(model, folder / ADAPTER_FILE)
+        load_trained(model, folder, moving)
         return
     reset_peak_memory()
     with main_first():
-        checkpoint = latest_checkpoint(folder / _CHECKPOINTS)
+        checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is not None:
         check_processes(checkpoint)
-        load_adapter(model, checkpoint / ADAPTER_FILE)
-    steps = steps_per_level(config, len(dataset))
+        load_trained(model, checkpoint, moving)
+    steps = steps_per_level(config, len(dataset)) - first_step
     watch = ProgressAndTime(label)
     trainer = LevelTrainer(
         config=config,
+        moving=moving,
+        first_step=first_step,
         model=model,
-        args=training_arguments(config, steps, folder / _CHECKPOINTS),
+        args=training_arguments(config, steps, folder / CHECKPOINTS),
         train_dataset=dataset,
         data_collator=partial(collate, pad_id=dataset.prompts.pad_id),
-        callbacks=[watch, MarkCheckpoint()],
+        callbacks=[watch, MarkCheckpoint(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    if checkpoint is not None and checkpoint_step(checkpoint) == steps:
+    ended = [callback.ended_at() for callback in callbacks if isinstance(callback, EndsEarly)]
+    if checkpoint is not None and checkpoint_step(checkpoint) in (steps, *ended):
         trainer.state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
-        callbacks = read_json(checkpoint / _STATE_FILE)["stateful_callbacks"]
-        watch.before = callbacks[ProgressAndTime.__name__]["attributes"]["before"]
+        states = read_json(checkpoint / _STATE_FILE)["stateful_callbacks"]
+        watch.before = states[ProgressAndTime.__name__]["attributes"]["before"]
     else:
         optimizer = trainer.create_optimizer()
         with stepping_in_backward(optimizer) if config.step_in_backward else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with whole(model), main_first():
         if not (folder / LOG_FILE).exists():
-            save_adapter(model, folder / ADAPTER_FILE)
-            write_json(folder / RESOURCES_FILE, {"train_seconds": watch.seconds, "peak_memory_bytes": peak_memory()})
+            save_trained(model, folder, moving)
+            used = {"train_seconds": watch.seconds, "peak_memory_bytes": peak_memory()}
+            write_json(folder / RESOURCES_FILE, {"steps": trainer.state.global_step, **used})
             lines = [{name: entry[name] for name in _LOGGED} for entry in trainer.state.log_history if "loss" in entry]
             write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def save_trained(model: nn.Module, folder: Path, moving: bool) -> None:
+    """The adapter and, before it, the masks if they were `moving`."""
+    if moving:
+        patterns = {name: layer.pattern for name, layer in gated_linears(model).items()}
+        save_masks(patterns, folder / MASK_FILE, base_fingerprint(model))
+    save_adapter(model, folder / ADAPTER_FILE)
+
+
+def load_trained(model: nn.Module, folder: Path, moving: bool) -> None:
+    """What `save_trained` wrote. Raises RigsaError where a file is missing or does not fit."""
+    if moving:
+        patterns = load_masks(model, folder / MASK_FILE)
+        for name, layer in gated_linears(model).items():
+            layer.set_pattern(patterns[name])
+    load_adapter(model, folder / ADAPTER_FILE)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -121,7 +185,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
@@ -217,14 +281,25 @@ class LevelTrainer(Trainer):
     train_dataset: PromptDataset
     loss_is_scaled_for_ga = False  # ours is a mean per micro-batch, for the Trainer to divide
 
-    def __init__(self, *, config: Config, **kwargs: Any) -> None:
+    def __init__(self, *, config: Config, moving: bool, first_step: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.config = config
+        self.config, self.moving, self.first_step = config, moving, first_step
 
     def create_optimizer(self, model: nn.Module | None = None) -> MaskedAdamW:
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, self.config)
         return cast(MaskedAdamW, self.optimizer)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """The Trainer's linear one, from `first_step` on."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.create_optimizer()
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # or PyTorch will not start in the middle
+            self.lr_scheduler = get_linear_schedule_with_warmup(
+                optimizer, self.config.warmup_steps, num_training_steps + self.first_step, self.first_step - 1
+            )
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
         """Whole batches only. What is left would make a smaller step, and processes could not share it evenly."""
@@ -259,7 +334,7 @@ class LevelTrainer(Trainer):
             if first_non_finite_parameter(self.model):
                 self._stop_at_non_finite("a trained value is not finite", None)
             if is_main():
-                save_adapter(self.model, Path(str(output_dir)) / ADAPTER_FILE)
+                save_trained(self.model, Path(str(output_dir)), self.moving)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -284,7 +359,7 @@ class LevelTrainer(Trainer):
     def _stop_at_non_finite(self, what: str, inputs: dict[str, Tensor] | None) -> NoReturn:
         layer = first_non_finite_parameter(self.model) or (inputs and first_non_finite_output(self.model, inputs))
         raise RigsaError(
-            f"training diverged at step {self.state.global_step + 1}: {what}; first in {layer or 'no adapted layer'}. "
+            f"training diverged at step {self.state.global_step + 1}: {what}; first in {layer or 'no trained layer'}. "
             "What was saved before is kept. Try a lower --learning-rate or --alpha-learning-rate, or --dtype float32 "
             "(in another --out folder)."
         )
@@ -308,22 +383,23 @@ def release_origins(model: nn.Module) -> None:
 
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:
-    """Name of the first adapted layer whose values or gate are not all finite, as far as this process holds them."""
-    for name, layer in gated_linears(model).items():
-        if not all(local_part(tensor).isfinite().all() for tensor in (layer.rigsa_values, layer.rigsa_alpha)):
+    """Name of the first trained parameter that is not all finite, as far as this process holds it."""
+    for name, parameter in trained_parameters(model).items():
+        if not local_part(parameter).isfinite().all():
             return name
     return None
 
 
 @torch.no_grad()
 def first_non_finite_output(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
-    """Name of the first adapted layer whose output is not all finite, by one more forward pass."""
+    """Name of the first trained layer whose output is not all finite, by one more forward pass."""
     found: list[str] = []
+    layers = {name.rpartition(".")[0]: None for name in trained_parameters(model)}
     hooks = [
-        layer.register_forward_hook(
+        model.get_submodule(name).register_forward_hook(
             lambda _module, _args, output, name=name: None if output.isfinite().all() else found.append(name)
         )
-        for name, layer in gated_linears(model).items()
+        for name in layers
     ]
     answer_logits(model, inputs)
     for hook in hooks:

@@ -32,7 +32,7 @@ import math
 import torch
 from torch import Tensor
 
-from rigsa_kernels.format import flat_indices
+from rigsa_kernels.format import carry, flat_indices
 from rigsa_kernels.library import define
 
 QUANT_BLOCK = 256
@@ -223,6 +223,20 @@ def _update(part: list[Tensor], scale: Tensor | None, start: int, hyper: Hyper, 
 
 def _store(target: Tensor, x: Tensor, bits: Tensor) -> None:
     target.copy_(stochastic_bfloat16(x, bits) if target.dtype == torch.bfloat16 else x)
+
+
+def move_codes(
+    exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor, places: Tensor, number: int, step: int, seed: int
+) -> None:
+    """8-bit moments, flat, of entries that have changed `places` (`format.carry`): decoded and coded anew, in place.
+
+    `number`, `step` and `seed` are those of the step before (`adamw_`), from which random bits are left.
+    """
+    m = carry(decode_exp_avg(exp_avg, scales[0]), places)
+    v = carry(decode_exp_avg_sq(exp_avg_sq, scales[1]), places)
+    words = mix(random_words(random_key(seed, step), number, 0, exp_avg) + _signed(SECOND_WORD))
+    encode_exp_avg(m, exp_avg, scales[0])
+    encode_exp_avg_sq(v, rounded_root(v), words & 0xFFFF, exp_avg_sq, scales[1])
 
 
 def decode_exp_avg(codes: Tensor, scale: Tensor) -> Tensor:

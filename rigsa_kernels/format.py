@@ -136,6 +136,21 @@ class SparsePattern:
             return matrix.clone()
         return matrix.reshape(-1).index_select(0, flat_indices(self.words, self.in_features))
 
+    def places_in(self, before: SparsePattern) -> Tensor:
+        """int64 ``[nnz]``: the place of each free entry among the values of `before`, -1 where it was not free there.
+
+        No index list outlives the call, unlike those of `gather`.
+
+        Raises:
+            ValueError: a pattern is dense, or their shapes differ.
+        """
+        if self.words is None or before.words is None or self.shape != before.shape:
+            raise ValueError(f"before: expected two packed patterns of one shape, got {before.shape} and {self.shape}")
+        numbers = torch.arange(before.nnz, dtype=torch.int32, device=before.words.device)
+        places = torch.full(self.shape, -1, dtype=torch.int32, device=before.words.device)
+        places[before.to_mask()] = numbers
+        return places[self.to_mask()].long()
+
     def scatter(self, values: Tensor) -> Tensor:
         """The ``[N, K]`` matrix that holds `values` at the free entries and zeros elsewhere. Copies."""
         self.check_values(values)
@@ -149,6 +164,11 @@ class SparsePattern:
         """Raises ValueError where `values` does not have `values_shape`."""
         if tuple(values.shape) != self.values_shape:
             raise ValueError(f"values: expected {list(self.values_shape)}, got {list(values.shape)}")
+
+
+def carry(values: Tensor, places: Tensor) -> Tensor:
+    """``[nnz]``: the values that stood at `places` (`SparsePattern.places_in`), 0 for -1."""
+    return values.view(-1)[places.clamp(min=0)].masked_fill_(places < 0, 0)
 
 
 def to_signed(unsigned: Tensor, bits: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Random word i of layer key L comes from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011) with key = seed and counter = (i // 4 modulo 2**32, L, i // 2**34, stream), lane i % 4. Stream 0 makes initial
-values, stream 1 random masks (`rigsa_kernels.select`).
+values, stream 1 random masks (`rigsa_kernels.select`), stream 2 permutations (in `rigsa.criteria`).
 
 The 24 high bits r of a word become ``(r - 8388607.5) * 2**-23 * bound``: every step before the last multiplication is
 exact in float32, so the bits do not depend on the device, and no float32 value is ever zero.
@@ -128,8 +128,10 @@ def initial_values(
     Source: RIGSA, section 4.4 (rewinding).
     """
     check_stream(seed, key)
-    if not 0 < bound < float("inf"):
-        raise ValueError(f"bound: expected a positive finite number, got {bound}")
+    if not 0 <= bound < float("inf"):
+        raise ValueError(f"bound: expected a finite number, 0 or more, got {bound}")
+    if bound == 0:
+        return torch.zeros(pattern.values_shape, dtype=dtype, device=device)
     values = torch.empty(pattern.values_shape, dtype=dtype, device=device)
     torch.ops.rigsa.initial_values_(values, pattern.tensors, pattern.in_features, bound, as_int64(seed), key, 0)
     return values
@@ -148,7 +150,7 @@ def uniform_init(
 
     Args:
         shape: of the result; value i is entry i in row-major order.
-        bound: half the width of the interval, positive.
+        bound: half the width of the interval; 0 gives zeros.
         seed: 0 to 2**64 - 1.
         key: 0 to 2**32 - 1, one for each layer (`layer_key`).
         dtype: float32, bfloat16, float16 or float64; the float32 value is rounded to it.

@@ -9,12 +9,13 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rigsa_kernels import ops, reference
 from rigsa_kernels.dispatch import Path, choose_path
-from rigsa_kernels.format import SparsePattern
+from rigsa_kernels.format import SparsePattern, carry
 from rigsa_kernels.init import initial_values
 from rigsa_kernels.nf4 import dequantize, is_nf4_linear, nf4_base
 
@@ -101,8 +102,11 @@ class GatedSparseLinear(nn.Module):
     On the gemm path the matrix that every call of a step needs (W0 + alpha D when composed, D in the weight's dtype
     when exact) is made once and kept until an optimiser steps or a parameter's version counter moves (a write through
     ``.data`` outside an optimiser moves neither). It is not part of the state dict.
+
+    Where `enabled` is set to False, the layer is the frozen one alone; nothing that is trained or saved changes.
     """
 
+    enabled: bool = True
     rigsa_words: Tensor | None
     rigsa_word_offsets: Tensor | None
     rigsa_row_base: Tensor | None
@@ -177,9 +181,7 @@ class GatedSparseLinear(nn.Module):
         if pattern.shape != (self.out_features, self.in_features):
             raise ValueError(f"pattern: expected [{self.out_features}, {self.in_features}], got {list(pattern.shape)}")
         pattern = pattern.to(self.weight.device)
-        self.register_buffer("rigsa_words", pattern.words)
-        self.register_buffer("rigsa_word_offsets", pattern.word_offsets)
-        self.register_buffer("rigsa_row_base", pattern.row_base)
+        self._adopt_indices(pattern)
         self.rigsa_values = nn.Parameter(
             initial_values(
                 pattern, self.bound, seed=self.seed, key=self.key, dtype=self._values_dtype, device=self.weight.device
@@ -189,9 +191,37 @@ class GatedSparseLinear(nn.Module):
             self.rigsa_alpha.fill_(self.alpha_init)
         self._kept.clear()
 
+    @torch.no_grad()
+    def move_pattern(self, pattern: SparsePattern) -> Tensor:
+        """Free other entries, as many as before, in the midst of training: those that stay keep their values, new ones
+        start at zero.
+
+        `rigsa_values` stays the same parameter, so its optimiser, a scheduler and DDP stay valid; the optimiser's
+        moments follow with `MaskedAdamW.move_state`. A gradient that it has is dropped.
+
+        Returns:
+            int64 ``[nnz]``: the place that each value had before, -1 where the entry is new.
+
+        Raises:
+            ValueError: `pattern` or the present one is dense, or they differ in shape or in the number of entries.
+        """
+        if pattern.nnz != self.rigsa_values.numel():
+            raise ValueError(f"pattern: expected {self.rigsa_values.numel()} free entries, got {pattern.nnz}")
+        pattern = pattern.to(self.weight.device)
+        places = pattern.places_in(self.pattern)
+        self.rigsa_values.copy_(carry(self.rigsa_values, places))
+        self.rigsa_values.grad = None
+        self._adopt_indices(pattern)
+        return places
+
+    def _adopt_indices(self, pattern: SparsePattern) -> None:
+        self.register_buffer("rigsa_words", pattern.words)
+        self.register_buffer("rigsa_word_offsets", pattern.word_offsets)
+        self.register_buffer("rigsa_row_base", pattern.row_base)
+
     def composed_threshold(self) -> float:
         """The |alpha| from which composing in the layer's dtype keeps the adapter (`composed_is_safe`)."""
-        weight_rms, delta_rms = rms(self._matrix()), rms(self.rigsa_values.detach())
+        weight_rms, delta_rms = rms(self.frozen_matrix()), rms(self.rigsa_values.detach())
         return (torch.finfo(self.dtype).eps * weight_rms / delta_rms).item()
 
     def delta(self) -> Tensor:
@@ -202,6 +232,8 @@ class GatedSparseLinear(nn.Module):
         """``[..., K]`` to ``[..., N]``; under autocast in its dtype, else in `dtype`, to which x is cast."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        if not self.enabled:
+            return self._frozen(x.to(dtype), dtype)
         tokens = x.numel() // max(self.in_features, 1)
         shape = (self.out_features, self.in_features)
         path = choose_path(x.device, dtype, shape, tokens, nf4=self.is_nf4, force=self.force)
@@ -216,6 +248,11 @@ class GatedSparseLinear(nn.Module):
             exact=exact,
             operand=self._operand(dtype, exact) if isinstance(exact, bool) else None,
         )
+
+    def _frozen(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The layer that was adapted."""
+        weight = dequantize(self._base(dtype), (self.out_features, self.in_features), dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(dtype))
 
     def _base(self, dtype: torch.dtype) -> list[Tensor]:
         """The frozen weight as operators take it."""
@@ -254,7 +291,7 @@ class GatedSparseLinear(nn.Module):
         return torch.full((1,), self._is_exact(dtype), dtype=torch.bool, device=self.rigsa_alpha.device)
 
     def _is_safe(self, dtype: torch.dtype) -> Tensor:
-        weight_rms = self._keep("weight_rms", self._weight_version, lambda: rms(self._matrix()))
+        weight_rms = self._keep("weight_rms", self._weight_version, lambda: rms(self.frozen_matrix()))
         return composed_is_safe(self.rigsa_alpha.detach(), self.rigsa_values.detach(), weight_rms, dtype)
 
     @property
@@ -262,8 +299,8 @@ class GatedSparseLinear(nn.Module):
         """Of a frozen weight: no optimiser moves it."""
         return self.weight.data_ptr(), self.weight._version
 
-    def _matrix(self) -> Tensor:
-        """W0 as a matrix."""
+    def frozen_matrix(self) -> Tensor:
+        """W0 as an ``[N, K]`` matrix in `dtype`; decoded, behind NF4."""
         return dequantize(self._base(self.dtype), (self.out_features, self.in_features), self.dtype)
 
     def _operand(self, dtype: torch.dtype, exact: bool) -> Tensor | None:

@@ -29,7 +29,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rigsa_kernels.adamw import check_options, num_blocks
+from rigsa_kernels.adamw import check_options, move_codes, num_blocks
+from rigsa_kernels.format import carry
 
 StateDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -216,6 +217,29 @@ class MaskedAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=second)
         return state
 
+    @torch.no_grad()
+    def move_state(self, param: Tensor, places: Tensor) -> None:
+        """Carry the moments of `param` along, whose entries have changed places; those of new entries start at zero.
+
+        They keep their bits, but for 8-bit ones, which share a block's scale with others now and are rounded again, as
+        in a step. The step count stays, so the moments of a new entry are not corrected for their zero start.
+
+        Args:
+            param: not a DTensor. Nothing happens where it has made no step yet.
+            places: int64 ``[numel]``, as `GatedSparseLinear.move_pattern` returns them.
+        """
+        state = self.state.get(param, {})
+        if not state:
+            return
+        exp_avg, exp_avg_sq = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        if "scales" not in state:
+            for moment in (exp_avg, exp_avg_sq):
+                moment.copy_(carry(moment, places))
+            return
+        seeds = {id(other): group["seed"] for group in self.param_groups for other in group["params"]}
+        number = list(seeds).index(id(param))
+        move_codes(exp_avg, exp_avg_sq, state["scales"], places, number, state["step"], seeds[id(param)])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in any ``torch.optim`` class, but what is loaded keeps its dtype.
 
@@ -264,7 +288,7 @@ def _is_for_pytorch(tensors: list[Tensor]) -> bool:
 
 
 def parameter_groups(model: nn.Module, alpha_lr: float, alpha_weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters of `model`: all but the gates, and the gates with their own options.
+    """The trainable parameters of `model`: all but the gates, and a second group of the gates with their own options.
 
     Raises:
         ValueError: `model` has no trainable parameter.
@@ -274,7 +298,5 @@ def parameter_groups(model: nn.Module, alpha_lr: float, alpha_weight_decay: floa
         raise ValueError("params: the model has no trainable parameter; call replace_linears(model) first")
     gates = [item for item in trainable if item[0].rpartition(".")[2] == "rigsa_alpha"]
     values = [item for item in trainable if item[0].rpartition(".")[2] != "rigsa_alpha"]
-    return [
-        {"params": values},
-        {"params": gates, "lr": alpha_lr, "weight_decay": alpha_weight_decay, "state_dtype": "float32"},
-    ]
+    options = {"lr": alpha_lr, "weight_decay": alpha_weight_decay, "state_dtype": "float32"}
+    return [{"params": values}, *([{"params": gates, **options}] if gates else [])]

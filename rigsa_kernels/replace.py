@@ -85,7 +85,7 @@ def replace_linears(
         _set_module(model, name, gated.train(linear.training))
         alpha = gated.rigsa_alpha if shared_gate else None
     logger.info("%s", adapter_summary(model))
-    if numerics == "composed":
+    if numerics == "composed" and init_scale:
         _warn_of_the_dead_zone(gated_linears(model).values(), alpha_init)
     for name, reason in skipped:
         logger.info("left alone: %s (%s)", name, reason)

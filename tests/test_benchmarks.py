@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import math
-import re
+import subprocess
+import sys
+import weakref
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.arena import Arena, describe
+from benchmarks import bench_step
+from benchmarks.arena import Arena, describe, heats
 from benchmarks.bench_products import OPERATIONS, PROVIDERS, product
 from benchmarks.checks import assert_within, check_layer, make_problem
-from benchmarks.compare import THRESHOLD, regressions
+from benchmarks.compare import RULE, SHORTEST, THRESHOLD, RecordError, check_common, compare, read_record
+from benchmarks.loss_curves import draw, labels, main, styles
 from benchmarks.memory import extra_bytes, held_bytes, saved_bytes
-from benchmarks.providers import FULL, LAYERS, TICKET_NAME, ticket_mask
+from benchmarks.providers import FULL, LAYERS, LORA_DEFAULT, SHIRA, TICKET_NAME, TRAINEES, ticket_mask
 from benchmarks.race import Contestant, Replay, UnavailableError, ratios, run_rounds
 from benchmarks.report import duration, exponent, exponent_table, size, table, tables
-from benchmarks.targets import target_table
+from benchmarks.shapes import Batch
+from benchmarks.targets import BASE, TARGETS, target_table
+from rigsa.errors import RigsaError
 from rigsa_kernels import SparsePattern
 
 CPU = torch.device("cpu")
 SHAPE = (48, 64)
 
 
-def bench(name="a", ratio=1.0, spread=0.01, group="g", median=1e-3, **info):  # type: ignore[no-untyped-def]
+def bench(name="a", ratio=1.0, spread=0.01, group="g", median=1e-2, **info):  # type: ignore[no-untyped-def]
     """A stored benchmark, as far as anything here reads it."""
     quartiles = [ratio * (1 - spread), ratio * (1 + spread)]
     extra = {"provider": name, "floor": "floor", "ratio": ratio, "ratio_quartiles": quartiles}
@@ -60,7 +70,8 @@ class TestRace:
     def test_rates(self):
         entry = Contestant(print, print, least=0.5, bytes=int(6e9), tokens=100)
         fields = describe(entry, [2.0, 2.0], None)
-        assert fields == {"tokens_per_second": 50, "gb_per_second": 3, "roofline_share": 0.25}
+        rates = {"tokens_per_second": 50, "gb_per_second": 3, "roofline_share": 0.25, "least_seconds": 0.5}
+        assert fields == rates
 
     def test_a_failure_is_its_own_provider_s(self):
         def unavailable() -> Contestant:
@@ -81,6 +92,87 @@ class TestRace:
             arena.record(outcome, "absent", None)
         with pytest.raises(AssertionError, match="y: off"):
             arena.record(outcome, "bad", None)
+
+
+class Built:
+    """What a provider builds, as large as one likes."""
+
+
+class TestHeats:
+    @pytest.mark.parametrize(
+        ("at_once", "parts"), [(None, ["abcde"]), (2, ["ab", "cd", "e"]), (5, ["abcde"]), (9, ["abcde"])]
+    )
+    def test_parts(self, at_once, parts):
+        assert ["".join(part) for part in heats("abcde", at_once)] == parts
+
+    def test_a_floor_alone_still_runs(self):
+        assert Arena(CPU, "smoke", Replay(), []).race("g", "f", {"f": self.builder([], "f")}).seconds["f"]
+
+    def test_every_heat_has_the_floor_and_what_it_built_is_gone_before_the_next(self):
+        built: list[tuple[str, weakref.ref[Built]]] = []
+        alive: list[str] = []
+        builders = {name: self.builder(built, name, alive) for name in "fabcd"}
+        outcome = Arena(CPU, "smoke", Replay(), []).race("g", "f", builders, at_once=2)
+        assert "".join(name for name, _ in built) == "fabfcd"
+        assert alive == ["", "f", "fa", "", "f", "fc"]  # before each of them
+        assert not any(made() for _, made in built)
+        assert len(outcome.seconds["f"]) == len(outcome.seconds["a"]) + len(outcome.seconds["c"])
+        assert outcome.info["f"]["ratio"] == 1
+
+    def test_a_failure_keeps_nothing_alive(self):
+        made: list[weakref.ref[Built]] = []
+
+        def build() -> Contestant:
+            model = Built()
+            made.append(weakref.ref(model))
+            try:
+                raise KeyError("first")
+            except KeyError as error:
+                raise AssertionError("off") from error
+
+        outcome = Arena(CPU, "smoke", Replay(), []).race("g", "f", {"f": build})
+        assert made[0]() is None
+        with pytest.raises(AssertionError, match="off"):
+            raise outcome.failures["f"]
+
+    @staticmethod
+    def builder(built, name, alive=None):  # type: ignore[no-untyped-def]
+        def build() -> Contestant:
+            if alive is not None:
+                alive.append("".join(name for name, made in built if made()))
+            model = Built()
+            model.itself = model  # as modules and their hooks do
+            built.append((name, weakref.ref(model)))
+            return Contestant(lambda: model, lambda: None)
+
+        return build
+
+    def test_whole_models_share_frozen_weights_and_are_freed(self, monkeypatch):
+        """Two blocks of SmolLM2-135M: a heat of real providers, each of which checks itself and makes a step."""
+        pytest.importorskip("peft")
+        models: list[weakref.ref[nn.Module]] = []
+        alive: list[int] = []
+
+        def observed(name, model):  # type: ignore[no-untyped-def]
+            gc.collect()
+            alive.append(sum(made() is not None for made in models))
+            trainee = TRAINEES[name](model)
+            models.append(weakref.ref(trainee.model))
+            embeddings.add(trainee.model.get_input_embeddings().weight.data_ptr())
+            return trainee
+
+        embeddings: set[int] = set()
+        names = (FULL, TICKET_NAME, LORA_DEFAULT)
+        monkeypatch.setattr("benchmarks.arena.ROUNDS", {"smoke": (2, 2)})
+        monkeypatch.setattr(bench_step, "TRAINEES", {name: partial(observed, name) for name in names})
+        monkeypatch.setattr(bench_step, "step_floor", lambda *args: 1.0)
+        arena, batch = Arena(CPU, "smoke", Replay(), []), Batch("135M", 2, 1, 4, "bfloat16")
+        builders = {name: partial(bench_step.contestant, arena, batch, name) for name in names}
+        outcome = arena.race("g", FULL, builders, at_once=1)
+        assert not outcome.failures
+        assert alive == [0, 1, 0, 1]
+        assert not any(made() for made in models)
+        assert len(embeddings) == 1
 
 
 def stopwatch(run) -> float:  # type: ignore[no-untyped-def]
@@ -157,6 +249,21 @@ class TestMemory:
         assert saved_bytes(lambda: linear(x), linear) == 16 * 8 * 4
         assert saved_bytes(lambda: (linear(x), linear(x[:8])), linear) == 16 * 8 * 4
 
+    def test_saved_bytes_leave_no_graph_behind(self):
+        """An operation that saves its own output, which the hooks are given, too."""
+        nodes: list[weakref.ref[object]] = []
+
+        class Marked(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):  # type: ignore[no-untyped-def]
+                nodes.append(weakref.ref(ctx))
+                return x.clone()
+
+        x = torch.randn(4, requires_grad=True)
+        saved_bytes(lambda: Marked.apply(x).exp().sum(), nn.Linear(1, 1))
+        gc.collect()
+        assert [node() for node in nodes] == [None]
+
     def test_held_bytes_count_a_storage_once(self):
         x = torch.zeros(10)
         assert held_bytes([x, x[:3], torch.zeros(5)]) == 60
@@ -173,17 +280,22 @@ class TestMemory:
         assert 3 * mebi <= extra_bytes(run, CPU) < 3.1 * mebi
 
 
+def regressions(before, now, device="cpu"):  # type: ignore[no-untyped-def]
+    return compare(before, now, device).worse
+
+
 class TestCompare:
     def test_equal_runs_pass(self):
         run = [bench("a", 0.9), bench("b", 3.0)]
-        assert regressions(run, run) == []
+        found = compare(run, run, "cpu")
+        assert (found.judged, found.worse, found.passed) == (2, [], True)
 
     def test_seconds_alone_do_not_matter(self):
         assert regressions([bench(median=1.0)], [bench(median=9.0)]) == []
 
     def test_a_grown_ratio_is_named(self):
         (line,) = regressions([bench("a", 1.0), bench("b", 1.0)], [bench("a", 1.0), bench("b", 1.5)])
-        assert re.search(r"::b: 1\.500 of the floor, was 1\.000", line)
+        assert line == "bench.py::b: 1.500 (1.485 to 1.515) of the floor, was 1.000 (0.990 to 1.010)"
 
     @pytest.mark.parametrize(("factor", "count"), [(THRESHOLD * 0.99, 0), (THRESHOLD * 1.01, 1), (0.5, 0)])
     def test_threshold(self, factor, count):
@@ -192,9 +304,43 @@ class TestCompare:
     def test_noise_that_overlaps_is_no_regression(self):
         assert regressions([bench(spread=0.3)], [bench(ratio=1.3, spread=0.3)]) == []
 
+    @pytest.mark.parametrize("ratio", [2.0, 0.5])
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_on_a_cpu_the_shorter_of_provider_and_floor_must_last(self, device, ratio):
+        for factor, judged in ((1.01, True), (0.99, device == "cuda")):
+            median = factor * SHORTEST * max(ratio, 1)
+            found = compare([bench(ratio=ratio, median=median)], [bench(ratio=2 * ratio, median=2 * median)], device)
+            assert (found.judged, found.too_short, len(found.worse)) == (judged, not judged, judged)
+            assert not found.passed  # a regression, or nothing judged
+
+    def test_floors_are_not_compared_with_themselves(self):
+        assert compare([bench("floor")], [bench("floor")], "cpu").judged == 0
+
+    def test_the_rule_states_its_numbers(self):
+        assert f"{THRESHOLD:g} times" in RULE
+        assert "quartiles" in RULE
+
     def test_nothing_in_common_is_an_error(self):
-        with pytest.raises(ValueError, match="none in common"):
-            regressions([bench("a")], [bench("b")])
+        with pytest.raises(RecordError, match=r"--compare old\.json: none of its 1 benchmarks is among the 2 to run"):
+            check_common([bench("a")], ["b", "c"], Path("old.json"))
+
+    @pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"benchmarks"'])
+    def test_no_record(self, tmp_path, text):
+        file = tmp_path / "results.json"
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(RecordError, match=f"--compare {file}: .*expected"):
+            read_record(file)
+
+    def test_pytest_says_so_in_one_line_and_runs_nothing(self, tmp_path):
+        file = tmp_path / "results.json"
+        file.write_text(json.dumps({"benchmarks": [bench("a")]}))
+        command = [sys.executable, "-m", "pytest", "benchmarks/bench_gradient.py", "--compare", str(file)]
+        root = Path(__file__).resolve().parents[1]
+        ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+        assert f"--compare {file}: none of its 1 benchmarks" in ran.stdout + ran.stderr
+        assert "Traceback" not in ran.stdout + ran.stderr
 
 
 class TestReport:
@@ -216,8 +362,8 @@ class TestReport:
         assert table(rows).splitlines() == [
             "| provider | median | quartiles | ratio | saved for backward |",
             "| --- | ---: | ---: | ---: | ---: |",
-            "| nn.Linear | 1 ms | 1 ms - 1 ms | 1.00 | 1 MiB |",
-            "| ours | 1 ms | 1 ms - 1 ms | 1.23 |  |",
+            "| nn.Linear | 10 ms | 10 ms - 10 ms | 1.00 | 1 MiB |",
+            "| ours | 10 ms | 10 ms - 10 ms | 1.23 |  |",
         ]
 
     def test_tables_group_by_question(self):
@@ -226,9 +372,21 @@ class TestReport:
 
     def test_targets(self):
         group = "training step, small"
-        text = target_table([bench(FULL, 1.0, group=group), bench(TICKET_NAME, 0.8, group=group)])
-        assert f"| {group} | {TICKET_NAME} / {FULL} | 0.80 | ≤ 0.85 | met |" in text
-        assert "missed" in target_table([bench(FULL, 1.0, group=group), bench(TICKET_NAME, 0.9, group=group)])
+        rows = [
+            bench(FULL, 1.0, group=group, least_seconds=0.5, roofline_share=0.5),
+            bench(TICKET_NAME, 0.8, group=group, least_seconds=0.36, roofline_share=0.45),
+            bench(SHIRA, 1.2, group=group, least_seconds=0.36, roofline_share=0.3),
+        ]
+        text = target_table(rows)
+        assert f"| {group} | {TICKET_NAME} / {FULL} | ≤ 0.85 | 0.80 | met | 45% / 50% | 0.72 | 0.36 |" in text
+        assert f"| {group} | {SHIRA} / {TICKET_NAME} | ≥ 1.6 | 1.50 | not met | 30% / 45% | 1.00 | 3.33 |" in text
+        assert f"| {group} | {TICKET_NAME} / {LORA_DEFAULT} | ≤ 0.6 |  | not measured |  |  |  |" in text
+
+    def test_every_target_is_reported_where_its_question_is_asked(self):
+        rows = [bench(FULL, group="training step, x"), bench(BASE, group="generation of 4"), bench("a", group="other")]
+        lines = target_table(rows).splitlines()[2:]
+        assert [line.split(" | ")[1] for line in lines] == [f"{own.numerator} / {own.denominator}" for own in TARGETS]
+        assert target_table([bench("a", group="other")]) == ""
 
     @pytest.mark.parametrize(("seconds", "text"), [(2.0, "2 s"), (0.0345, "34.5 ms"), (1.5e-7, "0.15 µs")])
     def test_duration(self, seconds, text):
@@ -237,3 +395,45 @@ class TestReport:
     @pytest.mark.parametrize(("count", "text"), [(10, "10 B"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB")])
     def test_size(self, count, text):
         assert size(count) == text
+
+
+class TestLossCurves:
+    @staticmethod
+    def run_folder(path, losses=(2.0, 1.0, 0.5), **config):  # type: ignore[no-untyped-def]
+        (path / "level_0").mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps({"seed": 0, "values_dtype": "float32"} | config))
+        lines = [{"step": 10 * (n + 1), "loss": loss} for n, loss in enumerate(losses)]
+        (path / "level_0" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    def test_labels_are_what_differs(self):
+        configs = [{"a": 1, "b_c": 2, "d": 0}, {"a": 1, "b_c": 3, "d": 0}, {"a": 1, "b_c": 2, "d": 4}]
+        assert labels(configs) == ["b-c 2, d 0", "b-c 3", "d 4"]
+        assert labels([{"a": 1}, {"a": 1}]) == ["run 1", "run 2"]
+
+    def test_styles_differ_without_colour(self):
+        seven = [style for style, _ in zip(styles(), range(7), strict=False)]
+        for name in ("color", "linestyle", "marker"):
+            assert len({str(style[name]) for style in seven}) == 7
+
+    def test_curves_are_those_of_the_logs(self, tmp_path):
+        runs = [self.run_folder(tmp_path / dtype, values_dtype=dtype) for dtype in ("float32", "bfloat16")]
+        out = tmp_path / "docs" / "curves.svg"
+        main([*map(str, runs), "--out", str(out)])
+        text = out.read_text()
+        assert [name for name in ("values-dtype float32", "values-dtype bfloat16") if f"<!-- {name} -->" in text] == [
+            "values-dtype float32",
+            "values-dtype bfloat16",
+        ]
+        draw(runs, tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_what_is_no_run_is_named_and_no_file_written(self, tmp_path):
+        good, empty = self.run_folder(tmp_path / "good"), self.run_folder(tmp_path / "empty", losses=())
+        out = tmp_path / "x.png"
+        for run, message in ((tmp_path, r"no config\.json"), (empty, "found no lines")):
+            with pytest.raises(RigsaError, match=message):
+                draw([good, run], out)
+        with pytest.raises(SystemExit, match=r"error: --out .*\.gif: expected"):
+            main([str(good), "--out", str(tmp_path / "x.gif")])
+        assert not out.exists()

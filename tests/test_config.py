@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from rigsa.config import PRESETS, Config, check_folder, load, paper, save
+from rigsa.config import FROM_ZERO, METHODS, PRESETS, Config, check_folder, load, paper, reads, save
 from rigsa.errors import RigsaError
+from rigsa.methods import RUNNERS
 from rigsa.run import build_parser, main, resolve
 from rigsa.train import steps_per_level
 
@@ -20,14 +21,42 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "quantize": "none", "attention": "sdpa", "system_prompt": "default",
         "gate": "layer", "alpha_init": 1e-6, "init_scale": 1.0, "values_dtype": "bfloat16", "state_dtype": "bfloat16",
         "numerics": "auto",
-        "prunings": 4, "keep_fraction": 0.8, "ranking": "layer", "match": "", "density": 0.0,
+        "prunings": 4, "keep_fraction": 0.8, "criterion": "rigsa", "rewind": "init",
+        "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
+        "match": "", "density": 0.0,
+        "mask_images": 64, "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
+        "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
         "loss": "answer", "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
         "checkpointing": False, "step_in_backward": False,
         "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,
         "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
         "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
+        "drift": True, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
         "logging_steps": 10, "checkpoint_steps": 100,
     }  # fmt: skip
+
+
+def test_low_rank_paper_preset_is_table_4():
+    config = paper("qlora")
+    table = {"quantize": "nf4", "rank": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "learning_rate": 2e-4}
+    table |= {"warmup_steps": 1000, "weight_decay": 0.1, "batch_size": 16, "epochs": 4}
+    assert {name: getattr(config, name) for name in table} == table
+    assert dataclasses.replace(config, method="lora", quantize="none") == paper("lora")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_every_preset_and_its_options(method, preset):
+    config = parse(method, "--preset", preset, *(["--match", "runs/x"] if method == "random-mask" else []))
+    assert config.method == method
+    for field in dataclasses.fields(Config):
+        if field.name != "method" and not reads(method, field):
+            assert getattr(config, field.name) == getattr(PRESETS[preset](method), field.name)
+    assert (config.gate == "none") == (config.init_scale == 0) == (method in FROM_ZERO)
+
+
+def test_every_method_of_the_help_runs():
+    assert RUNNERS.keys() == METHODS.keys()
 
 
 def test_paper_preset_makes_the_papers_steps():
@@ -49,11 +78,14 @@ def test_bare_command_is_the_quickstart():
 )
 def test_every_field_can_be_overridden(field):
     other = {"float32": "bfloat16", "bfloat16": "float32", "auto": "exact", "layer": "global", "answer": "all"}
+    other |= {"largest": "smallest", "rigsa": "movement", "init": "random_reinit"}
     value = {str: other.get(field.default, "0,1,2"), int: 10, float: 0.5, bool: True}[type(field.default)]
     value = {"micro_batch_size": 8, "device": "cpu", "gate": "model", "quantize": "nf4"}.get(field.name, value)
     needs = {"step_in_backward": ["--max-grad-norm", "0", "--micro-batch-size", "16"]}.get(field.name, [])
-    method, option = field.metadata["only"] or "imp", f"--{field.name.replace('_', '-')}"
-    given = [option] if value is True else [option, str(value)]
+    method = (field.metadata["only"] or ("imp",))[0]
+    option = f"--{field.name.replace('_', '-')}"
+    value = not field.default if type(field.default) is bool else value
+    given = [option if value else f"--no-{option[2:]}"] if type(value) is bool else [option, str(value)]
     config = parse(method, "--preset", "paper", *given, *needs)
     assert getattr(config, field.name) == value
 
@@ -87,11 +119,29 @@ def test_unknown_options_are_refused(argument, capsys):
             ["--step-in-backward", "--max-grad-norm", "0", "--micro-batch-size", "4"],
             "and --micro-batch-size 8 (the batch",
         ),
+        (["--init-scale", "0", "--alpha-init", "0"], "--init-scale 0 and --alpha-init 0: no gradient ever leaves zero"),
         (["--beta2", "1"], "--beta2: expected 0 or more and less than 1, got 1.0"),
     ],
 )
 def test_values_out_of_range_are_named(arguments, message, capsys):
     assert main(["imp", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("sift", ["--density", "0"], "--density: expected more than 0 for sift, got 0.0"),
+        ("qlora", ["--quantize", "none"], "--quantize: expected nf4 for qlora, got none"),
+        ("lora", ["--quantize", "nf4"], "--quantize: expected none for lora, got nf4"),
+        ("full", ["--quantize", "nf4"], "--quantize: expected none for full, got nf4"),
+        ("lora", ["--rank", "0"], "--rank: expected 1 or more, got 0"),
+        ("lora", ["--lora-dropout", "1"], "--lora-dropout: expected 0 or more and less than 1, got 1.0"),
+        ("spiel", ["--reselect-share", "1"], "--reselect-share: expected more than 0 and less than 1, got 1.0"),
+    ],
+)
+def test_what_a_method_needs_is_named(method, arguments, message, capsys):
+    assert main([method, *arguments]) == 1
     assert message in capsys.readouterr().err
 
 

@@ -50,6 +50,10 @@ def test_chunks_do_not_show():
     assert len(whole.unique()) > 0.9 * len(whole)
 
 
+def test_a_bound_of_zero_gives_positive_zeros():
+    assert uniform_init((3, 5), 0.0, seed=0, key=0).view(torch.int32).count_nonzero() == 0
+
+
 def test_initial_values_at_a_pattern_are_those_of_the_matrix():
     options = {"seed": 5, "key": 9}
     mask = torch.rand(60, 97, generator=torch.Generator().manual_seed(0)) < 0.1
@@ -89,7 +93,7 @@ def test_streams_differ_between_layers_and_seeds_and_repeat():
     [
         ({"seed": -1}, "seed: expected 0 to"),
         ({"key": 2**32}, "key: expected 0 to"),
-        ({"bound": 0.0}, "bound: expected a positive finite number, got 0.0"),
+        ({"bound": -1.0}, "bound: expected a finite number, 0 or more, got -1.0"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -202,6 +202,52 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
+def assert_frozen_alone(layer: GatedSparseLinear, linear: nn.Module, x: torch.Tensor) -> None:
+    """Switched off, `layer` is `linear` bit for bit; switched on again, it is what it was."""
+    want, adapted, state = linear(x), layer(x), copy.deepcopy(layer.state_dict())
+    layer.enabled = False
+    assert torch.equal(layer(x), want)
+    assert layer(x).dtype == want.dtype
+    assert layer.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+    layer.enabled = True
+    assert torch.equal(layer(x), adapted)
+    assert not torch.equal(adapted, want)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_switched_off_it_is_the_frozen_layer_bit_for_bit(dtype, packed, numerics):
+    layer = make_layer(dtype, numerics=numerics, alpha_init=0.5)
+    if packed:
+        layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
+    linear, x = layer.restored(), torch.randn(5, 40).to(dtype)
+    assert_frozen_alone(layer, linear, x)
+    if dtype == torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_frozen_alone(layer, linear, x)
+
+
+def test_switched_off_it_passes_gradients_to_its_input_only():
+    layer, x = make_layer(alpha_init=0.5), torch.randn(5, 40, requires_grad=True)
+    layer.enabled = False
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(5, 40))
+    assert layer.rigsa_values.grad is None
+    assert layer.rigsa_alpha.grad is None
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+def test_switched_off_on_a_4_bit_base(double):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.bfloat16, compress_statistics=double, quant_type="nf4")
+    linear = linear.to(torch.bfloat16).to("cpu")  # bitsandbytes quantises when a layer moves
+    layer = GatedSparseLinear(linear, seed=3, key=5, alpha_init=0.5)
+    assert_frozen_alone(layer, linear, torch.randn(7, 64).bfloat16())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

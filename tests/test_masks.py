@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rigsa.config import paper
-from rigsa.masks import TrainedLayer, prune, random_mask, random_patterns
+from rigsa.masks import (
+    TrainedLayer,
+    drop_and_grow,
+    hamming_distance,
+    largest_patterns,
+    prune,
+    random_mask,
+    random_patterns,
+)
 from rigsa_kernels import SparsePattern, layer_key
 from rigsa_kernels.init import initial_values
 
@@ -176,3 +184,133 @@ def test_random_mask_of_nothing_is_refused():
         random_mask((2, 3), 0, seed=0, name="a")
     with pytest.raises(ValueError, match="kept: expected 1 to 6 entries in b, got 7"):
         random_patterns({"a": (2, 3), "b": (2, 3)}, {"a": 1, "b": 7}, seed=0)
+
+
+def positions(pattern) -> set[int]:
+    return set(pattern.to_mask().flatten().nonzero().flatten().tolist())
+
+
+def matrices(seed, sizes, dtype, ties):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(size, 5, generator=generator) for size in sizes]
+    return {str(n): ((x * 2).round() / 2 if ties else x).to(dtype) for n, x in enumerate(drawn)}
+
+
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.integers(2, 16), min_size=1, max_size=4),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
+    st.sampled_from([0.05, 0.3, 0.5, 1.0]),
+    st.sampled_from(["layer", "global"]),
+    st.sampled_from(["score", "magnitude"]),
+    st.booleans(),
+)
+def test_largest_patterns_equal_a_full_sort(seed, sizes, dtype, ties, density, ranking, by, largest):
+    scores = matrices(seed, sizes, dtype, ties)
+    keys = {
+        name: [
+            ((1 if largest else -1) * (abs(x) if by == "magnitude" else x), i, name)
+            for i, x in enumerate(matrix.flatten().tolist())
+        ]
+        for name, matrix in scores.items()
+    }
+    groups = list(keys.values()) if ranking == "layer" else [functools.reduce(operator.iadd, keys.values(), [])]
+    want = set().union(*(kept_by_sorting(group, round(density * len(group))) for group in groups))
+    options = {"density": density, "ranking": ranking, "by": by, "largest": largest}
+    if {name for name, _ in want} != set(scores):
+        with pytest.raises(ValueError, match="empty"):
+            largest_patterns(scores, **options)
+        return
+    patterns = largest_patterns(scores, **options)
+    assert {(name, i) for name, pattern in patterns.items() for i in positions(pattern)} == want
+    if ranking == "layer":
+        assert all(patterns[name].nnz == round(density * scores[name].numel()) for name in scores)
+    else:
+        assert sum(p.nnz for p in patterns.values()) == round(density * sum(x.numel() for x in scores.values()))
+
+
+def test_largest_patterns_name_what_is_wrong():
+    scores = {"big": torch.arange(10.0, 30.0).view(4, 5), "small": torch.zeros(1, 5)}
+    with pytest.raises(ValueError, match=r"density: 0.5 leaves small empty \(5 weights\)"):
+        largest_patterns(scores, density=0.5, ranking="global")
+    with pytest.raises(ValueError, match=r"density: 0.05 leaves small empty \(5 weights\)"):
+        largest_patterns(scores, density=0.05, ranking="layer")
+    for density in (0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="density: expected more than 0 and at most 1, got"):
+            largest_patterns(scores, density=density, ranking="layer")
+    with pytest.raises(ValueError, match=r"scores: expected an \[N, K\] matrix for flat, got \[5\]"):
+        largest_patterns({"flat": torch.zeros(5)}, density=0.5, ranking="layer")
+    scores["small"][0, 2] = float("inf")
+    with pytest.raises(ValueError, match="expected finite numbers to rank, got 1 in small that are not"):
+        largest_patterns(scores, density=0.5, ranking="layer", largest=False)
+
+
+def test_hamming_distance_counts_over_all_layers():
+    a = {"a": SparsePattern.from_mask(torch.tensor([[True, True, False]])), "b": SparsePattern.dense(3, 33)}
+    b = {"a": SparsePattern.from_mask(torch.tensor([[True, False, True]])), "b": SparsePattern.dense(3, 33)}
+    assert hamming_distance(a, a) == 0
+    assert hamming_distance(a, b) == hamming_distance(b, a) == 2 / (3 + 99)
+    b["b"] = SparsePattern.from_mask(torch.zeros(3, 33, dtype=torch.bool))
+    assert hamming_distance(a, b) == (2 + 99) / (3 + 99)
+    assert hamming_distance({"b": a["b"]}, {"b": b["b"]}) == 1
+
+
+def test_two_tickets_of_one_density_differ_in_twice_that_at_most():
+    columns = torch.arange(100).repeat(10, 1)
+    a, b = (SparsePattern.from_mask(columns % 50 == offset) for offset in (0, 1))
+    assert hamming_distance({"": a}, {"": b}) == pytest.approx(2 * a.density)
+
+
+def test_tickets_of_different_layers_have_no_distance():
+    for other in ({}, {"b": SparsePattern.dense(2, 2)}, {"a": SparsePattern.dense(2, 3)}):
+        with pytest.raises(ValueError, match="b: expected the layers of a"):
+            hamming_distance({"a": SparsePattern.dense(2, 2)}, other)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 12),
+    st.sampled_from([5, 32, 40]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.2, 1.0]),
+)
+def test_drop_and_grow_equals_a_full_sort(seed, rows, columns, dtype, ties, share):
+    generator = torch.Generator().manual_seed(seed)
+    matrix, gradient = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+    if ties:
+        matrix, gradient = matrix.round(), gradient.round()
+    matrix, gradient = matrix.to(dtype), gradient.to(dtype)
+    pattern = SparsePattern.from_mask(torch.rand(rows, columns, generator=generator) < 0.4)
+    free, taken = positions(pattern), set(range(rows * columns)) - positions(pattern)
+    number = int(share * min(len(free), len(taken)))
+    size, slope = matrix.abs().flatten().tolist(), gradient.abs().flatten().tolist()
+    stay = sorted(free, key=lambda i: (-size[i], i))[: len(free) - number]
+    come = sorted(taken, key=lambda i: (-slope[i], i))[:number]
+    got = drop_and_grow(pattern.gather(matrix), pattern, gradient, number=number)
+    assert positions(got) == {*stay, *come}
+    assert got.nnz == pattern.nnz
+    assert len(positions(got) & taken) == number  # so none that was dropped came back
+
+
+def test_a_dropped_entry_does_not_come_back_however_steep():
+    pattern = SparsePattern.from_mask(torch.tensor([[True, True, False, False]]))
+    gradient = torch.tensor([[100.0, 0.0, 0.0, 0.0]])
+    got = drop_and_grow(torch.tensor([0.1, -5.0]), pattern, gradient, number=1)
+    assert got.to_mask().tolist() == [[False, True, True, False]]  # equal gradients: the first
+
+
+def test_drop_and_grow_names_what_is_wrong():
+    pattern = SparsePattern.from_mask(torch.tensor([[True, True, True, False]]))
+    values, gradient = torch.ones(3), torch.ones(1, 4)
+    for number in (-1, 2):
+        with pytest.raises(ValueError, match=rf"number: expected 0 to 1 entries to move \(3 are free\), got {number}"):
+            drop_and_grow(values, pattern, gradient, number=number)
+    with pytest.raises(ValueError, match=r"values: expected \[1, 4\], got \[4, 1\]"):
+        drop_and_grow(values, pattern, gradient.T, number=1)
+    gradient[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="got 1 in gradient that are not"):
+        drop_and_grow(values, pattern, gradient, number=1)
+    dense = SparsePattern.dense(2, 3)
+    assert drop_and_grow(torch.ones(2, 3), dense, torch.ones(2, 3), number=0).nnz == 6
