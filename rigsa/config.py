@@ -209,6 +209,9 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            kinds = (int, float) if type(field.default) is float else type(field.default)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                raise RigsaError(f"--{flag(field.name)}: expected a {type(field.default).__name__}, got {value!r}")
             choices = field.metadata["choices"]
             if choices and value not in choices:
                 raise RigsaError(f"--{flag(field.name)}: expected one of {', '.join(choices)}, got {value!r}")
@@ -393,8 +396,9 @@ PRESETS: dict[str, Callable[[str], Config]] = {"paper": paper, "quickstart": qui
 
 def arguments_of(config: Config, preset: str) -> list[str]:
     """The options that make `preset`'s configuration of this method into `config`, as the command line takes them."""
-    usual = dataclasses.asdict(PRESETS[preset](config.method))
-    return [_option(name, value) for name, value in dataclasses.asdict(config).items() if value != usual[name]]
+    usual = PRESETS[preset](config.method)
+    names = [field.name for field in dataclasses.fields(Config) if reads(config.method, field)]
+    return [_option(name, getattr(config, name)) for name in names if getattr(config, name) != getattr(usual, name)]
 
 
 def _option(name: str, value: Any) -> str:
@@ -414,7 +418,7 @@ def check_folder(config: Config, folder: Path) -> None:
     path = folder / CONFIG_FILE
     if not path.exists():
         raise RigsaError(f"{folder} is not a run folder and not empty; choose another one with --out")
-    saved, wanted = read_json(path), dataclasses.asdict(config)
+    saved, wanted = _read(path), dataclasses.asdict(config)
     names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
     if names:
         lines = [f"  --{flag(name)}: {saved.get(name)!r} there, {wanted.get(name)!r} now" for name in names]
@@ -422,6 +426,13 @@ def check_folder(config: Config, folder: Path) -> None:
             f"{folder} holds a run with another configuration; choose another folder with --out, or ask for the same:\n"
             + "\n".join(lines)
         )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise RigsaError(f"{path} is damaged (expected a JSON object, got {values!r}); delete its folder and run again")
+    return values
 
 
 def save(config: Config, folder: Path) -> None:
@@ -432,7 +443,7 @@ def save(config: Config, folder: Path) -> None:
 
 def load(folder: Path) -> Config:
     """The configuration of a run folder. Raises RigsaError where there is none or it does not fit this version."""
-    values = read_json(folder / CONFIG_FILE)
+    values = _read(folder / CONFIG_FILE)
     try:
         return Config(**values)
     except TypeError as error:

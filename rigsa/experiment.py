@@ -12,9 +12,9 @@ A run folder::
     level_K/metrics.json        accuracies, losses, densities
     level_K/resources.json      seconds and peak memory
     level_K/done                written last
-    report.md, figure.png       drawn from the above at the end, and by `rigsa report`
+    report.html, .md, .csv      and figures as PNG: drawn from the above at the end, and by `rigsa report`
 
-Two runs with one configuration on one device share every bit but resources.json and the seconds in report.md, however
+Two runs with one configuration on one device share every bit but resources.json and the seconds in reports, however
 often they were interrupted.
 """
 

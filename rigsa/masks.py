@@ -278,15 +278,27 @@ def drop_and_grow(values: Tensor, pattern: SparsePattern, gradient: Tensor, *, n
     most = min(pattern.nnz, rows * columns - pattern.nnz)
     if not 0 <= number <= most:
         raise ValueError(f"number: expected 0 to {most} entries to move ({pattern.nnz} are free), got {number}")
-    free, whole = _words(pattern, values.device), SparsePattern.dense(rows, columns)
-    entries = {
-        "values": ranked(values, pattern, by="magnitude"),
-        "gradient": ranked(gradient, whole, by="magnitude", candidates=~free & every_entry(whole.shape, free.device)),
-    }
-    chosen = top_k(entries, {"values": pattern.nnz - number, "gradient": number})
-    return SparsePattern.from_words(
-        _words(chosen["values"], free.device) | _words(chosen["gradient"], free.device), columns
-    )
+    pattern.check_values(values)
+    if tuple(gradient.shape) != pattern.shape:
+        raise ValueError(f"values: expected {[rows, columns]}, got {list(gradient.shape)}")
+    for name, tensor in (("values", values), ("gradient", gradient)):
+        if not_finite := int((~tensor.isfinite()).sum()):
+            raise ValueError(f"values: expected finite numbers to rank, got {not_finite} in {name} that are not")
+    stay = largest(values.detach().abs().view(-1), pattern.nnz - number)
+    mask = pattern.to_mask()
+    come = largest(gradient.detach().abs().masked_fill_(mask.to(gradient.device), -1).view(-1), number)
+    moved = come.view(pattern.shape)
+    moved[mask] = stay
+    return SparsePattern.from_mask(moved)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Boolean: the `count` largest of ``[n]`` scores; among equals the first."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.topk(count).values[-1]
+    above, equal = scores > least, scores == least
+    return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 
 
 def random_patterns(

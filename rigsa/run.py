@@ -23,6 +23,7 @@ from rigsa.files import read_json, write_json
 if TYPE_CHECKING:
     from rigsa.experiment import Experiment
     from rigsa.memory_plan import LevelPlan
+    from rigsa.textual_mnist import Images
 
 SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
 CHAT = "talk to the adapted model of a run, and show it images of digits"
@@ -209,7 +210,7 @@ def run_method(options: argparse.Namespace) -> None:
         save(config, out)
     RUNNERS[config.method](experiment)
     if distributed.is_main():
-        print_report([out], out)
+        print_report([out], out, experiment.splits.test)
     distributed.leave()
 
 
@@ -284,14 +285,15 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
+    quiet_libraries()
     print_report(options.runs, options.out)
 
 
-def print_report(runs: Sequence[Path], out: Path | None) -> None:
-    """Write the report, and show its table and where it is."""
+def print_report(runs: Sequence[Path], out: Path | None, images: Images | None = None) -> None:
+    """Write the report, and show its table and where it is. `images` are at hand at the end of a run."""
     from rigsa.html_report import write_report
 
-    table, page = write_report(runs, out)
+    table, page = write_report(runs, out, images)
     print(f"\n{table}\n\nreport: {page}")
 
 

@@ -48,8 +48,6 @@ from rigsa.random_mask import draw_ticket
 from rigsa.textual_mnist import PromptDataset, collate
 from rigsa.train import PatternMover, first_non_finite_parameter, steps_per_level
 from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_linears
-from rigsa_kernels.format import flat_indices
-from rigsa_kernels.select import every_entry, ranked, top_k
 
 LEVEL = 1
 
@@ -170,14 +168,11 @@ class Candidates:
 
     @classmethod
     def choose(cls, free: SparsePattern, gradient: Tensor) -> Candidates:
-        """Those that are not free and have the largest magnitudes in `gradient` ``[N, K]``, as many as are free."""
-        words = every_entry(free.shape, gradient.device)
-        if free.words is not None:
-            words &= ~free.words
-        entries = ranked(gradient, SparsePattern.dense(*free.shape), by="magnitude", candidates=words)
-        chosen = top_k({"": entries}, {"": min(free.nnz, _num_not_free(free))})[""].words
-        assert chosen is not None
-        index = flat_indices(chosen, free.in_features).to(torch.int32)
+        """Those that are not free and have the largest magnitudes in `gradient` ``[N, K]``: as many as are free, and
+        all that equal the smallest of them, for `torch.topk` does not say which of those it takes."""
+        magnitude = gradient.abs().masked_fill_(free.to_mask(), 0).view(-1)
+        least = magnitude.topk(min(free.nnz, _num_not_free(free))).values[-1]
+        index = ((magnitude >= least) & (magnitude > 0)).nonzero().view(-1).to(torch.int32)
         return cls(free.shape, index, torch.zeros(len(index), device=index.device))
 
     def add(self, gradient: Tensor) -> None:

@@ -162,6 +162,13 @@ def test_folders_that_are_no_run_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RigsaError, match=r"config.json is damaged \(not JSON"):
         check_folder(paper(), tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    for read in (load, lambda folder: check_folder(paper(), folder)):
+        with pytest.raises(RigsaError, match=r"config.json is damaged \(expected a JSON object, got \[1\]\)"):
+            read(tmp_path)
+    (tmp_path / "config.json").write_text('{"eval_shots": 5}')
+    with pytest.raises(RigsaError, match="--eval-shots: expected a str, got 5"):
+        load(tmp_path)
     (tmp_path / "config.json").write_text('{"turbo": 1}')
     with pytest.raises(RigsaError, match="does not fit this version of rigsa"):
         load(tmp_path)

@@ -31,7 +31,7 @@ STEPS, LEVELS, GATES = 6, 3, 14
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-NOT_SHARED_BY_EQUAL_RUNS = {"resources.json", "report.md", "config.json"}
+NOT_SHARED_BY_EQUAL_RUNS = {"resources.json", "report.md", "report.html", "report.csv", "config.json"}
 
 
 def imp(model: Path, out: Path, *more: str) -> list[str]:

@@ -16,11 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rigsa import files
+from rigsa.adapter import FORMAT_VERSION
 from rigsa.config import PRESETS
 from rigsa.run import main
 from rigsa_kernels import SparsePattern, layer_key, uniform_init
 
-NOT_SHARED_BY_EQUAL_RUNS = {"resources.json", "report.md"}  # they hold seconds and peak memory
+NOT_SHARED_BY_EQUAL_RUNS = {
+    "resources.json",
+    "report.md",
+    "report.html",
+    "report.csv",
+}  # they hold seconds and peak memory
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,8 @@ def test_folder_holds_what_the_documentation_says(finished):
     level = {"adapter.safetensors", "log.jsonl", "metrics.json", "resources.json", "done"}
     ticket = level | {"mask.safetensors", "pruning.json"}
     assert names == (
-        {"config.json", "report.md", "figure.png", "base/metrics.json", "base/done"}
+        {"config.json", "base/metrics.json", "base/replies.json", "base/done"}
+        | {"report.html", "report.md", "report.csv", "figure.png", "figure_1.png", "figure_2.png", "figure_4.png"}
         | {f"level_0/{name}" for name in level}
         | {f"level_{k}/{name}" for k in (1, 2) for name in ticket}
     )
@@ -140,10 +147,10 @@ class Killed(BaseException):
 
 
 def test_death_at_any_write_and_running_again_gives_the_same_bits(finished, options, tmp_path, monkeypatch):
-    """Dies before the first rename, then before the second, ... each time in a run that goes on from the last death."""
+    """Dies before the fourth rename, again and again, and later in life: each time going on from the last death."""
     out, replace, deaths = tmp_path / "run", os.replace, 0
     while True:
-        alive = [3]  # writes that succeed before the next death
+        alive = [3 + deaths // 8]  # writes that succeed before the next death; a report makes eight each time
 
         def dying_replace(source, target, alive=alive):  # type: ignore[no-untyped-def]
             if alive[0] == 0:
@@ -305,7 +312,7 @@ def test_damaged_files_are_named(finished, options, tmp_path, capsys):
         path.write_bytes(path.read_bytes()[:-10])
 
     def foreign(path: Path) -> None:
-        save_file(load_file(path), path, {"rigsa": json.dumps({"version": 1, "base": "0" * 16})})
+        save_file(load_file(path), path, {"rigsa": json.dumps({"version": FORMAT_VERSION, "base": "0" * 16})})
 
     assert "mask.safetensors is damaged" in break_file("level_2/mask.safetensors", cut)
     assert "adapter.safetensors is damaged" in break_file("level_2/adapter.safetensors", cut)
