@@ -467,3 +467,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     """What two equal runs share, whether a sweep started them or not."""
     paths = [folder / "config.json", *(folder / "base").glob("*"), *folder.glob("level_*/*")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name != "resources.json"}
+
+
+def test_command_line_prints_the_commands_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "sweep"
+    assert main(["sweep", "--methods", "imp,random-mask", "--seeds", "0,1", "--out", str(out), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        command = shlex.split(line)
+        resolve(build_parser().parse_args(command[command.index("rigsa.run") + 1 :]))
+    assert not out.exists()
+    assert main(["sweep", "--methods", "imp,turbo", "--out", str(out)]) == 1
+    assert "turbo" in capsys.readouterr().err
