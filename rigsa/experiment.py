@@ -10,7 +10,7 @@ A run folder::
     level_K/adapter.safetensors trained values and gates
     level_K/log.jsonl           training log
     level_K/metrics.json        accuracies, losses, densities
-    level_K/resources.json      seconds and peak memory
+    level_K/resources.json      steps, seconds, peak memory, machine and versions
     level_K/done                written last
     report.html, .md, .csv      and figures as PNG: drawn from the above at the end, and by `rigsa report`
 

@@ -134,11 +134,11 @@ def _machine(report: Report) -> str:
     levels = [metrics for run in report.runs for metrics in run.levels]
     seconds = sum(metrics.get("train_seconds", 0.0) for metrics in levels)
     peak = max(metrics.get("peak_memory_bytes", 0) for metrics in levels)
-    devices = ", ".join(sorted({run.config.device for run in report.runs}))
-    versions = ", ".join(f"{name} {version(name)}" for name in ("rigsa", "matplotlib", "scipy"))
+    made_on = sorted({f"{metrics['hardware']} ({metrics['versions']})" for metrics in levels if "hardware" in metrics})
+    drawn_with = ", ".join(f"{name} {version(name)}" for name in ("rigsa", "matplotlib", "scipy"))
     return (
-        f"Training took {seconds:,.0f} s in all, and at most {peak / 2**30:.2f} GiB (--device {devices}). Drawn with "
-        f"{versions}, Python {platform.python_version()}."
+        f"Trained on {'; '.join(made_on) or 'a machine that was not recorded'}: {seconds:,.0f} s in all, and at most "
+        f"{peak / 2**30:.2f} GiB. Drawn with {drawn_with}, Python {platform.python_version()}."
     )
 
 

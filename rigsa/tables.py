@@ -122,8 +122,15 @@ def level_table(report: Report) -> Table:
         for run in setting.runs
         for metrics in ({"level": "untrained", "test": run.base["test"], "pruning": {}}, *run.levels)
     ]
+    if not any(row["ended early"] for row in rows):
+        rows = [{name: cell for name, cell in row.items() if name != "ended early"} for row in rows]
     note = "Same sign: share of the free entries whose sign is still the initial one; they are eligible."
     return Table("Table 3. Runs, level by level", note, list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _early_end(record: Metrics) -> str:
+    """What `rigsa.early_bird` saved."""
+    return f"step {record['ended_at']}, {record['steps_saved']} saved" if record.get("ended_at") else ""
 
 
 def _level_row(report: Report, setting: Setting, run: Run, metrics: Metrics) -> dict[str, str]:
@@ -145,6 +152,7 @@ def _level_row(report: Report, setting: Setting, run: Run, metrics: Metrics) -> 
         **{f"test, {measure.name}": f"{measure.of(metrics):.2f} %" for measure in more},
         "test loss": f"{report.loss.of(metrics):.3f}",
         "train loss": cell(metrics, "train_loss", "{:.3f}"),
+        "ended early": _early_end(metrics.get("early_bird", {})),
         "seconds": cell(metrics, "train_seconds", "{:.0f}"),
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB" if "peak_memory_bytes" in metrics else "",
     }

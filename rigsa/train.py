@@ -51,6 +51,7 @@ from rigsa.distributed import (
 from rigsa.errors import RigsaError
 from rigsa.evaluate import answer_logits, training_loss
 from rigsa.files import is_done, mark_done, read_json, write_json, write_text
+from rigsa.hardware import hardware, versions
 from rigsa.memory import peak_memory, reset_peak_memory
 from rigsa.textual_mnist import PromptDataset, collate
 from rigsa_kernels import MaskedAdamW, gated_linears
@@ -157,7 +158,8 @@ def train_level(
         if not (folder / LOG_FILE).exists():
             save_trained(model, folder, moving)
             used = {"train_seconds": watch.seconds, "peak_memory_bytes": peak_memory()}
-            write_json(folder / RESOURCES_FILE, {"steps": trainer.state.global_step, **used})
+            made_on = {"hardware": hardware(), "versions": versions()}
+            write_json(folder / RESOURCES_FILE, {"steps": trainer.state.global_step, **used, **made_on})
             lines = [{name: entry[name] for name in _LOGGED} for entry in trainer.state.log_history if "loss" in entry]
             write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -14,8 +14,8 @@ ORDER = {
         "offline", "sass", "inspect", "testing",
     ],
     "rigsa": [
-        "errors", "files", "memory", "live_memory", "criteria", "masks", "config", "distributed", "textual_mnist",
-        "model", "peft_adapters", "adapter", "source_tasks", "drift", "evaluate", "train", "simulate", "memory_plan",
+        "errors", "files", "memory", "hardware", "live_memory", "criteria", "masks", "config", "distributed",
+        "textual_mnist", "model", "peft_adapters", "adapter", "source_tasks", "drift", "evaluate", "train", "simulate", "memory_plan",
         "memory_report", "experiment", "ticket", "rewinding", "early_bird", "imp", "random_mask", "lt_sft",
         "gradient_masks", "super_mask", "spiel", "baselines", "methods", "plan", "statistics", "paper_numbers",
         "report", "tables", "figures", "html_report", "sweep", "chat", "run",

@@ -462,8 +462,16 @@ def test_series_join_levels_and_ranks(sweep):
     assert [setting.config.rank for setting, _ in series["qlora"].points] == list(RANKS)
 
 
+def test_what_an_early_end_saved_is_in_the_table(tmp_path):
+    run = write_run(tmp_path / "run", make("imp"))
+    path = run / "level_0" / "metrics.json"
+    record = {"ended_at": 120, "steps_saved": 160, "distances": {}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"early_bird": record}))
+    assert "step 120, 160 saved" in (write_report([run], None, IMAGES)[1].parent / TEXT_FILE).read_text()
+
+
 def test_machine_says_what_was_recorded(tmp_path):
     run = write_run(tmp_path / "run", make("imp"))
     text = (write_report([run], None, IMAGES)[1].parent / TEXT_FILE).read_text()
-    assert "Training took 720 s in all, and at most 4.00 GiB (--device auto)" in text
+    assert "Trained on a machine that was not recorded: 720 s in all, and at most 4.00 GiB." in text
     assert html_report.version("matplotlib") in text
