@@ -42,10 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{speaker()}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            f"\n{speaker()}: interrupted. Run the same command again to go on from the last checkpoint.",
-            file=sys.stderr,
-        )
+        resumes = options.command in (run_method, run_sweep)
+        hint = " Run the same command again to go on from the last checkpoint." if resumes else ""
+        print(f"\n{speaker()}: interrupted.{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -270,12 +269,13 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def run_sweep(options: argparse.Namespace) -> None:
     from rigsa import sweep
+    from rigsa.sweep_plan import Shard, plan_sweep
 
-    plan = sweep.plan_sweep(
+    plan = plan_sweep(
         options.methods, options.seeds, options.vary, preset=options.preset, options=given_fields(options),
         out=options.out,
     )  # fmt: skip
-    shard = sweep.Shard.parse(options.shard)
+    shard = Shard.parse(options.shard)
     extra = [] if options.gpu_memory is None else [f"--gpu-memory={options.gpu_memory}"]
     if options.dry_run:
         sweep.print_commands(plan, shard, extra)

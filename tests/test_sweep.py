@@ -21,7 +21,8 @@ from rigsa.errors import RigsaError
 from rigsa.files import mark_done, read_json, write_json
 from rigsa.html_report import write_report
 from rigsa.run import build_parser, main, resolve
-from rigsa.sweep import Shard, command_of, plan_sweep, print_commands, run_logged, run_sweep
+from rigsa.sweep import command_of, print_commands, run_logged, run_sweep
+from rigsa.sweep_plan import Shard, plan_sweep
 
 
 def planned(out, methods="imp", seeds="0", vary=(), preset="smoke", **options):  # type: ignore[no-untyped-def]
