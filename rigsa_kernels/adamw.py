@@ -27,7 +27,9 @@ too (`rigsa_kernels.triton_adamw`; checked in the interpreter, not run on a GPU)
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ MIX_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 SECOND_WORD = 0x9E3779B9
 """Added to a value's random word to make another one from it."""
 _CHUNK = 1 << 16
-"""Values updated at a time, which stay in the cache between operations. A multiple of QUANT_BLOCK."""
+"""Values updated at a time, which stay in the cache between operations: a power of two, QUANT_BLOCK to 2**16."""
 
 Hyper = tuple[float, float, float, float, float, float, float, float]
 
@@ -107,9 +109,11 @@ def adamw_(
     for index, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         scale = scales[index] if scales else None
         flat = [tensor.view(-1) for tensor in tensors]
-        for start in range(0, flat[0].numel(), _CHUNK):
-            part = [tensor[start : start + _CHUNK] for tensor in flat]
-            _update(part, scale, start, hyper, random_words(key, numbers[index], start, part[0]))
+        words: Iterable[Tensor] = itertools.repeat(torch.empty(0))  # none, where nothing is rounded
+        if any(tensor.dtype in (torch.bfloat16, torch.uint8) for tensor in (flat[0], flat[3])):
+            words = random_words(key, numbers[index], flat[0])
+        for start, chunk_words in zip(range(0, flat[0].numel(), _CHUNK), words, strict=False):
+            _update([tensor[start : start + _CHUNK] for tensor in flat], scale, start, hyper, chunk_words)
 
 
 @torch.no_grad()
@@ -148,22 +152,30 @@ def adamw_compose_(
     check_composed(params, composed, base_values, alphas, patterns)
     options = (numbers, lr, beta1, beta2, eps, weight_decay, step, seed)
     adamw_(params, grads, exp_avgs, exp_avg_sqs, scales, *options)
-    for index, (value, base) in enumerate(zip(params, base_values, strict=True)):
-        # Two roundings, not the one of addcmul, which contracts on some machines and in some lanes.
-        entries = (base.to(alphas[index].dtype) + alphas[index] * value.to(alphas[index].dtype)).to(base.dtype)
+    for index, (matrix, alpha) in enumerate(zip(composed, alphas, strict=True)):
+        entries = torch.empty_like(base_values[index]) if patterns else matrix
+        flat = [tensor.view(-1).split(_CHUNK) for tensor in (entries, base_values[index], params[index])]
+        for entry, base, value in zip(*flat, strict=True):
+            # Two roundings, not the one of addcmul, which contracts on some machines and in some lanes.
+            entry.copy_(base + alpha * value.to(alpha.dtype))
         if patterns:
-            free = flat_indices(patterns[3 * index], composed[index].shape[1])
-            composed[index].view(-1).index_copy_(0, free, entries)
-        else:
-            composed[index].copy_(entries)
+            matrix.view(-1).index_copy_(0, flat_indices(patterns[3 * index], matrix.shape[1]), entries)
 
 
-def random_words(key: tuple[int, int], number: int, start: int, like: Tensor) -> Tensor:
-    """int32 holding uint32: a random word for each of the values `start`, `start + 1`, ... that `like` holds."""
+def random_words(key: tuple[int, int], number: int, like: Tensor) -> Iterator[Tensor]:
+    """int32 holding uint32, chunk by chunk: a random word for every value that `like` holds.
+
+    The word of the value at `index` is ``mix(mix(index ^ mix(number ^ key[0])) ^ key[1])``. An index is the chunk's
+    start ^ a place in it, and a mix begins with an xor-shift by 16 bits, which is linear and leaves a place, below
+    2**16, as it is: so the start takes it for the whole chunk.
+    """
     first, second = key
     stream = int(mix(torch.tensor([_signed(number) ^ first], dtype=torch.int32)))
-    index = torch.arange(like.numel(), dtype=torch.int32, device=like.device).add_(_signed(start))
-    return mix(mix(index.bitwise_xor_(stream)).bitwise_xor_(second))
+    places = torch.arange(min(like.numel(), _CHUNK), dtype=torch.int32, device=like.device)
+    for start in range(0, like.numel(), _CHUNK):
+        shared = _signed(start) ^ stream
+        shared ^= (shared >> 16) & 0xFFFF
+        yield mix(_mix_on(places[: like.numel() - start] ^ shared).bitwise_xor_(second))
 
 
 def _signed(word: int) -> int:
@@ -174,55 +186,72 @@ def _signed(word: int) -> int:
 def mix(words: Tensor) -> Tensor:
     """A bijection of 32-bit words in which every bit in changes about half of those that come out.
 
-    int32 throughout: products wrap, and masks undo what arithmetic shifts drag in.
+    int32 throughout, as PyTorch has no arithmetic of uint32; products wrap.
     """
-    words = (words ^ ((words >> 16) & 0xFFFF)).mul_(_signed(MIX_MULTIPLIERS[0]))
-    words = words.bitwise_xor_((words >> 15) & 0x1FFFF).mul_(_signed(MIX_MULTIPLIERS[1]))
-    return words.bitwise_xor_((words >> 16) & 0xFFFF)
+    return _mix_on(words ^ _shifted(words, 16))
+
+
+def _mix_on(words: Tensor) -> Tensor:
+    """A mix from its first product on; in place."""
+    words.mul_(_signed(MIX_MULTIPLIERS[0]))
+    words.bitwise_xor_(_shifted(words, 15)).mul_(_signed(MIX_MULTIPLIERS[1]))
+    return words.bitwise_xor_(_shifted(words, 16))
+
+
+def _shifted(words: Tensor, by: int) -> Tensor:
+    """``words >> by`` of uint32: a mask undoes what the shift of int32 drags in."""
+    return (words >> by).bitwise_and_((1 << (32 - by)) - 1)
 
 
 def stochastic_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     """float32 to bfloat16: up in magnitude with the probability that makes the mean right.
 
-    `bits` are int32, 0 to 2**16 - 1. A NaN is passed by: a carry through its bits could make a zero of it.
+    `bits` are int32, 0 to 2**16 - 1, and used up. A NaN is passed by: a carry through its bits could make a zero of it.
     """
-    rounded = (x.float().view(torch.int32) + bits) >> 16
-    rounded.masked_fill_(x != x, 0x7FC0)
+    rounded = bits.add_(x.float().view(torch.int32)).bitwise_right_shift_(16)
+    if math.isnan(x.amax()):  # the largest is one where any is, and takes an eighth of the time of asking each
+        rounded.masked_fill_(x.isnan(), 0x7FC0)
     return rounded.to(torch.int16).view(torch.bfloat16)  # the low 16 bits: PyTorch's integer casts wrap
 
 
 def rounded_root(x: Tensor) -> Tensor:
-    """The correctly rounded root. PyTorch's own of float32 on a CPU is off by one ulp for 0.6 % of numbers."""
-    return x.double().sqrt().to(x.dtype)
+    """The correctly rounded root of float32: PyTorch's own on a CPU is off by one ulp for 0.6 % of numbers."""
+    return x.to(torch.float64, copy=True).sqrt_().to(x.dtype)
 
 
 def _update(part: list[Tensor], scale: Tensor | None, start: int, hyper: Hyper, words: Tensor) -> None:
+    """The formulas at the top of this file, for the values of one chunk, from `start` on.
+
+    What is stored in the dtype of the arithmetic is updated where it lies. Every call rounds once: ``addcmul_``, or
+    ``add_`` with an alpha, contracts two roundings to one on some machines and in some lanes.
+    """
     value, grad, exp_avg, exp_avg_sq = part
     dtype = torch.promote_types(value.dtype, torch.float32)
-    decay, step_size, beta1, rest1, beta2, rest2, inverse_root, eps = torch.tensor(
-        hyper, dtype=dtype, device=value.device
-    )
-    blocks = slice(start // QUANT_BLOCK, num_blocks(start + value.numel()))
-    g = grad.to(dtype)
+    decay, step_size, beta1, rest1, beta2, rest2, inverse_root, eps = hyper
+    blocks = _blocks_from(start, value)
+    p, g = value.to(dtype), grad.to(dtype)
     if scale is None:
         m, v = exp_avg.to(dtype), exp_avg_sq.to(dtype)
     else:
         m, v = decode_exp_avg(exp_avg, scale[0, blocks]), decode_exp_avg_sq(exp_avg_sq, scale[1, blocks])
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * (g * g)
+    # Decoded moments are float32; beside float64 parameters they become float64 here.
+    m = m.mul_(beta1).to(dtype).add_(rest1 * g)
+    v = v.mul_(beta2).to(dtype).add_((g * g).mul_(rest2))
     root = rounded_root(v)
-    p = decay * value.to(dtype) - step_size * (m / (root * inverse_root + eps))
-    _store(value, p, words & 0xFFFF)
+    change = m / (root * inverse_root).add_(eps)
+    p.mul_(decay).sub_(change.mul_(step_size))
+    _store(value, p, lambda: words & 0xFFFF)
     if scale is None:
-        _store(exp_avg, m, mix(words + _signed(SECOND_WORD)) & 0xFFFF)
-        _store(exp_avg_sq, v, (words >> 16) & 0xFFFF)
+        _store(exp_avg, m, lambda: mix(words + _signed(SECOND_WORD)).bitwise_and_(0xFFFF))
+        _store(exp_avg_sq, v, lambda: _shifted(words, 16))
     else:
         encode_exp_avg(m, exp_avg, scale[0, blocks])
-        encode_exp_avg_sq(v, root, (words >> 16) & 0xFFFF, exp_avg_sq, scale[1, blocks])
+        encode_exp_avg_sq(v, root, _shifted(words, 16), exp_avg_sq, scale[1, blocks])
 
 
-def _store(target: Tensor, x: Tensor, bits: Tensor) -> None:
-    target.copy_(stochastic_bfloat16(x, bits) if target.dtype == torch.bfloat16 else x)
+def _store(target: Tensor, x: Tensor, bits: Callable[[], Tensor]) -> None:
+    """Bits are made where they are needed; a tensor copied to itself is left alone."""
+    target.copy_(stochastic_bfloat16(x, bits()) if target.dtype == torch.bfloat16 else x)
 
 
 def move_codes(
@@ -234,30 +263,34 @@ def move_codes(
     """
     m = carry(decode_exp_avg(exp_avg, scales[0]), places)
     v = carry(decode_exp_avg_sq(exp_avg_sq, scales[1]), places)
-    words = mix(random_words(random_key(seed, step), number, 0, exp_avg) + _signed(SECOND_WORD))
     encode_exp_avg(m, exp_avg, scales[0])
-    encode_exp_avg_sq(v, rounded_root(v), words & 0xFFFF, exp_avg_sq, scales[1])
+    words = random_words(random_key(seed, step), number, v)
+    for start, chunk_words in zip(range(0, v.numel(), _CHUNK), words, strict=True):
+        part, codes = (tensor[start : start + _CHUNK] for tensor in (v, exp_avg_sq))
+        bits = mix(chunk_words + _signed(SECOND_WORD)) & 0xFFFF
+        encode_exp_avg_sq(part, rounded_root(part), bits, codes, scales[1, _blocks_from(start, part)])
 
 
 def decode_exp_avg(codes: Tensor, scale: Tensor) -> Tensor:
     """float32 first moments from int8 codes and the scales of their blocks."""
-    root = codes.float() * (1.0 / EXP_AVG_CODE_MAX)
-    return root * root.abs() * _spread(scale, codes.numel())
+    root = _in_blocks(codes).float().mul_(1.0 / EXP_AVG_CODE_MAX)
+    return root.mul_(root.abs()).mul_(scale.unsqueeze(1)).view(-1)[: codes.numel()]
 
 
 def decode_exp_avg_sq(codes: Tensor, scale: Tensor) -> Tensor:
     """float32 second moments from uint8 codes and the scales of their blocks."""
-    root = codes.float() * (1.0 / EXP_AVG_SQ_CODE_MAX)
-    root = root * root
-    return root * root * _spread(scale, codes.numel())
+    root = _in_blocks(codes).float().mul_(1.0 / EXP_AVG_SQ_CODE_MAX)
+    square = root.mul_(root)
+    return square.mul_(square).mul_(scale.unsqueeze(1)).view(-1)[: codes.numel()]
 
 
 def encode_exp_avg(exp_avg: Tensor, codes: Tensor, scale: Tensor) -> None:
     """Writes codes and scales; to the nearest code in the root."""
-    scale.copy_(_block_max(exp_avg))
-    root = rounded_root(exp_avg.abs() * _inverse(scale, exp_avg.numel())) * EXP_AVG_CODE_MAX
-    code = (root + 0.5).floor().clamp_max(EXP_AVG_CODE_MAX)
-    codes.copy_(torch.where(exp_avg < 0, -code, code))
+    magnitude = _in_blocks(exp_avg.abs())
+    scale.copy_(magnitude.amax(1))
+    code = rounded_root(magnitude.mul_(_inverse(scale))).mul_(EXP_AVG_CODE_MAX)
+    code.add_(0.5).floor_().clamp_max_(EXP_AVG_CODE_MAX)
+    codes.copy_(code.view(-1)[: codes.numel()].copysign_(exp_avg))
 
 
 def encode_exp_avg_sq(exp_avg_sq: Tensor, root: Tensor, bits: Tensor, codes: Tensor, scale: Tensor) -> None:
@@ -265,30 +298,31 @@ def encode_exp_avg_sq(exp_avg_sq: Tensor, root: Tensor, bits: Tensor, codes: Ten
 
     `root` is the root of exp_avg_sq, which the update has at hand.
     """
-    scale.copy_(_block_max(exp_avg_sq))
-    inverse = _inverse(scale, exp_avg_sq.numel())
-    ratio = exp_avg_sq * inverse
-    code = (
-        (rounded_root(root * rounded_root(inverse)) * EXP_AVG_SQ_CODE_MAX).clamp_max(EXP_AVG_SQ_CODE_MAX - 1.0).floor()
-    )
-    square = code * code
-    gap = (code + code + 1.0) * (square + square + code + code + 1.0)  # (code + 1)**4 - code**4
-    above = ratio * float(EXP_AVG_SQ_CODE_MAX**4) - square * square
-    code = torch.where(bits.float() * 2.0**-16 * gap < above, code + 1.0, code)
-    codes.copy_(torch.where(exp_avg_sq > 0, code.clamp_min(1.0), code))
+    exp_avg_sq, root, bits = _in_blocks(exp_avg_sq), _in_blocks(root), _in_blocks(bits)
+    scale.copy_(exp_avg_sq.amax(1))
+    inverse = _inverse(scale)
+    code = rounded_root(root * rounded_root(inverse)).mul_(EXP_AVG_SQ_CODE_MAX)
+    code.clamp_max_(EXP_AVG_SQ_CODE_MAX - 1.0).floor_()
+    square, odd = code * code, (code + code).add_(1.0)
+    gap = (square + square).add_(odd).mul_(odd)  # (code + 1)**4 - code**4
+    above = (exp_avg_sq * inverse).mul_(float(EXP_AVG_SQ_CODE_MAX**4)).sub_(square.mul_(square))
+    code.add_(bits.to(gap.dtype).mul_(2.0**-16).mul_(gap).lt_(above))  # in place, a comparison gives 0.0 and 1.0
+    codes.copy_(code.clamp_min_(exp_avg_sq.sign()).view(-1)[: codes.numel()])
 
 
-def _block_max(x: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(x.abs(), (0, num_blocks(x.numel()) * QUANT_BLOCK - x.numel()))
-    return padded.view(-1, QUANT_BLOCK).amax(1)
+def _in_blocks(x: Tensor) -> Tensor:
+    """``[blocks, QUANT_BLOCK]``: `x`, or where its last block is not full a copy, filled up with zeros."""
+    missing = -x.numel() % QUANT_BLOCK
+    return (torch.nn.functional.pad(x, (0, missing)) if missing else x).view(-1, QUANT_BLOCK)
 
 
-def _inverse(scale: Tensor, count: int) -> Tensor:
-    return _spread(1.0 / scale.clamp_min(SMALLEST_SCALE), count)
+def _blocks_from(start: int, part: Tensor) -> slice:
+    """The blocks of `part`, which begins at the value `start`."""
+    return slice(start // QUANT_BLOCK, num_blocks(start + part.numel()))
 
 
-def _spread(scale: Tensor, count: int) -> Tensor:
-    return scale.repeat_interleave(QUANT_BLOCK)[:count]
+def _inverse(scale: Tensor) -> Tensor:
+    return 1.0 / scale.clamp_min(SMALLEST_SCALE).unsqueeze(1)
 
 
 def check_options(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
