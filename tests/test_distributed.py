@@ -251,8 +251,8 @@ def digests_of_levels() -> list[str]:
 
     digests, run_level = [], Experiment.run_level
 
-    def digest(self, level):  # type: ignore[no-untyped-def]
-        result = run_level(self, level)
+    def digest(self, *arguments):  # type: ignore[no-untyped-def]
+        result = run_level(self, *arguments)
         found = hashlib.sha256()
         for layer in gated_linears(self.model).values():
             for tensor in (layer.rigsa_values.detach(), layer.rigsa_alpha.detach(), *layer.pattern.tensors):

@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rigsa import sweep
-from rigsa.config import METHODS, PRESETS, Config, arguments_of, load
+from rigsa.config import METHODS, PRESETS, Config, arguments_of, load, reads
 from rigsa.errors import RigsaError
 from rigsa.files import mark_done, read_json, write_json
 from rigsa.html_report import write_report
 from rigsa.run import build_parser, main, resolve
 from rigsa.sweep import command_of, print_commands, run_logged, run_sweep
-from rigsa.sweep_plan import Shard, plan_sweep
+from rigsa.sweep_plan import VARIABLE, Job, Plan, Shard, plan_sweep
 
 
 def planned(out, methods="imp", seeds="0", vary=(), preset="smoke", **options):  # type: ignore[no-untyped-def]
@@ -193,8 +193,8 @@ def test_arguments_give_the_configuration_back(method, preset):
         return not value if isinstance(value, bool) else "- o=\n" if isinstance(value, str) else value / 2 or 5
 
     config, changed = PRESETS[preset](method), 0
-    for name, field in sweep.VARIABLE.items():
-        if sweep.reads(method, field):
+    for name, field in VARIABLE.items():
+        if reads(method, field):
             value = type(field.default)(other(getattr(config, name), field.metadata["choices"]))
             try:
                 varied = dataclasses.replace(config, seed=3, **{name: value})
@@ -202,8 +202,8 @@ def test_arguments_give_the_configuration_back(method, preset):
                 continue
             if method == "random-mask" and not varied.density:
                 varied = dataclasses.replace(varied, match="runs/imp")
-            job = sweep.Job("name", varied, {})
-            plan = sweep.Plan(Path("out"), preset, [], [], {}, {}, [job])
+            job = Job("name", varied, {})
+            plan = Plan(Path("out"), preset, [], [], {}, {}, [job])
             assert parsed(command_of(job, plan)) == varied
             changed += varied != dataclasses.replace(config, seed=3)
     assert changed > 20
