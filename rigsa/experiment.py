@@ -91,7 +91,6 @@ class Experiment:
             raise RigsaError(
                 f"--mask-images: there are only {len(splits.train)} training images, got {config.mask_images}"
             )
-        source_tasks.check(config)
         model, tokenizer = load_model(config, resolve_device(config.device))
         prompts = Prompts(tokenizer, config.system_prompt)
         set_seed(config.seed % 2**32)

@@ -188,7 +188,7 @@ def run_method(options: argparse.Namespace) -> None:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return
     quiet_libraries()
-    from rigsa import distributed
+    from rigsa import distributed, source_tasks
     from rigsa.experiment import Experiment
     from rigsa.methods import RUNNERS
     from rigsa.model import resolve_device
@@ -199,6 +199,7 @@ def run_method(options: argparse.Namespace) -> None:
     distributed.check(config)
     if config.method == "random-mask":
         matched_ticket(config)  # say what is missing before a model is loaded
+    source_tasks.check(config)
     check_folder(config, out)
     experiment = Experiment.prepare(config, out)
     plans = plan_memory(experiment, options.gpu_memory)
