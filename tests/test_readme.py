@@ -9,7 +9,7 @@ from rigsa.run import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"python -m rigsa\.run ([^`\n]+)", README)
+COMMANDS = re.findall(r"python -m rigsa\.run ([^`\n]+)", README.replace("\\\n", ""))
 
 
 def test_ci_runs_the_very_test_command():
