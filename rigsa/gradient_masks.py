@@ -27,12 +27,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from rigsa.errors import RigsaError
 from rigsa.evaluate import training_loss
 from rigsa.experiment import Experiment
-from rigsa.masks import largest_patterns
 from rigsa.textual_mnist import PromptDataset, collate
-from rigsa.ticket import run_ticket
+from rigsa.ticket import highest, run_ticket
 from rigsa_kernels import SparsePattern, gated_linears
 
 Scores = dict[str, Tensor]
@@ -46,12 +44,8 @@ def run_gradient_mask(experiment: Experiment) -> None:
 
 def choose_by_gradient(experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
     config = experiment.config
-    scores = SCORES[config.method](experiment)
-    try:
-        patterns = largest_patterns(scores, density=config.density, ranking=config.ranking, by="score")
-    except ValueError as error:
-        raise RigsaError(f"--density {config.density}: {error}") from error
-    return patterns, {"kept": sum(pattern.nnz for pattern in patterns.values()), "images": config.mask_images}
+    patterns, record = highest(config, SCORES[config.method](experiment))
+    return patterns, record | {"images": config.mask_images}
 
 
 def sift(experiment: Experiment) -> Scores:

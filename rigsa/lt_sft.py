@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rigsa.errors import RigsaError
 from rigsa.experiment import Experiment, level_folder
 from rigsa.files import is_done
-from rigsa.masks import largest_patterns
-from rigsa.ticket import enter_ticket
+from rigsa.ticket import enter_ticket, highest
 from rigsa_kernels import SparsePattern, gated_linears
 
 
@@ -28,11 +26,6 @@ def run_lt_sft(experiment: Experiment) -> None:
 
 
 def choose_most_changed(experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-    config = experiment.config
     experiment.restore(0)
     changes = {name: layer.rigsa_values.detach() for name, layer in gated_linears(experiment.model).items()}
-    try:
-        patterns = largest_patterns(changes, density=config.density, ranking=config.ranking, by="magnitude")
-    except ValueError as error:
-        raise RigsaError(f"--density {config.density}: {error}") from error
-    return patterns, {"kept": sum(pattern.nnz for pattern in patterns.values())}
+    return highest(experiment.config, changes, by="magnitude")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rigsa.errors import RigsaError
 from rigsa.experiment import Experiment
-from rigsa.masks import largest_patterns
-from rigsa.ticket import run_ticket
+from rigsa.ticket import highest, run_ticket
 from rigsa_kernels import SparsePattern, gated_linears
 
 
@@ -17,13 +15,5 @@ def run_super(experiment: Experiment) -> None:
 
 
 def choose_by_pretrained_magnitude(experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-    config = experiment.config
     magnitudes = {name: layer.frozen_matrix().abs() for name, layer in gated_linears(experiment.model).items()}
-    try:
-        patterns = largest_patterns(
-            magnitudes, density=config.density, ranking=config.ranking, by="score",
-            largest=config.super_rank == "largest",
-        )  # fmt: skip
-    except ValueError as error:
-        raise RigsaError(f"--density {config.density}: {error}") from error
-    return patterns, {"kept": sum(pattern.nnz for pattern in patterns.values())}
+    return highest(experiment.config, magnitudes, largest=experiment.config.super_rank == "largest")

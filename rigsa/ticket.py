@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
 
 from rigsa.adapter import MASK_FILE, load_masks
+from rigsa.config import Config
 from rigsa.distributed import main_first
+from rigsa.errors import RigsaError
 from rigsa.experiment import Experiment, level_folder
 from rigsa.files import is_done
+from rigsa.masks import largest_patterns
 from rigsa_kernels import SparsePattern
 
 Choose = Callable[[Experiment], tuple[dict[str, SparsePattern], dict[str, Any]]]
 """A mask strategy: a dense adapter as attached, to the patterns of its layers and what to record of the choice."""
+
+
+def highest(
+    config: Config, scores: Mapping[str, Tensor], by: Literal["score", "magnitude"] = "score", largest: bool = True
+) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
+    """The entries that rank highest, as many as ``config.density`` says: what a `Choose` returns.
+
+    Raises:
+        RigsaError: a layer would be left empty, or a score is not finite.
+    """
+    try:
+        patterns = largest_patterns(scores, density=config.density, ranking=config.ranking, by=by, largest=largest)
+    except ValueError as error:
+        raise RigsaError(f"--density {config.density}: {error}") from error
+    return patterns, {"kept": sum(pattern.nnz for pattern in patterns.values())}
 
 
 def enter_ticket(experiment: Experiment, level: int, choose: Choose) -> None:
