@@ -52,6 +52,11 @@ def _field(default: Any, help: str, choices: tuple[str, ...] = (), only: tuple[s
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "only": only})
 
 
+def quantizations(method: str) -> tuple[str, ...]:
+    """What `method` may keep the frozen weights in, the wider first."""
+    return {"qlora": ("nf4",), "lora": ("none",), "full": ("none",)}.get(method, ("none", "nf4"))
+
+
 def reads(method: str, field: dataclasses.Field[Any]) -> bool:
     """Whether `method` looks at this field of `Config`."""
     return not field.metadata["only"] or method in field.metadata["only"]
@@ -280,8 +285,8 @@ class Config:
         """What a method needs of the fields that it reads."""
         if self.method in WITH_DENSITY and self.method != "random-mask":
             _require(self, "density", f"more than 0 for {self.method}", self.density > 0)
-        expected = {"qlora": ("nf4",), "lora": ("none",), "full": ("none",)}.get(self.method, ("none", "nf4"))
-        _require(self, "quantize", f"{' or '.join(expected)} for {self.method}", self.quantize in expected)
+        bases = quantizations(self.method)
+        _require(self, "quantize", f"{' or '.join(bases)} for {self.method}", self.quantize in bases)
         if self.method in GATED and self.init_scale == 0 and self.alpha_init == 0:
             raise RigsaError(
                 "--init-scale 0 and --alpha-init 0: no gradient ever leaves zero; expected one of them to differ"

@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 from transformers import PretrainedConfig
 
-from rigsa.config import Config
+from rigsa.config import Config, quantizations
 from rigsa.errors import RigsaError
 from rigsa.live_memory import Growth
 from rigsa.simulate import SimulatedModel, nf4_holds
@@ -118,12 +118,14 @@ def plan_test(target: Target, density: float) -> int:
 
 
 def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
-    """Every combination of options, the least intrusive first; NF4 where it can hold every layer.
+    """Every combination of options, the least intrusive first; NF4 where the method allows it and every layer fits.
 
     The step is one of several micro-batches, unless the configuration steps in backward.
     """
-    quantizations = QUANTIZATIONS if nf4_holds(target.shape, target.config) else QUANTIZATIONS[:1]
-    for quantize, checkpointing in itertools.product(quantizations, (False, True)):
+    bases = quantizations(target.config.method)
+    if not nf4_holds(target.shape, target.config):
+        bases = tuple(base for base in bases if base != "nf4")
+    for quantize, checkpointing in itertools.product(bases, (False, True)):
         growth: dict[int, Growth] = {}
         moments: dict[int, dict[StateDtype, int]] = {}
         for level, density in densities.items():

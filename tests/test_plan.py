@@ -166,6 +166,14 @@ def test_growth_tells_every_micro_batch_from_two():
         assert growth.largest(growth.at(1).peak - 1) == 0
 
 
+def test_a_method_is_offered_only_the_bases_that_it_takes():
+    found = {
+        method: {choice.quantize for choice in choices(Target(SMALL, paper(method), CUDA, 200), {0: 1.0})}
+        for method in ("imp", "full")
+    }
+    assert found == {"imp": {"none", "nf4"}, "full": {"none"}}
+
+
 def test_a_gpu_keeps_no_matrix_and_no_index_lists():
     """The fused kernels need none; the gemm path of float32 keeps one, and PyTorch on a CPU lists of positions."""
 
