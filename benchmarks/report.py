@@ -131,7 +131,7 @@ def _plot_curves(axis: str, providers: Mapping[str, list[tuple[float, float]]], 
         label = f"{name}: exponent {exponent(xs, ys):.2f}" if len(points) > 1 else name
         axes.loglog(xs, ys, marker="o", label=label)
     axes.set(xlabel=axis, ylabel="seconds")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14))  # clear of the curves
     axes.grid(True, which="both", alpha=0.3)
     figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -52,9 +52,13 @@ def _field(default: Any, help: str, choices: tuple[str, ...] = (), only: tuple[s
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "only": only})
 
 
+QUANTIZATIONS = ("none", "nf4")
+"""What frozen weights may be kept in, the wider first."""
+
+
 def quantizations(method: str) -> tuple[str, ...]:
-    """What `method` may keep the frozen weights in, the wider first."""
-    return {"qlora": ("nf4",), "lora": ("none",), "full": ("none",)}.get(method, ("none", "nf4"))
+    """Those of `QUANTIZATIONS` that `method` takes."""
+    return {"qlora": ("nf4",), "lora": ("none",), "full": ("none",)}.get(method, QUANTIZATIONS)
 
 
 def reads(method: str, field: dataclasses.Field[Any]) -> bool:
@@ -74,7 +78,7 @@ class Config:
     device: str = _field("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = _field("bfloat16", "of the model", choices=("float32", "bfloat16"))
     quantize: str = _field(
-        "none", "keep the frozen weights of the adapted layers in 4 bits (needs bitsandbytes)", choices=("none", "nf4")
+        "none", "keep the frozen weights of the adapted layers in 4 bits (needs bitsandbytes)", choices=QUANTIZATIONS
     )
     attention: str = _field(
         "sdpa", "attention implementation of transformers; eager is faster for short prompts on a CPU"

@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 from transformers import PretrainedConfig
 
-from rigsa.config import Config, quantizations
+from rigsa.config import QUANTIZATIONS, Config, quantizations
 from rigsa.errors import RigsaError
 from rigsa.live_memory import Growth
 from rigsa.simulate import SimulatedModel, nf4_holds
@@ -24,7 +24,6 @@ from rigsa_kernels.optim import StateDtype
 GIB = 2**30
 STATE_DTYPES: tuple[StateDtype, ...] = get_args(StateDtype)
 """The narrower, the later."""
-QUANTIZATIONS = ("none", "nf4")
 RESERVE = 0.1
 """Share of the memory that a plan leaves alone."""
 SAME_SIGN_SHARE = 0.539
@@ -118,7 +117,7 @@ def plan_test(target: Target, density: float) -> int:
 
 
 def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
-    """Every combination of options, the least intrusive first; NF4 where the method allows it and every layer fits.
+    """Every combination of options, the least intrusive first; NF4 where the method and every layer take it.
 
     The step is one of several micro-batches, unless the configuration steps in backward.
     """
