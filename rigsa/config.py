@@ -381,7 +381,7 @@ def quickstart(method: str = "imp") -> Config:
     )
 
 
-QUICKSTART_LEARNING_RATES = {"full": 2e-4, "lora": 1e-3, "qlora": 1e-3, "lt-sft": 5e-4}
+QUICKSTART_LEARNING_RATES = {"full": 2e-4, "lora": 1e-3, "qlora": 1e-3, "lt-sft": 2e-4}
 """Where it is not 2e-3."""
 
 
