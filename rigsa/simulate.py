@@ -43,7 +43,7 @@ class SimulatedLinear(GatedSparseLinear):
     """A layer of fake CPU tensors that goes the way it would go on `device`."""
 
     device: torch.device
-    index_lists: tuple[Tensor, ...] = ()
+    lists: tuple[Tensor, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (self.out_features, self.in_features)
@@ -61,18 +61,17 @@ class SimulatedLinear(GatedSparseLinear):
             return dtype in HALF_DTYPES and self.device.type == "cuda"
         return super()._is_exact(dtype)
 
-    def _operand(self, dtype: torch.dtype, exact: bool) -> Tensor:
+    def _make_operand(self, dtype: torch.dtype) -> tuple[bool, Tensor]:
+        exact = self._is_exact(dtype)
         if exact and self.pattern.is_dense and self.rigsa_values.dtype == dtype:
-            return self.rigsa_values.detach()
-        shape = (self.out_features, self.in_features)
-        return self._keep("operand", exact, lambda: torch.empty(shape, dtype=dtype))
+            return exact, self.rigsa_values.detach()
+        return exact, torch.empty(self.out_features, self.in_features, dtype=dtype)
 
     # Fake tensors have no address; nothing moves a simulated weight, and only versions tell a moved value.
     _weight_version = (0, 0)
 
-    @staticmethod
-    def _versions(*tensors: Tensor) -> tuple[object, ...]:
-        return tuple(tensor._version for tensor in tensors)
+    def _versions(self) -> tuple[int, ...]:
+        return self.rigsa_values._version, self.rigsa_alpha._version
 
 
 class SimulatedModel:
@@ -171,7 +170,7 @@ class SimulatedModel:
         memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
         for layer in gated_linears(self.model).values():
             memory.hold("adapter", (layer.rigsa_values, layer.rigsa_alpha, *layer.pattern.tensors))
-            memory.hold("adapter", cast(SimulatedLinear, layer).index_lists)
+            memory.hold("adapter", cast(SimulatedLinear, layer).lists)
             if layer.is_nf4:
                 memory.hold("weights", layer._base(layer.dtype))
         if optimizer is not None:
@@ -183,7 +182,8 @@ class SimulatedModel:
         """The matrices that layers keep over a step on the gemm path."""
         for layer in gated_linears(self.model).values():
             if "operand" in layer._kept:
-                memory.hold("adapter", [layer._kept["operand"][1]])
+                _, (_, matrix) = layer._kept["operand"]
+                memory.hold("adapter", [matrix])
 
 
 def nf4_holds(shape: PretrainedConfig, config: Config) -> bool:
@@ -253,14 +253,20 @@ def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, de
     offsets, row_base = torch.empty_like(words, dtype=torch.int16), torch.empty(n, dtype=torch.int32)
     nnz = max(round(density * n * k), 1)
     simulated.set_pattern(SparsePattern(n, k, nnz, words, offsets, row_base))
-    simulated.index_lists = tuple(_index_lists(layer, device, nnz))
+    simulated.lists = tuple(_pattern_lists(layer, device, nnz))
 
 
-def _index_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> Iterator[Tensor]:
-    """What `rigsa_kernels.format` remembers for operators in PyTorch; a kernel finds entries without."""
+def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> Iterator[Tensor]:
+    """What is remembered for operators in PyTorch while a pattern lives; a kernel finds entries without.
+
+    Positions (`rigsa_kernels.format`), and where products are composed the frozen weight there.
+    """
     n, k = layer.out_features, layer.in_features
-    if choose_path(device, layer.dtype, (n, k), MANY_TOKENS, nf4=layer.is_nf4) == "gemm" or device.type == "cpu":
+    gemm = choose_path(device, layer.dtype, (n, k), MANY_TOKENS, nf4=layer.is_nf4) == "gemm"
+    if gemm or device.type == "cpu":
         yield torch.empty(nnz, dtype=torch.int64)
+    if gemm and not layer._is_exact(layer.dtype):
+        yield torch.empty(nnz, dtype=layer.dtype)
     if device.type == "cpu" and nnz < SAMPLED_PRODUCT_DENSITY[layer.dtype] * n * k:
         yield torch.empty(n + 1, dtype=torch.int32)
         yield torch.empty(nnz, dtype=torch.int32)

@@ -67,6 +67,6 @@ def choose_path(
 def _rule(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], tokens: int, nf4: bool) -> Path:
     if nf4:
         return "fused"
-    half = dtype in (torch.bfloat16, torch.float16)
-    aligned = all(size % ALIGNED_ENTRIES == 0 for size in shape)
-    return "fused" if device.type == "cuda" and half and aligned and tokens > GENERATION_TOKENS else "gemm"
+    if device.type != "cuda" or tokens <= GENERATION_TOKENS or dtype not in (torch.bfloat16, torch.float16):
+        return "gemm"
+    return "fused" if all(size % ALIGNED_ENTRIES == 0 for size in shape) else "gemm"

@@ -41,6 +41,12 @@ define(
     lambda weight, values, alpha, pattern: torch.empty_like(weight),
 )
 define(
+    "compose_(Tensor(a!) composed, Tensor base_values, Tensor values, Tensor alpha, Tensor[] pattern) -> ()",
+    reference.compose_,
+    reference.compose_,
+    lambda composed, base_values, values, alpha, pattern: None,
+)
+define(
     "add_scaled(Tensor base, Tensor term, Tensor alpha) -> Tensor",
     reference.add_scaled,
     reference.add_scaled,

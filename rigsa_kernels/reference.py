@@ -17,6 +17,7 @@ Names: M tokens, N out_features, K in_features. Leading dimensions of x and dy m
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -50,6 +51,12 @@ def compose(weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]
     index = flat_indices(pattern[0], weight.shape[1])
     free = add_scaled(weight.reshape(-1).index_select(0, index), values, alpha)
     return weight.reshape(-1).index_copy(0, index, free).view(weight.shape)
+
+
+def compose_(composed: Tensor, base_values: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> None:
+    """`compose`, into a matrix that is W0 outside a packed pattern; `base_values` are W0's entries at the pattern."""
+    free = add_scaled(base_values, values, alpha)
+    composed.view(-1).index_copy_(0, flat_indices(pattern[0], composed.shape[1]), free)
 
 
 def linear_fwd(
@@ -88,19 +95,27 @@ def add_scaled(base: Tensor, term: Tensor, alpha: Tensor) -> Tensor:
     Raises:
         NonFiniteGateError: on a CPU; on a GPU asking would stop the host once a layer.
     """
-    if alpha.device.type == "cpu" and not alpha.isfinite():
+    if alpha.device.type == "cpu" and not math.isfinite(alpha):
         raise NonFiniteGateError(f"alpha: expected a finite gate, got {alpha.item()}")
-    return torch.addcmul(base.to(alpha.dtype), term.to(alpha.dtype), alpha).to(base.dtype)
+    return base.to(alpha.dtype, copy=True).addcmul_(term.to(alpha.dtype), alpha).to(base.dtype)
 
 
 def sampled_grad(dy: Tensor, x: Tensor, pattern: list[Tensor], nnz: int) -> Tensor:
     """``G = (dy^T x)`` at the pattern, not yet scaled by alpha: ``[N, K]`` when dense, ``[nnz]`` when packed."""
     dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if not pattern:
-        return dy.t() @ x
-    if nnz < SAMPLED_PRODUCT_DENSITY[x.dtype] * dy.shape[1] * x.shape[1]:
+    if pattern and nnz < SAMPLED_PRODUCT_DENSITY[x.dtype] * dy.shape[1] * x.shape[1]:
         return _sampled_product(dy, x, pattern)
-    return (dy.t() @ x).view(-1).index_select(0, flat_indices(pattern[0], x.shape[1]))
+    grad = _whole_product(dy, x)
+    return grad.view(-1).index_select(0, flat_indices(pattern[0], x.shape[1])) if pattern else grad
+
+
+def _whole_product(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy^T x``. A CPU's 16-bit products copy a transposed operand themselves, more slowly than PyTorch does: worth it
+    where dy is the smaller one (benchmarks/bench_gradient.py)."""
+    dy_t = dy.t()
+    if dy.device.type == "cpu" and dy.dtype.itemsize == 2 and dy.shape[1] < x.shape[1]:
+        dy_t = dy_t.contiguous()
+    return dy_t @ x
 
 
 def _sampled_product(dy: Tensor, x: Tensor, pattern: list[Tensor]) -> Tensor:

@@ -117,6 +117,49 @@ def test_matrix_is_made_once_a_step(monkeypatch):
     assert len(made) == 2
 
 
+def test_packed_ticket_keeps_one_matrix_for_all_steps():
+    """Only its free entries are written; entries that a pattern gives up are the frozen weight's again."""
+    layer, x = make_layer(torch.bfloat16, numerics="composed"), torch.randn(5, 40).bfloat16()
+    layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
+    layer(x)
+    _, (_, matrix) = layer._kept["operand"]
+    optimizer = sgd(layer)
+    for _ in range(2):
+        layer(x).sum().backward()
+        optimizer.step()
+        assert torch.equal(layer(x), fresh(layer)(x))
+    assert layer._kept["operand"][1][1] is matrix
+    other = half_mask(layer).view(-1)[torch.randperm(12 * 40, generator=torch.Generator().manual_seed(2))].view(12, 40)
+    layer.move_pattern(SparsePattern.from_mask(other))
+    assert torch.equal(layer(x), fresh(layer)(x))
+
+
+def fresh(layer: GatedSparseLinear) -> GatedSparseLinear:
+    """The same layer, which has kept nothing."""
+    twin = copy.deepcopy(layer)
+    twin._kept.clear()
+    return twin
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_passes_without_gradients_have_the_same_bits_and_training_goes_on(mode, packed, numerics):
+    layer, x = make_layer(torch.bfloat16, numerics=numerics), torch.randn(5, 40).bfloat16()
+    if packed:
+        layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
+    with mode():
+        y = layer(x)
+    z = layer(x)
+    assert torch.equal(y, z)
+    z.sum().backward()
+    optimizer = sgd(layer)
+    optimizer.step()
+    with mode():
+        y = layer(x)
+    assert torch.equal(y, layer(x))
+
+
 def test_auto_switches_with_the_gate_in_bfloat16_only():
     layer = make_layer(torch.bfloat16)
     for alpha, exact in ((1e-4, True), (1.0, False)):

@@ -189,7 +189,7 @@ def test_a_gpu_keeps_no_matrix_and_no_index_lists():
     assert adapter(CUDA, 1, **FLOAT32) == 8 * weights + gates
     packed = adapter(CUDA, 0.25)
     assert packed == pytest.approx((0.25 * 2 + 6 / 32) * weights, rel=0.1)
-    assert adapter(CPU, 0.25) == pytest.approx(packed + (2 + 0.25 * 8) * weights, rel=0.01)
+    assert adapter(CPU, 0.25) == pytest.approx(packed + (2 + 0.25 * (8 + 2)) * weights, rel=0.01)
 
 
 @pytest.fixture(scope="module")
