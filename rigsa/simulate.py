@@ -162,7 +162,7 @@ class SimulatedModel:
 
     def _forget(self) -> None:
         for layer in gated_linears(self.model).values():
-            layer._kept.clear()
+            layer._forget()
 
     def _hold(self, optimizer: MaskedAdamW | None) -> LiveMemory:
         """What is there before the forward pass, by part."""

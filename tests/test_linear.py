@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_packed_ticket_keeps_one_matrix_for_all_steps():
 def fresh(layer: GatedSparseLinear) -> GatedSparseLinear:
     """The same layer, which has kept nothing."""
     twin = copy.deepcopy(layer)
-    twin._kept.clear()
+    twin._forget()
     return twin
 
 
@@ -153,11 +154,33 @@ def test_passes_without_gradients_have_the_same_bits_and_training_goes_on(mode, 
     z = layer(x)
     assert torch.equal(y, z)
     z.sum().backward()
-    optimizer = sgd(layer)
-    optimizer.step()
-    with mode():
-        y = layer(x)
-    assert torch.equal(y, layer(x))
+    sgd(layer).step()
+    for change in ({"enabled": True}, {"enabled": False}, {"enabled": True, "numerics": "exact"}):
+        vars(layer).update(change)
+        for batch in (x, x[:2], x.float()):
+            with mode():
+                twice = layer(batch), layer(batch)
+            assert all(torch.equal(y, fresh(layer)(batch)) for y in twice)
+
+
+def test_passes_without_gradients_leave_one_matrix_behind():
+    layer, x = make_layer(torch.bfloat16, numerics="composed"), torch.randn(5, 40).bfloat16()
+    with torch.no_grad():
+        layer(x)
+        matrix = weakref.ref(layer._kept["operand"][1][1])
+        layer.rigsa_values.mul_(2)
+    layer(x)
+    assert matrix() is None
+
+
+def test_a_replica_without_parameters_computes_the_same():
+    """nn.DataParallel's, which transformers.Trainer takes on several GPUs."""
+    layer, x = make_layer(), torch.randn(5, 40)
+    replica = layer._replicate_for_data_parallel()
+    vars(replica).update(layer.named_parameters())
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            assert torch.equal(replica(x), layer(x))
 
 
 def test_auto_switches_with_the_gate_in_bfloat16_only():
