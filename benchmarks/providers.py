@@ -290,6 +290,22 @@ def tune_fully(model: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]
     return Trainee(model, optimizer([linear.weight for linear in linears]))
 
 
+class NoUpdate(torch.optim.Optimizer):
+    """Drops gradients."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters or [nn.Parameter(torch.zeros(1))], {})
+
+    def step(self, closure: object = None) -> None:
+        pass
+
+
+def pass_through(model: nn.Module) -> Trainee:
+    """What any adapter of all layers has to do: forward, and the gradient down to the first layer. Trains nothing."""
+    model.enable_input_require_grads()
+    return Trainee(model, NoUpdate([]))
+
+
 def tune_dense_composition(model: nn.Module, density: float) -> Trainee:
     layers = {}
     for name, linear in model_linears(model).items():
@@ -337,11 +353,14 @@ def tune_with_peft(model: nn.Module, kind: str, density: float | None = None, **
 FULL = "full fine-tuning"
 TICKET_NAME, LEVEL_0 = "ours, 3.46 %", "ours, level 0"
 LORA_DEFAULT, LORA_16, SHIRA = "PEFT LoRA", "PEFT LoRA, bf16", "PEFT SHiRA, 3.46 %"
+FROZEN, GRADIENTS = "frozen model", "frozen model and whole gradients"
 TRAINEES: dict[str, Callable[[nn.Module], Trainee]] = {  # in the order of their heats: neighbours race each other
     FULL: tune_fully,
     TICKET_NAME: partial(tune_gated, density=0.0346, numerics="composed"),
-    LORA_DEFAULT: partial(tune_with_peft, kind="LoRA"),
     LORA_16: partial(tune_with_peft, kind="LoRA", autocast_adapter_dtype=False),
+    FROZEN: pass_through,
+    GRADIENTS: partial(tune_fully, optimizer=NoUpdate),
+    LORA_DEFAULT: partial(tune_with_peft, kind="LoRA"),
     SHIRA: partial(tune_with_peft, kind="SHiRA", density=0.0346),
     "PEFT Super-Tuning, 3.46 %": partial(tune_with_peft, kind="Super-Tuning", density=0.0346),
     "ours, 3.46 %, exact": partial(tune_gated, density=0.0346, numerics="exact"),

@@ -22,7 +22,17 @@ from benchmarks.checks import assert_within, check_layer, make_problem
 from benchmarks.compare import RULE, SHORTEST, THRESHOLD, RecordError, check_common, compare, read_record
 from benchmarks.loss_curves import draw, labels, main, styles
 from benchmarks.memory import extra_bytes, held_bytes, saved_bytes
-from benchmarks.providers import FULL, LAYERS, LORA_DEFAULT, SHIRA, TICKET_NAME, TRAINEES, ticket_mask
+from benchmarks.providers import (
+    FROZEN,
+    FULL,
+    GRADIENTS,
+    LAYERS,
+    LORA_DEFAULT,
+    SHIRA,
+    TICKET_NAME,
+    TRAINEES,
+    ticket_mask,
+)
 from benchmarks.race import Contestant, Replay, UnavailableError, ratios, run_rounds
 from benchmarks.report import duration, exponent, exponent_table, size, table, tables
 from benchmarks.shapes import Batch
@@ -376,11 +386,19 @@ class TestReport:
             bench(FULL, 1.0, group=group, least_seconds=0.5, roofline_share=0.5),
             bench(TICKET_NAME, 0.8, group=group, least_seconds=0.36, roofline_share=0.45),
             bench(SHIRA, 1.2, group=group, least_seconds=0.36, roofline_share=0.3),
+            bench(FROZEN, 0.6, group=group),
+            bench(GRADIENTS, 0.75, group=group),
         ]
         text = target_table(rows)
-        assert f"| {group} | {TICKET_NAME} / {FULL} | ≤ 0.85 | 0.80 | met | 45% / 50% | 0.72 | 0.36 |" in text
-        assert f"| {group} | {SHIRA} / {TICKET_NAME} | ≥ 1.6 | 1.50 | not met | 30% / 45% | 1.00 | 3.33 |" in text
-        assert f"| {group} | {TICKET_NAME} / {LORA_DEFAULT} | ≤ 0.6 |  | not measured |  |  |  |" in text
+        assert (
+            f"| {group} | {TICKET_NAME} / {FULL} | ≤ 0.85 | 0.80 | met | 45% / 50% | 0.72 | 0.36 | 0.60 | 0.75 |"
+            in text
+        )
+        assert (
+            f"| {group} | {SHIRA} / {TICKET_NAME} | ≥ 1.6 | 1.50 | not met | 30% / 45% | 1.00 | 3.33 | 2.00 | 1.60 |"
+            in text
+        )
+        assert f"| {group} | {TICKET_NAME} / {LORA_DEFAULT} | ≤ 0.6 |  | not measured |  |  |  |  |  |" in text
 
     def test_every_target_is_reported_where_its_question_is_asked(self):
         rows = [bench(FULL, group="training step, x"), bench(BASE, group="generation of 4"), bench("a", group="other")]
