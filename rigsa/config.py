@@ -44,8 +44,8 @@ FROM_ZERO = ("lt-sft", "super", "spiel", *FROM_GRADIENTS, "full")
 ON_PEFT = ("lora", "qlora", "shira")
 GATED = tuple(method for method in METHODS if method not in ON_PEFT)
 """Methods that train `GatedSparseLinear`."""
-PLANNED = tuple(method for method in GATED if method not in LOW_RANK)
-"""Methods whose memory `rigsa.memory_plan` can simulate."""
+PLANNED = tuple(method for method in METHODS if method != "shira")
+"""Methods that the memory planner knows: PEFT's SHiRA draws its mask with operations that need data."""
 
 
 def _field(default: Any, help: str, choices: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> Any:
@@ -58,7 +58,7 @@ QUANTIZATIONS = ("none", "nf4")
 
 def quantizations(method: str) -> tuple[str, ...]:
     """Those of `QUANTIZATIONS` that `method` takes."""
-    return {"qlora": ("nf4",), "lora": ("none",), "full": ("none",)}.get(method, QUANTIZATIONS)
+    return {"qlora": ("nf4",), "lora": ("none",), "full": ("none",), "shira": ("none",)}.get(method, QUANTIZATIONS)
 
 
 def reads(method: str, field: dataclasses.Field[Any]) -> bool:

@@ -39,14 +39,14 @@ from rigsa.adapter import (
     save_masks,
     trained_parameters,
 )
-from rigsa.config import FROM_GRADIENTS, GATED, LOW_RANK, ON_PEFT, Config
+from rigsa.attach import attach
+from rigsa.config import FROM_GRADIENTS, Config
 from rigsa.distributed import is_sharded, main_first, wait_for_all
 from rigsa.drift import drift, replies
 from rigsa.errors import RigsaError
 from rigsa.evaluate import evaluate
 from rigsa.files import is_done, mark_done, read_json, write_json
-from rigsa.model import attach_adapter, load_model, resolve_device
-from rigsa.peft_adapters import attach_peft
+from rigsa.model import load_model, resolve_device
 from rigsa.textual_mnist import Images, PromptDataset, Prompts, Splits, load_splits
 from rigsa.train import RESOURCES_FILE, read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa_kernels import SparsePattern, gated_linears
@@ -99,11 +99,8 @@ class Experiment:
         return cls(config, run, model, prompts, splits, num_weights)
 
     def attach(self) -> None:
-        """What the method trains: an adapter of PEFT, a gated sparse difference, or, for RoSA, one beside the other."""
-        if self.config.method in (*ON_PEFT, *LOW_RANK):
-            attach_peft(self.model, self.config)
-        if self.config.method in GATED:
-            attach_adapter(self.model, self.config)
+        """What the method trains."""
+        attach(self.model, self.config)
 
     def reload(self, level: int) -> None:
         """A whole model in place of one that training left in shards, with the adapter that training wrote."""

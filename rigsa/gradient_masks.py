@@ -18,7 +18,8 @@ rosa    mean b_j^2                      of batches as training makes them (Nikda
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,15 +27,49 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from rigsa.config import Config
 from rigsa.evaluate import training_loss
 from rigsa.experiment import Experiment
 from rigsa.textual_mnist import PromptDataset, collate
 from rigsa.ticket import highest, run_ticket
 from rigsa_kernels import SparsePattern, gated_linears
 
-Scores = dict[str, Tensor]
-"""Layer name to a dense float32 ``[N, K]`` matrix."""
+
+@dataclass(frozen=True)
+class Score:
+    """A score of entries: means over gradients, and what is made of them.
+
+    Attributes:
+        by_image: every image has a gradient of its own; else those of a micro-batch share one, the mean of theirs.
+        functions: elementwise; for each the mean of ``function(gradient)`` is taken, in float32.
+        combine: these means of one layer, each ``[N, K]``, to its scores. It may overwrite them.
+    """
+
+    by_image: bool
+    functions: tuple[Callable[[Tensor], Tensor], ...]
+    combine: Callable[..., Tensor]
+
+    def images_at_a_time(self, config: Config) -> int:
+        return 1 if self.by_image else config.micro_batch_size
+
+
+def _same(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def _gain(mean: Tensor, curvature: Tensor) -> Tensor:
+    damping = curvature.mean()
+    return mean.square_().div_(curvature.add_(damping))
+
+
+SCORES = {
+    "sift": Score(by_image=False, functions=(_same,), combine=torch.abs_),
+    "fisher": Score(by_image=True, functions=(torch.square,), combine=_same),
+    "sam": Score(by_image=True, functions=(_same, torch.square), combine=_gain),
+    "rosa": Score(by_image=False, functions=(torch.square,), combine=_same),
+}
 
 
 def run_gradient_mask(experiment: Experiment) -> None:
@@ -44,55 +79,47 @@ def run_gradient_mask(experiment: Experiment) -> None:
 
 def choose_by_gradient(experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
     config = experiment.config
-    patterns, record = highest(config, SCORES[config.method](experiment))
+    batches = tqdm(mask_batches(experiment), desc="gradients for the mask", unit="batch", leave=False)
+    patterns, record = highest(config, score_entries(experiment.model, config, batches))
     return patterns, record | {"images": config.mask_images}
 
 
-def sift(experiment: Experiment) -> Scores:
-    (mean,) = mean_of_gradients(experiment, experiment.config.micro_batch_size, lambda g: g)
-    return {name: gradient.abs_() for name, gradient in mean.items()}
+def score_entries(model: PreTrainedModel, config: Config, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Every entry's score by ``config.method``.
 
-
-def fisher(experiment: Experiment) -> Scores:
-    return mean_of_gradients(experiment, 1, torch.square)[0]
-
-
-def sam(experiment: Experiment) -> Scores:
-    mean, curvature = mean_of_gradients(experiment, 1, lambda g: g, torch.square)
-    return {name: g.square_() / (curvature[name] + curvature[name].mean()) for name, g in mean.items()}
-
-
-def rosa(experiment: Experiment) -> Scores:
-    return mean_of_gradients(experiment, experiment.config.micro_batch_size, torch.square)[0]
-
-
-SCORES: dict[str, Callable[[Experiment], Scores]] = {"sift": sift, "fisher": fisher, "sam": sam, "rosa": rosa}
-
-
-def mean_of_gradients(
-    experiment: Experiment, images_at_a_time: int, *functions: Callable[[Tensor], Tensor]
-) -> list[Scores]:
-    """For each of `functions` the mean of ``function(gradient)`` over ``mask_images`` training images.
+    A layer's gradient is used and freed as soon as it is complete, so memory holds that of one layer, beside one
+    float32 matrix a layer for each of the score's functions.
 
     Args:
-        experiment: with a dense adapter attached.
-        images_at_a_time: that share one gradient, the mean of theirs.
-        functions: elementwise.
+        model: with a dense adapter that is zero.
+        config: of the run.
+        batches: of training images, as many in each as `Score.images_at_a_time` says.
+
+    Returns:
+        Layer name to ``[N, K]``, float32.
     """
-    model, loss = experiment.model.train(), experiment.config.loss
-    layers = gated_linears(model)
-    values = {name: layer.rigsa_values for name, layer in layers.items()}
-    sums = [{name: torch.zeros_like(value, dtype=torch.float32) for name, value in values.items()} for _ in functions]
-    batches = _batches(experiment, images_at_a_time)
+    score, model = SCORES[config.method], model.train()
+    values = {name: layer.rigsa_values for name, layer in gated_linears(model).items()}
+    sums = {
+        name: [torch.zeros_like(value, dtype=torch.float32) for _ in score.functions] for name, value in values.items()
+    }
+
+    def take(name: str, value: Tensor) -> None:
+        assert value.grad is not None
+        for function, total in zip(score.functions, sums[name], strict=True):
+            total += function(value.grad.float())
+        value.grad = None
+
+    hooks = [value.register_post_accumulate_grad_hook(partial(take, name)) for name, value in values.items()]
+    count = 0
     with training_only(list(values.values()), model):
-        for batch in tqdm(batches, desc="gradients for the mask", unit="batch", leave=False):
-            training_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, loss).backward()
-            for name, value in values.items():
-                assert value.grad is not None
-                for function, total in zip(functions, sums, strict=True):
-                    total[name] += function(value.grad.float())
-                value.grad = None
-    return [{name: value.div_(len(batches)) for name, value in total.items()} for total in sums]
+        for batch in batches:
+            count += 1
+            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            training_loss(model, on_device, config.loss).backward()
+    for hook in hooks:
+        hook.remove()
+    return {name: score.combine(*(total.div_(count) for total in sums.pop(name))) for name in values}
 
 
 @contextlib.contextmanager
@@ -109,8 +136,9 @@ def training_only(parameters: list[nn.Parameter], model: nn.Module) -> Iterator[
             parameter.requires_grad_(True)
 
 
-def _batches(experiment: Experiment, size: int) -> DataLoader[Any]:
+def mask_batches(experiment: Experiment) -> DataLoader[Any]:
     config, dataset = experiment.config, PromptDataset(experiment.splits.train, experiment.prompts)
+    size = SCORES[config.method].images_at_a_time(config)
     draw = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     chosen = Subset(dataset, draw[: config.mask_images].tolist())
     return DataLoader(chosen, size, collate_fn=partial(collate, pad_id=experiment.prompts.pad_id))

@@ -15,8 +15,9 @@ from typing import get_args
 import torch
 from transformers import PretrainedConfig
 
-from rigsa.config import QUANTIZATIONS, Config, quantizations
+from rigsa.config import FROM_GRADIENTS, ON_PEFT, QUANTIZATIONS, Config, quantizations
 from rigsa.errors import RigsaError
+from rigsa.gradient_masks import SCORES
 from rigsa.live_memory import Growth
 from rigsa.simulate import SimulatedModel, nf4_holds
 from rigsa_kernels.optim import StateDtype
@@ -84,12 +85,18 @@ def usable(memory: float) -> float:
     return (1 - RESERVE) * memory
 
 
-def expected_densities(config: Config, same_sign_share: float = SAME_SIGN_SHARE) -> dict[int, float]:
+def expected_densities(
+    shape: PretrainedConfig, config: Config, same_sign_share: float = SAME_SIGN_SHARE
+) -> dict[int, float]:
     """Level to density, as pruning will make it if that share keeps its sign; of a random mask, the last one.
+
+    Of an adapter of PEFT: the numbers that it trains as a share of its layers' weights.
 
     Raises:
         RigsaError: the share is out of range.
     """
+    if config.method in ON_PEFT:
+        return {0: SimulatedModel(shape, config, torch.device("cpu"), 1.0).trained_share()}
     if config.method == "full":
         return {0: 1.0}
     if config.density:
@@ -114,6 +121,14 @@ def plan_test(target: Target, density: float) -> int:
     """Bytes of the largest test batch, prompts with all their examples, through an adapter of that density."""
     tokens = target.tokens * (1 + max(target.config.shots))
     return target.model(density).test_pass(tokens, target.config.eval_batch_size).peak
+
+
+def plan_choosing(target: Target) -> int:
+    """Bytes of choosing a mask from gradients, of all entries, layer by layer; 0 where a mask comes from elsewhere."""
+    if target.config.method not in FROM_GRADIENTS:
+        return 0
+    images = SCORES[target.config.method].images_at_a_time(target.config)
+    return target.model(1.0).scoring_pass(target.tokens, images).peak
 
 
 def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
@@ -158,6 +173,13 @@ def require_fit(target: Target, densities: Mapping[int, float], memory: float) -
             f"{usable(memory) / GIB:.1f} ({1 - RESERVE:.0%} of {memory / GIB:.1f} GiB). "
             f"{what_fits(target, worst, usable(memory))}. `python -m rigsa.run plan` shows every choice."
         )
+    choosing = plan_choosing(target)
+    if choosing > usable(memory):
+        raise RigsaError(
+            f"choosing the mask is planned to need {choosing / GIB:.1f} GiB; expected at most "
+            f"{usable(memory) / GIB:.1f} ({1 - RESERVE:.0%} of {memory / GIB:.1f} GiB). "
+            f"{what_fits_choosing(target, usable(memory))}."
+        )
     return plans
 
 
@@ -172,6 +194,19 @@ def what_fits(target: Target, plan: LevelPlan, limit: float) -> str:
             peak = growth.at(sizes[-1]).peak / GIB
             return f"It would fit in {peak:.1f} GiB with {_options(target.config, choice, sizes[-1])}"
     return "Nothing that a run can choose makes it fit"
+
+
+def what_fits_choosing(target: Target, limit: float) -> str:
+    """The least intrusive options with which choosing the mask needs at most `limit` bytes, as a sentence."""
+    config = target.config
+    for quantize in quantizations(config.method):
+        for size in sorted({config.micro_batch_size, 1}, reverse=True):
+            narrower = dataclasses.replace(config, quantize=quantize, checkpointing=True, micro_batch_size=size)
+            peak = plan_choosing(dataclasses.replace(target, config=narrower))
+            if peak <= limit and QUANTIZATIONS.index(quantize) >= QUANTIZATIONS.index(config.quantize):
+                options = _options(config, Choice(True, config.state_dtype, quantize, {}), size)
+                return f"It would fit in {peak / GIB:.1f} GiB with {options}"
+    return "Nothing that a run can choose makes it fit; methods without a mask from gradients need less"
 
 
 def _asks_no_less_than(config: Config, choice: Choice) -> bool:

@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rigsa.live_memory import PARTS, Growth
-from rigsa.memory_plan import GIB, RESERVE, Choice, LevelPlan, Target, choices, plan_levels, plan_test, usable
+from rigsa.memory_plan import (
+    GIB,
+    RESERVE,
+    Choice,
+    LevelPlan,
+    Target,
+    choices,
+    plan_choosing,
+    plan_levels,
+    plan_test,
+    usable,
+)
 
 
 def memory_report(target: Target, densities: Mapping[int, float], memory: float) -> tuple[str, dict[str, Any]]:
@@ -23,6 +34,7 @@ def memory_report(target: Target, densities: Mapping[int, float], memory: float)
     limit = usable(memory)
     levels = plan_levels(target, densities)
     test_peak = plan_test(target, max(densities.values()))
+    choosing_peak = plan_choosing(target)
     ends = {level: densities[level] for level in sorted({min(densities), max(densities)})}
     found = list(choices(target, ends))
     record = {
@@ -33,6 +45,7 @@ def memory_report(target: Target, densities: Mapping[int, float], memory: float)
         "usable_bytes": round(limit),
         "levels": [_level_record(target, plan, limit) for plan in levels],
         "test_peak_bytes": test_peak,
+        "choosing_peak_bytes": choosing_peak,
         "largest_micro_batch": [
             _choice_record(choice, level, growth, limit) for choice in found for level, growth in choice.growth.items()
         ],
@@ -42,6 +55,11 @@ def memory_report(target: Target, densities: Mapping[int, float], memory: float)
         "",
         f"Training as configured; GiB at each level's peak, and whether it fits in {_gib(limit)}:",
         *_table([_LEVEL_COLUMNS, *(_level_row(target, plan, limit) for plan in levels)]),
+        *(
+            [f"Choosing the mask: {_gib(choosing_peak)} GiB; fits: {_yes(choosing_peak <= limit)}"]
+            if choosing_peak
+            else []
+        ),
         _test_line(target, test_peak, limit),
         "",
         f"Largest micro-batch that fits, and the GiB it takes ({target.tokens} tokens a prompt):",

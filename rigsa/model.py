@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 
 from rigsa.config import Config
 from rigsa.errors import RigsaError
-from rigsa_kernels import gated_linears, replace_linears
 from rigsa_kernels.nf4 import nf4_base
 from rigsa_kernels.replace import select_linears
 
@@ -145,28 +144,3 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if not files:
         raise RigsaError(f"--model {EMBEDDED}: the package that holds it is not installed. {GET_EMBEDDED}.")
     return str(files[0].parent), {"gguf_file": files[0].name}
-
-
-def attach_adapter(model: PreTrainedModel, config: Config) -> None:
-    """Level 0: a dense difference on every frozen linear layer but the head, as configured.
-
-    What is trained in `model` already, a low-rank difference beside, stays so.
-    """
-    beside = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    replace_linears(
-        model,
-        include=lambda _, linear: not linear.weight.requires_grad,
-        seed=config.seed,
-        shared_gate=config.gate == "model",
-        alpha_init=config.alpha_init,
-        init_scale=config.init_scale,
-        values_dtype=getattr(torch, config.values_dtype),
-        numerics=config.numerics,
-    )
-    for parameter in beside:
-        parameter.requires_grad_(True)
-    if config.gate == "none":
-        for layer in gated_linears(model).values():
-            layer.rigsa_alpha.requires_grad_(False)
-    if config.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})

@@ -22,7 +22,7 @@ from rigsa.files import read_json, write_json
 
 if TYPE_CHECKING:
     from rigsa.experiment import Experiment
-    from rigsa.memory_plan import LevelPlan
+    from rigsa.memory_plan import LevelPlan, Target
     from rigsa.textual_mnist import Images
 
 SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
@@ -215,7 +215,7 @@ def run_method(options: argparse.Namespace) -> None:
 
 
 def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelPlan]:
-    """The plan of every level, none for adapters of PEFT. Raises RigsaError where one does not fit."""
+    """The plan of every level; none of a method without plans. Raises RigsaError where one does not fit."""
     from rigsa import distributed
     from rigsa.memory_plan import Target, require_fit
 
@@ -225,17 +225,19 @@ def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelP
     tokens = len(experiment.prompts.encode(experiment.splits.train.levels[0]))
     # A plan is that of one process with a whole model, so it cannot refuse one in shards.
     memory = math.inf if distributed.is_sharding() else memory_of(device, gpu_memory)
-    return require_fit(Target(experiment.model.config, config, device, tokens), densities_to_train(config), memory)
+    target = Target(experiment.model.config, config, device, tokens)
+    return require_fit(target, densities_to_train(target), memory)
 
 
-def densities_to_train(config: Config) -> dict[int, float]:
+def densities_to_train(target: Target) -> dict[int, float]:
     """Level to density: expected for pruning, known for a random mask."""
     from rigsa.experiment import METRICS_FILE, level_folder
     from rigsa.memory_plan import expected_densities
     from rigsa.random_mask import matched_ticket
 
+    config = target.config
     if config.method != "random-mask" or config.density:
-        return expected_densities(config)
+        return expected_densities(target.shape, config)
     level = matched_ticket(config)
     return {level: read_json(level_folder(Path(config.match), level) / METRICS_FILE)["density"]}
 
@@ -262,7 +264,7 @@ def run_plan(options: argparse.Namespace) -> None:
     tokens = options.tokens or TOKENS.get(config.data, MNIST_TOKENS)
     share = SAME_SIGN_SHARE if options.same_sign_share is None else options.same_sign_share
     target = Target(model_shape(config.model), config, device, tokens)
-    text, record = memory_report(target, expected_densities(config, share), options.gpu_memory * 2**30)
+    text, record = memory_report(target, expected_densities(target.shape, config, share), options.gpu_memory * 2**30)
     print(text)
     if options.json:
         write_json(options.json, record)

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 
-from rigsa.config import Config
+from rigsa.adapter import trained_parameters
+from rigsa.attach import attach_adapter, attach_peft, checkpoint_activations
+from rigsa.config import GATED, LOW_RANK, Config
 from rigsa.evaluate import answer_logits, training_loss
+from rigsa.gradient_masks import score_entries
 from rigsa.live_memory import LiveMemory, Usage
-from rigsa.model import attach_adapter, spare_the_head
+from rigsa.model import spare_the_head
 from rigsa.train import make_optimizer, stepping_in_backward
 from rigsa_kernels import GatedSparseLinear, MaskedAdamW, gated_linears
 from rigsa_kernels.dispatch import choose_path
@@ -74,6 +77,24 @@ class SimulatedLinear(GatedSparseLinear):
         return self.rigsa_values._version, self.rigsa_alpha._version
 
 
+class SimulatedNF4Linear(nn.Linear):
+    """A frozen layer whose weight has the sizes of bitsandbytes' NF4: it is decoded whole for each product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _NF4Product.apply(x, self.out_features))
+
+
+class _NF4Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, out_features):  # type: ignore[no-untyped-def]
+        ctx.shape = (out_features, x.shape[-1])
+        return x @ x.new_empty(ctx.shape).t()
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return dy @ dy.new_empty(ctx.shape), None
+
+
 class SimulatedModel:
     """The model of a configuration at one density, ready to train, with sizes and no data.
 
@@ -81,25 +102,35 @@ class SimulatedModel:
         shape: the base model's configuration (`rigsa.model.model_shape`).
         config: of the run.
         device: that is planned for.
-        density: of every layer; 1 for the dense level.
+        density: of every gated layer; 1 for the dense level.
     """
 
     def __init__(self, shape: PretrainedConfig, config: Config, device: torch.device, density: float) -> None:
         self.config, self.device = config, device
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         model = _on_meta(shape, config)
+        layers = select_linears(model, "*", ())[0].values()
+        self.num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+        model.requires_grad_(False)
+        if config.method in LOW_RANK:
+            attach_peft(model, config)  # here, as PEFT moves modules, which fake tensors do not allow
         with self._fake:
             self.model = cast(PreTrainedModel, model.to_empty(device="cpu"))
             self.model.tie_weights()
             spare_the_head(self.model)
             if config.quantize == "nf4":
-                for linear in select_linears(self.model, "*", ())[0].values():
+                for linear in layers:
                     _quantize(linear)
-            self.model.requires_grad_(False)
-            # "composed" would ask the values whether it is wise
-            attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
+            if config.method in GATED:
+                # "composed" would ask the values whether it is wise
+                attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
+            checkpoint_activations(self.model, config)
             for layer in gated_linears(self.model).values():
                 _simulate(layer, config, device, density)
+
+    def trained_share(self) -> float:
+        """Numbers that are trained, as a share of the weights of the layers that have an adapter."""
+        return sum(parameter.numel() for parameter in trained_parameters(self.model).values()) / self.num_weights
 
     def training_step(self, tokens: int, micro_batch: int, *, accumulates: bool) -> Usage:
         """The last micro-batch of a step after the first: forward, backward, clipping, update.
@@ -135,6 +166,15 @@ class SimulatedModel:
             optimizer.zero_grad()
         return memory.usage()
 
+    def scoring_pass(self, tokens: int, images: int) -> Usage:
+        """One gradient for a mask (`rigsa.gradient_masks`), of so many images, and the scores from it."""
+        with self._fake:
+            self._forget()
+            memory = self._hold(None)
+            with memory, _prompts_of_one_length():
+                score_entries(self.model, self.config, [_batch(tokens, images)])
+        return memory.usage()
+
     def test_pass(self, tokens: int, batch: int) -> Usage:
         """One batch of prompts through the trained adapter, without gradients."""
         with self._fake, torch.no_grad():
@@ -168,6 +208,7 @@ class SimulatedModel:
         """What is there before the forward pass, by part."""
         memory = LiveMemory()
         memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
+        memory.hold("adapter", trained_parameters(self.model).values())
         for layer in gated_linears(self.model).values():
             memory.hold("adapter", (layer.rigsa_values, layer.rigsa_alpha, *layer.pattern.tensors))
             memory.hold("adapter", cast(SimulatedLinear, layer).lists)
@@ -233,6 +274,7 @@ def _batch(tokens: int, prompts: int) -> dict[str, Tensor]:
 def _quantize(linear: nn.Linear) -> None:
     """Give `linear` a weight with the sizes of bitsandbytes' NF4."""
     shape, dtype = tuple(linear.weight.shape), linear.weight.dtype
+    linear.__class__ = SimulatedNF4Linear
     codes = torch.empty(linear.weight.numel() // 2, 1, dtype=torch.uint8)
     linear.weight = nn.Parameter(codes, requires_grad=False)
     linear.weight.quant_state = types.SimpleNamespace(  # type: ignore[attr-defined]

@@ -10,9 +10,10 @@ from torch import nn
 
 from conftest import make_llama, make_tokenizer
 from rigsa.adapter import adapter_off
+from rigsa.attach import attach_adapter
 from rigsa.config import quickstart
 from rigsa.drift import drift, drift_prompts, replies
-from rigsa.model import attach_adapter, load_model
+from rigsa.model import load_model
 from rigsa_kernels import SparsePattern, gated_linears, replace_linears
 
 IDS = torch.arange(17)[None]

@@ -15,10 +15,10 @@ ORDER = {
     ],
     "rigsa": [
         "errors", "files", "memory", "hardware", "live_memory", "criteria", "masks", "config", "distributed",
-        "textual_mnist", "model", "peft_adapters", "adapter", "source_tasks", "drift", "evaluate", "train", "simulate",
-        "memory_plan", "memory_report", "experiment", "ticket", "rewinding", "early_bird", "imp", "random_mask",
-        "lt_sft", "gradient_masks", "super_mask", "spiel", "baselines", "methods", "plan", "statistics",
-        "paper_numbers", "report", "tables", "figures", "html_report", "sweep_plan", "sweep", "chat", "run",
+        "textual_mnist", "model", "attach", "adapter", "source_tasks", "drift", "evaluate", "train", "experiment",
+        "ticket", "rewinding", "early_bird", "imp", "random_mask", "lt_sft", "gradient_masks", "super_mask", "spiel",
+        "baselines", "methods", "simulate", "memory_plan", "memory_report", "plan", "statistics", "paper_numbers",
+        "report", "tables", "figures", "html_report", "sweep_plan", "sweep", "chat", "run",
     ],
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from rigsa.adapter import adapter_off, load_masks, trained_parameters
 from rigsa.config import GATED, METHODS, arguments_of, smoke
 from rigsa.evaluate import answer_logits, training_loss
 from rigsa.experiment import Experiment
-from rigsa.gradient_masks import SCORES
+from rigsa.gradient_masks import SCORES, mask_batches, score_entries
 from rigsa.run import main
 from rigsa.textual_mnist import PromptDataset, collate
 from rigsa.train import make_optimizer
@@ -78,7 +78,7 @@ def by_definition(method: str, gradients: list[torch.Tensor]) -> torch.Tensor:
 def test_gradient_scores_are_those_of_their_definition(method, small_model_folder, tmp_path):
     prepared = experiment(method, small_model_folder, tmp_path)
     gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "sam") else 2)
-    scores = SCORES[method](prepared)
+    scores = score_entries(prepared.model, prepared.config, mask_batches(prepared))
     assert {name.removesuffix(".base_layer") for name in scores} == gradients.keys()
     for name, score in scores.items():
         want = by_definition(method, gradients[name.removesuffix(".base_layer")])

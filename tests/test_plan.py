@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -12,13 +13,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from conftest import make_llama, make_tokenizer
+from rigsa.attach import attach
 from rigsa.config import Config, paper, quickstart
 from rigsa.errors import RigsaError
 from rigsa.evaluate import training_loss
+from rigsa.gradient_masks import SCORES, score_entries
 from rigsa.live_memory import LiveMemory
 from rigsa.masks import random_patterns
-from rigsa.memory_plan import GIB, Target, choices, expected_densities, plan_levels, require_fit, usable
-from rigsa.model import EMBEDDED, attach_adapter, load_model, model_shape, quantize_linears, spare_the_head
+from rigsa.memory_plan import GIB, Target, choices, expected_densities, plan_choosing, plan_levels, require_fit, usable
+from rigsa.model import EMBEDDED, load_model, model_shape, quantize_linears, spare_the_head
 from rigsa.run import main
 from rigsa.simulate import SimulatedModel
 from rigsa.train import make_optimizer, stepping_in_backward
@@ -45,7 +48,7 @@ def small_model(config: Config) -> PreTrainedModel:
 
 def train_two_steps(model: PreTrainedModel, config: Config, density: float, tokens: int, accumulates: bool) -> None:
     """Marks the last micro-batch of the second step."""
-    attach_adapter(model, config)
+    attach(model, config)
     layers = gated_linears(model)
     if density < 1:
         shapes = {name: layer.pattern.shape for name, layer in layers.items()}
@@ -72,17 +75,21 @@ def train_two_steps(model: PreTrainedModel, config: Config, density: float, toke
         optimizer.zero_grad()
         if accumulates:
             training_loss(model, batch, config.loss).backward()
-        with record_function("measured from here"):
-            pass
+        mark()
         training_loss(model, batch, config.loss).backward()
         update()
 
 
-def allocated_peak(make_model, *arguments) -> int:  # type: ignore[no-untyped-def]
+def mark() -> None:
+    with record_function("measured from here"):
+        pass
+
+
+def allocated_peak(run: Callable[[], None]) -> int:
     """The most bytes that PyTorch's CPU allocator had given out after the mark, by its own count."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train_two_steps(make_model(), *arguments)
+        run()
     events = profiler.profiler.kineto_results.events()
     start = next(event.start_ns() for event in events if event.name() == "measured from here")
     live = peak = 0
@@ -93,6 +100,67 @@ def allocated_peak(make_model, *arguments) -> int:  # type: ignore[no-untyped-de
 
 
 FLOAT32 = {"dtype": "float32", "values_dtype": "float32", "state_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", FLOAT32),
+        ("lora", {"checkpointing": True, "values_dtype": "bfloat16"}),
+        ("qlora", {"attention": "eager"}),
+        ("rosa", {"quantize": "nf4"}),
+        ("rosa", {"loss": "all"}),
+        ("full", {"step_in_backward": True, "max_grad_norm": 0.0, "batch_size": 4}),
+        ("spiel", {"state_dtype": "int8"}),
+    ],
+)
+def test_planned_peak_of_every_kind_of_method(method, options):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    config = dataclasses.replace(paper(method), numerics="composed", micro_batch_size=4, **options)
+    density = config.density or 1
+    measured = allocated_peak(lambda: train_two_steps(small_model(config), config, density, 200, False))
+    planned = SimulatedModel(SMALL, config, CPU, density).training_step(200, 4, accumulates=False)
+    assert planned.peak == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(("method", "options"), [("sift", FLOAT32), ("sam", {"checkpointing": True}), ("rosa", {})])
+def test_planned_peak_of_choosing_a_mask(method, options):
+    pytest.importorskip("peft")
+    config = dataclasses.replace(paper(method), micro_batch_size=4, numerics="composed", **options)
+    images = SCORES[method].images_at_a_time(config)
+
+    def choose() -> None:
+        model = small_model(config)
+        attach(model, config)
+        batch = {"input_ids": torch.zeros(images, 200, dtype=torch.int64), "answer": torch.zeros(images).long()}
+        score_entries(model, config, [batch])
+        mark()
+        score_entries(model, config, [batch])
+
+    planned = SimulatedModel(SMALL, config, CPU, 1).scoring_pass(200, images)
+    assert planned.peak == pytest.approx(allocated_peak(choose), rel=0.03)
+
+
+def test_a_mask_that_cannot_be_chosen_is_refused_with_options_that_help():
+    target = Target(SMALL, dataclasses.replace(paper("sift"), micro_batch_size=16), CUDA, 200)
+    choosing, training = plan_choosing(target), plan_levels(target, {1: TICKET})[0].peak
+    assert choosing > training
+    assert require_fit(target, {1: TICKET}, choosing / usable(1))
+    with pytest.raises(RigsaError, match=r"choosing the mask is planned to need .* fit in .* --checkpointing"):
+        require_fit(target, {1: TICKET}, 0.99 * choosing / usable(1))
+    least = dataclasses.replace(target, tokens=20, config=dataclasses.replace(target.config, micro_batch_size=1))
+    limit = plan_levels(least, {1: TICKET})[0].peak / usable(1)
+    with pytest.raises(RigsaError, match="choosing the mask .* Nothing that a run can choose makes it fit"):
+        require_fit(least, {1: TICKET}, limit)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_planned_density_of_a_low_rank_adapter(method):
+    pytest.importorskip("peft")
+    weights = 3 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 384)
+    sides = 3 * ((128 + 128) * 2 + (64 + 128) * 2 + 3 * (128 + 384))
+    assert expected_densities(SMALL, paper(method)) == {0: pytest.approx(16 * sides / weights, rel=1e-12)}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +181,7 @@ def test_planned_peak_is_the_allocators_within_three_per_cent(density, accumulat
     config = dataclasses.replace(paper(), numerics="composed", micro_batch_size=4, **options)
     if config.quantize == "nf4":
         pytest.importorskip("bitsandbytes")
-    measured = allocated_peak(lambda: small_model(config), config, density, 200, accumulates)
+    measured = allocated_peak(lambda: train_two_steps(small_model(config), config, density, 200, accumulates))
     planned = SimulatedModel(SMALL, config, CPU, density).training_step(200, 4, accumulates=accumulates)
     assert planned.peak == pytest.approx(measured, rel=0.03)
     assert sum(planned.by_part.values()) == planned.peak
@@ -122,7 +190,7 @@ def test_planned_peak_is_the_allocators_within_three_per_cent(density, accumulat
 @pytest.mark.model
 def test_planned_peak_of_the_quickstart_is_the_allocators_within_three_per_cent():
     config = dataclasses.replace(quickstart(), device="cpu")
-    measured = allocated_peak(lambda: load_model(config, CPU)[0], config, 1, 93, False)
+    measured = allocated_peak(lambda: train_two_steps(load_model(config, CPU)[0], config, 1, 93, False))
     planned = SimulatedModel(model_shape(EMBEDDED), config, CPU, 1).training_step(93, 8, accumulates=False)
     assert planned.peak == pytest.approx(measured, rel=0.03)
 
@@ -235,11 +303,11 @@ def test_smollm2_is_known_without_a_network():
 
 
 def test_densities_fall_as_the_paper_has_it():
-    densities = expected_densities(paper())
+    densities = expected_densities(SMALL, paper())
     assert list(densities) == [0, 1, 2, 3, 4]
     assert densities[4] == pytest.approx(0.0346, abs=1e-4)
-    assert list(expected_densities(paper("random-mask")).items()) == [(4, densities[4])]
-    assert expected_densities(dataclasses.replace(paper(), density=0.1)) == {1: 0.1}
+    assert list(expected_densities(SMALL, paper("random-mask")).items()) == [(4, densities[4])]
+    assert expected_densities(SMALL, dataclasses.replace(paper(), density=0.1)) == {1: 0.1}
 
 
 def test_a_plan_that_cannot_fit_is_refused_with_one_that_would():

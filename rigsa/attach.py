@@ -1,17 +1,56 @@
-"""Adapters that PEFT makes, on the layers that a gated sparse difference would take: LoRA (also RoSA's) and SHiRA."""
+"""What a method trains, put on a base model: a gated sparse difference, an adapter of PEFT, or one beside the other."""
 
 from __future__ import annotations
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from rigsa.config import Config
+from rigsa.config import GATED, LOW_RANK, ON_PEFT, Config
 from rigsa.errors import RigsaError
+from rigsa_kernels import gated_linears, replace_linears
 from rigsa_kernels.replace import select_linears
 
 
+def attach(model: PreTrainedModel, config: Config) -> None:
+    """What ``config.method`` trains, on every linear layer but the head, in place; RoSA's is of both kinds."""
+    if config.method in (*ON_PEFT, *LOW_RANK):
+        attach_peft(model, config)
+    if config.method in GATED:
+        attach_adapter(model, config)
+    checkpoint_activations(model, config)
+
+
+def checkpoint_activations(model: PreTrainedModel, config: Config) -> None:
+    """As configured."""
+    if config.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def attach_adapter(model: PreTrainedModel, config: Config) -> None:
+    """Level 0: a dense difference on every frozen linear layer but the head, as configured.
+
+    What is trained in `model` already, a low-rank difference beside, stays so.
+    """
+    beside = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    replace_linears(
+        model,
+        include=lambda _, linear: not linear.weight.requires_grad,
+        seed=config.seed,
+        shared_gate=config.gate == "model",
+        alpha_init=config.alpha_init,
+        init_scale=config.init_scale,
+        values_dtype=getattr(torch, config.values_dtype),
+        numerics=config.numerics,
+    )
+    for parameter in beside:
+        parameter.requires_grad_(True)
+    if config.gate == "none":
+        for layer in gated_linears(model).values():
+            layer.rigsa_alpha.requires_grad_(False)
+
+
 def attach_peft(model: PreTrainedModel, config: Config) -> None:
-    """Inject the adapter of ``config.method`` into `model`, in place. Only its own parameters are trained.
+    """Inject the adapter of ``config.method``, LoRA (also RoSA's) or SHiRA. Only its own parameters are trained.
 
     The base is what `rigsa.model.load_model` made of it: LoRA on one in 4 bits is QLoRA. SHiRA draws its mask from the
     run's seed, the same for all layers of one shape: that is how PEFT does it.
@@ -44,5 +83,3 @@ def attach_peft(model: PreTrainedModel, config: Config) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, config.values_dtype))
-    if config.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
