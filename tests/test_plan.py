@@ -151,7 +151,7 @@ def test_a_mask_that_cannot_be_chosen_is_refused_with_options_that_help():
         require_fit(target, {1: TICKET}, 0.99 * choosing / usable(1))
     least = dataclasses.replace(target, tokens=20, config=dataclasses.replace(target.config, micro_batch_size=1))
     limit = plan_levels(least, {1: TICKET})[0].peak / usable(1)
-    with pytest.raises(RigsaError, match="choosing the mask .* Nothing that a run can choose makes it fit"):
+    with pytest.raises(RigsaError, match=r"choosing the mask .* Nothing that a run can choose makes it fit"):
         require_fit(least, {1: TICKET}, limit)
 
 
