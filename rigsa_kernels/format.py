@@ -134,7 +134,7 @@ class SparsePattern:
             raise ValueError(f"matrix: expected {list(self.shape)}, got {list(matrix.shape)}")
         if self.words is None:
             return matrix.clone()
-        return matrix.reshape(-1).index_select(0, flat_indices(self.words, self.in_features))
+        return matrix.take(flat_indices(self.words, self.in_features))
 
     def places_in(self, before: SparsePattern) -> Tensor:
         """int64 ``[nnz]``: the place of each free entry among the values of `before`, -1 where it was not free there.
@@ -157,7 +157,7 @@ class SparsePattern:
         if self.words is None:
             return values.clone()
         matrix = values.new_zeros(self.out_features * self.in_features)
-        matrix.index_copy_(0, flat_indices(self.words, self.in_features), values)
+        matrix.index_put_((flat_indices(self.words, self.in_features),), values)
         return matrix.view(self.shape)
 
     def check_values(self, values: Tensor) -> None:

@@ -41,7 +41,7 @@ def delta_matrix(values: Tensor, shape: tuple[int, int], pattern: list[Tensor], 
     if not pattern:
         return values.to(dtype)
     matrix = torch.zeros(shape[0] * shape[1], dtype=dtype, device=values.device)
-    return matrix.index_copy_(0, flat_indices(pattern[0], shape[1]), values.to(dtype)).view(shape)
+    return matrix.index_put_((flat_indices(pattern[0], shape[1]),), values.to(dtype)).view(shape)
 
 
 def compose(weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> Tensor:
@@ -49,14 +49,14 @@ def compose(weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]
     if not pattern:
         return add_scaled(weight, values, alpha)
     index = flat_indices(pattern[0], weight.shape[1])
-    free = add_scaled(weight.reshape(-1).index_select(0, index), values, alpha)
-    return weight.reshape(-1).index_copy(0, index, free).view(weight.shape)
+    free = add_scaled(weight.take(index), values, alpha)
+    return weight.reshape(-1).index_put((index,), free).view(weight.shape)
 
 
 def compose_(composed: Tensor, base_values: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> None:
     """`compose`, into a matrix that is W0 outside a packed pattern; `base_values` are W0's entries at the pattern."""
     free = add_scaled(base_values, values, alpha)
-    composed.view(-1).index_copy_(0, flat_indices(pattern[0], composed.shape[1]), free)
+    composed.view(-1).index_put_((flat_indices(pattern[0], composed.shape[1]),), free)
 
 
 def linear_fwd(
@@ -106,7 +106,7 @@ def sampled_grad(dy: Tensor, x: Tensor, pattern: list[Tensor], nnz: int) -> Tens
     if pattern and nnz < SAMPLED_PRODUCT_DENSITY[x.dtype] * dy.shape[1] * x.shape[1]:
         return _sampled_product(dy, x, pattern)
     grad = _whole_product(dy, x)
-    return grad.view(-1).index_select(0, flat_indices(pattern[0], x.shape[1])) if pattern else grad
+    return grad.take(flat_indices(pattern[0], x.shape[1])) if pattern else grad
 
 
 def _whole_product(dy: Tensor, x: Tensor) -> Tensor:
