@@ -23,6 +23,8 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#C
 """Okabe & Ito (2008): told apart with any colour vision."""
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 MARKERS = "osD^vPX"
+BESIDE = ("prunings", "drift", "source_tasks", "data_dir", "limit")
+"""Fields on which the training of level 0 does not depend."""
 MARKS = 8
 """Markers on a curve: curves that lie on each other can then still be counted."""
 
@@ -52,10 +54,11 @@ def read_losses(run: Path) -> tuple[list[int], list[float]]:
 def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """One for each run: the fields in which it differs from the first, which is the reference.
 
-    The first one's label has the fields in which any of the others differs from it. Runs without a difference are
-    numbered.
+    The first one's label has the fields in which any of the others differs from it. Those in `BESIDE` make no
+    difference. Runs without one are numbered.
     """
-    names = [name for name in dict.fromkeys(name for config in configs for name in config) if _differ(configs, name)]
+    fields = dict.fromkeys(name for config in configs for name in config if name not in BESIDE)
+    names = [name for name in fields if _differ(configs, name)]
     own = [names, *([name for name in names if config.get(name) != configs[0].get(name)] for config in configs[1:])]
     texts = [_fields(some, config) for some, config in zip(own, configs, strict=True)]
     return [text or f"run {number}" for number, text in enumerate(texts, start=1)]

@@ -427,7 +427,7 @@ class TestLossCurves:
     def test_labels_are_what_differs(self):
         configs = [{"a": 1, "b_c": 2, "d": 0}, {"a": 1, "b_c": 3, "d": 0}, {"a": 1, "b_c": 2, "d": 4}]
         assert labels(configs) == ["b-c 2, d 0", "b-c 3", "d 4"]
-        assert labels([{"a": 1}, {"a": 1}]) == ["run 1", "run 2"]
+        assert labels([{"a": 1, "prunings": 1}, {"a": 1, "prunings": 0}]) == ["run 1", "run 2"]
 
     def test_styles_differ_without_colour(self):
         seven = [style for style, _ in zip(styles(), range(7), strict=False)]
