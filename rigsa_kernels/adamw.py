@@ -12,9 +12,10 @@ moves by at most 0.1 % a step towards a smaller one, half a bfloat16 ulp is 0.2 
 
 - bfloat16 parameters and moments are rounded stochastically: 16 random bits are added below the ones that stay.
 - 8-bit moments are codes with one float32 scale for every 256 values, the largest magnitude among them (block-wise:
-  Dettmers et al. 2022). A first moment is an int8 ``127 * sign * sqrt(|m| / scale)``, rounded to nearest: 10 % of it is
-  new in each step. A second moment is a uint8 ``255 * (v / scale)**(1/4)``, rounded stochastically such that the
-  *decoded* value is right on average, and never to zero while it is positive: it divides.
+  Dettmers et al. 2022): of a first moment an int8 ``127 * sign * sqrt(|m| / scale)``, of a second one a uint8
+  ``255 * (v / scale)**(1/4)``. Both are rounded stochastically such that the *decoded* value is right on average, and a
+  second moment never to zero while it is positive: it divides. To nearest, a first moment below 0.6 % of its scale
+  would stay where it is when its gradient ends, the second moment would fall, and the value run away.
 
 Random bits are a hash of (seed, step, the tensor's number, the value's index), so a run repeats to the bit, however
 the tensors are cut into launches. Two rounds of a 32-bit finaliser take 15 instructions a value (SASS for sm_89);
@@ -245,7 +246,7 @@ def _update(part: list[Tensor], scale: Tensor | None, start: int, hyper: Hyper, 
         _store(exp_avg, m, lambda: mix(words + _signed(SECOND_WORD)).bitwise_and_(0xFFFF))
         _store(exp_avg_sq, v, lambda: _shifted(words, 16))
     else:
-        encode_exp_avg(m, exp_avg, scale[0, blocks])
+        encode_exp_avg(m, mix(words + _signed(SECOND_WORD)).bitwise_and_(0xFFFF), exp_avg, scale[0, blocks])
         encode_exp_avg_sq(v, root, _shifted(words, 16), exp_avg_sq, scale[1, blocks])
 
 
@@ -263,12 +264,14 @@ def move_codes(
     """
     m = carry(decode_exp_avg(exp_avg, scales[0]), places)
     v = carry(decode_exp_avg_sq(exp_avg_sq, scales[1]), places)
-    encode_exp_avg(m, exp_avg, scales[0])
     words = random_words(random_key(seed, step), number, v)
     for start, chunk_words in zip(range(0, v.numel(), _CHUNK), words, strict=True):
-        part, codes = (tensor[start : start + _CHUNK] for tensor in (v, exp_avg_sq))
-        bits = mix(chunk_words + _signed(SECOND_WORD)) & 0xFFFF
-        encode_exp_avg_sq(part, rounded_root(part), bits, codes, scales[1, _blocks_from(start, part)])
+        parts = (tensor[start : start + _CHUNK] for tensor in (m, v, exp_avg, exp_avg_sq))
+        m_part, v_part, codes, codes_sq = parts
+        blocks = _blocks_from(start, m_part)
+        third = mix(mix(chunk_words + _signed(SECOND_WORD)) + _signed(SECOND_WORD))
+        encode_exp_avg(m_part, third & 0xFFFF, codes, scales[0, blocks])
+        encode_exp_avg_sq(v_part, rounded_root(v_part), _shifted(third, 16), codes_sq, scales[1, blocks])
 
 
 def decode_exp_avg(codes: Tensor, scale: Tensor) -> Tensor:
@@ -284,12 +287,15 @@ def decode_exp_avg_sq(codes: Tensor, scale: Tensor) -> Tensor:
     return square.mul_(square).mul_(scale.unsqueeze(1)).view(-1)[: codes.numel()]
 
 
-def encode_exp_avg(exp_avg: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """Writes codes and scales; to the nearest code in the root."""
-    magnitude = _in_blocks(exp_avg.abs())
-    scale.copy_(magnitude.amax(1))
-    code = rounded_root(magnitude.mul_(_inverse(scale))).mul_(EXP_AVG_CODE_MAX)
-    code.add_(0.5).floor_().clamp_max_(EXP_AVG_CODE_MAX)
+def encode_exp_avg(exp_avg: Tensor, bits: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Writes codes and scales; up or down with the probability that makes the decoded value right on average."""
+    ratio, bits = _in_blocks(exp_avg.abs()), _in_blocks(bits)
+    scale.copy_(ratio.amax(1))
+    ratio.mul_(_inverse(scale))
+    code = rounded_root(ratio).mul_(EXP_AVG_CODE_MAX).clamp_max_(EXP_AVG_CODE_MAX - 1.0).floor_()
+    gap = (code + code).add_(1.0)  # (code + 1)**2 - code**2
+    above = ratio.mul_(float(EXP_AVG_CODE_MAX**2)).sub_(code * code)
+    code.add_(bits.to(gap.dtype).mul_(2.0**-16).mul_(gap).lt_(above))  # in place, a comparison gives 0.0 and 1.0
     codes.copy_(code.view(-1)[: codes.numel()].copysign_(exp_avg))
 
 
