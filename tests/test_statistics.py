@@ -86,7 +86,8 @@ def test_seeds_share_a_setting_and_come_in_order():
 
 
 def test_labels_show_what_differs_within_a_method():
-    configs = [make("lora", rank=16), make("lora", rank=4), make("imp"), make("lora", rank=16, learning_rate=1e-3)]
+    settings = ((16, 2e-3), (4, 2e-3), (16, 1e-3))
+    configs = [make("imp"), *(make("lora", rank=rank, learning_rate=rate) for rank, rate in settings)]
     assert labels(*configs) == [
         "imp",
         "lora (rank 4, learning rate 0.002)",
