@@ -136,10 +136,7 @@ def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
 
     The step is one of several micro-batches, unless the configuration steps in backward.
     """
-    bases = quantizations(target.config.method)
-    if not nf4_holds(target.shape, target.config):
-        bases = tuple(base for base in bases if base != "nf4")
-    for quantize, checkpointing in itertools.product(bases, (False, True)):
+    for quantize, checkpointing in itertools.product(_bases(target), (False, True)):
         growth: dict[int, Growth] = {}
         moments: dict[int, dict[StateDtype, int]] = {}
         for level, density in densities.items():
@@ -149,6 +146,12 @@ def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
         for state_dtype in STATE_DTYPES:
             held = {level: growth[level].holding("optimiser", moments[level][state_dtype]) for level in densities}
             yield Choice(checkpointing, state_dtype, quantize, held)
+
+
+def _bases(target: Target) -> list[str]:
+    """What the frozen weights can be kept in."""
+    holds = nf4_holds(target.shape, target.config)
+    return [base for base in quantizations(target.config.method) if base != "nf4" or holds]
 
 
 def _growth(model: SimulatedModel, tokens: int) -> Growth:
@@ -168,19 +171,19 @@ def require_fit(target: Target, densities: Mapping[int, float], memory: float) -
     plans = plan_levels(target, densities)
     worst = max(plans, key=lambda plan: plan.peak)
     if worst.peak > usable(memory):
-        raise RigsaError(
-            f"level {worst.level} is planned to need {worst.peak / GIB:.1f} GiB; expected at most "
-            f"{usable(memory) / GIB:.1f} ({1 - RESERVE:.0%} of {memory / GIB:.1f} GiB). "
-            f"{what_fits(target, worst, usable(memory))}. `python -m rigsa.run plan` shows every choice."
-        )
+        way_out = f"{what_fits(target, worst, usable(memory))}. `python -m rigsa.run plan` shows every choice."
+        raise RigsaError(f"level {worst.level} {_too_much(worst.peak, memory)}. {way_out}")
     choosing = plan_choosing(target)
     if choosing > usable(memory):
         raise RigsaError(
-            f"choosing the mask is planned to need {choosing / GIB:.1f} GiB; expected at most "
-            f"{usable(memory) / GIB:.1f} ({1 - RESERVE:.0%} of {memory / GIB:.1f} GiB). "
-            f"{what_fits_choosing(target, usable(memory))}."
+            f"choosing the mask {_too_much(choosing, memory)}. {what_fits_choosing(target, usable(memory))}."
         )
     return plans
+
+
+def _too_much(peak: int, memory: float) -> str:
+    limit = f"{usable(memory) / GIB:.1f} ({1 - RESERVE:.0%} of {memory / GIB:.1f} GiB)"
+    return f"is planned to need {peak / GIB:.1f} GiB; expected at most {limit}"
 
 
 def what_fits(target: Target, plan: LevelPlan, limit: float) -> str:
@@ -199,13 +202,13 @@ def what_fits(target: Target, plan: LevelPlan, limit: float) -> str:
 def what_fits_choosing(target: Target, limit: float) -> str:
     """The least intrusive options with which choosing the mask needs at most `limit` bytes, as a sentence."""
     config = target.config
-    for quantize in quantizations(config.method):
-        for size in sorted({config.micro_batch_size, 1}, reverse=True):
-            narrower = dataclasses.replace(config, quantize=quantize, checkpointing=True, micro_batch_size=size)
-            peak = plan_choosing(dataclasses.replace(target, config=narrower))
-            if peak <= limit and QUANTIZATIONS.index(quantize) >= QUANTIZATIONS.index(config.quantize):
-                options = _options(config, Choice(True, config.state_dtype, quantize, {}), size)
-                return f"It would fit in {peak / GIB:.1f} GiB with {options}"
+    sizes = sorted({config.micro_batch_size, 1}, reverse=True)
+    for quantize, checkpointing, size in itertools.product(_bases(target), (False, True), sizes):
+        choice = Choice(checkpointing, config.state_dtype, quantize, {})
+        other = dataclasses.replace(config, quantize=quantize, checkpointing=checkpointing, micro_batch_size=size)
+        peak = plan_choosing(dataclasses.replace(target, config=other))
+        if peak <= limit and _asks_no_less_than(config, choice):
+            return f"It would fit in {peak / GIB:.1f} GiB with {_options(config, choice, size)}"
     return "Nothing that a run can choose makes it fit; methods without a mask from gradients need less"
 
 

@@ -210,7 +210,7 @@ class SimulatedModel:
         memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
         memory.hold("adapter", trained_parameters(self.model).values())
         for layer in gated_linears(self.model).values():
-            memory.hold("adapter", (layer.rigsa_values, layer.rigsa_alpha, *layer.pattern.tensors))
+            memory.hold("adapter", (layer.rigsa_alpha, *layer.pattern.tensors))  # a gate that is not trained, too
             memory.hold("adapter", cast(SimulatedLinear, layer).lists)
             if layer.is_nf4:
                 memory.hold("weights", layer._base(layer.dtype))

@@ -144,7 +144,7 @@ class GatedSparseLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self._origin = (linear,)  # in a tuple, or it would be a submodule
         self._kept: dict[str, tuple[object, Any]] = {}
-        self._last: tuple[object, Tensor] | None = None
+        self._last: tuple[object, str, Tensor] | None = None
         combine_dtype = torch.promote_types(self.dtype, torch.float32)
         self._values_dtype = values_dtype or combine_dtype
         if alpha is None:
@@ -233,17 +233,20 @@ class GatedSparseLinear(nn.Module):
         """``[..., K]`` to ``[..., N]``; under autocast in its dtype, else in `dtype`, to which x is cast."""
         without_grad = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         stamp = self._stamp(x) if without_grad else None
-        if without_grad and self._last is not None and self._last[0] == stamp:
-            return F.linear(x, self._last[1], self.bias)
+        if without_grad and self._last is not None:
+            last_stamp, last_device, matrix = self._last
+            if last_stamp == stamp and not torch.is_autocast_enabled(last_device):
+                return F.linear(x, matrix, self.bias)
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.dtype
         if not self.enabled:
             return self._frozen(x.to(dtype), dtype)
         exact, operand = self._way(x, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         if operand is not None and not exact and without_grad:
-            if x.dtype == dtype == self.dtype and bias is self.bias:
-                self._last = stamp, operand
+            if x.dtype == dtype and bias is self.bias and not autocast:
+                self._last = stamp, device, operand
             return F.linear(x.to(dtype), operand, bias)
         return ops.gated_linear(
             x.to(dtype), self._base(dtype), bias, self.rigsa_values, self.rigsa_alpha, self.pattern,
@@ -261,7 +264,7 @@ class GatedSparseLinear(nn.Module):
 
     def _stamp(self, x: Tensor) -> tuple[object, ...]:
         """Where a call without gradients has the last one's, so is its matrix: a token of text waits for every layer's
-        host time, and this takes 2 us where finding the way takes 30. (Autocast would round the same matrix.)"""
+        host time, and to find the way again takes most of it (docs/benchmarks.md)."""
         return (*self._versions(), x.shape, x.dtype, self.enabled, self.numerics, self.force)
 
     def _frozen(self, x: Tensor, dtype: torch.dtype) -> Tensor:

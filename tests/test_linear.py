@@ -163,6 +163,19 @@ def test_passes_without_gradients_have_the_same_bits_and_training_goes_on(mode, 
             assert all(torch.equal(y, fresh(layer)(batch)) for y in twice)
 
 
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_passes_without_gradients_follow_autocast(numerics):
+    """At this gate float32 is composed, and `auto` exact in bfloat16, where composing would lose the adapter."""
+    layer, x = make_layer(numerics=numerics, alpha_init=1e-3), torch.randn(5, 40)
+    want = {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            want[enabled] = fresh(layer)(x).detach()
+    for enabled in (False, False, True, True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(layer(x), want[enabled])
+
+
 def test_passes_without_gradients_leave_one_matrix_behind():
     layer, x = make_layer(torch.bfloat16, numerics="composed"), torch.randn(5, 40).bfloat16()
     with torch.no_grad():

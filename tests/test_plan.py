@@ -147,8 +147,11 @@ def test_a_mask_that_cannot_be_chosen_is_refused_with_options_that_help():
     choosing, training = plan_choosing(target), plan_levels(target, {1: TICKET})[0].peak
     assert choosing > training
     assert require_fit(target, {1: TICKET}, choosing / usable(1))
-    with pytest.raises(RigsaError, match=r"choosing the mask is planned to need .* fit in .* --checkpointing"):
+    with pytest.raises(RigsaError, match=r"choosing the mask is planned to need .* fit in .* --micro-batch-size 1\.$"):
         require_fit(target, {1: TICKET}, 0.99 * choosing / usable(1))
+    narrow = dataclasses.replace(target, config=dataclasses.replace(target.config, micro_batch_size=1))
+    with pytest.raises(RigsaError, match="--micro-batch-size 1 --checkpointing"):
+        require_fit(narrow, {1: TICKET}, 0.99 * plan_choosing(narrow) / usable(1))
     least = dataclasses.replace(target, tokens=20, config=dataclasses.replace(target.config, micro_batch_size=1))
     limit = plan_levels(least, {1: TICKET})[0].peak / usable(1)
     with pytest.raises(RigsaError, match=r"choosing the mask .* Nothing that a run can choose makes it fit"):
