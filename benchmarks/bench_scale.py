@@ -11,9 +11,9 @@ from benchmarks import bench_linear, bench_selection, bench_step
 from benchmarks.arena import Arena, Outcome
 from benchmarks.providers import FLOOR, FULL, LEVEL_0, TICKET_NAME
 from benchmarks.race import Contestant
-from benchmarks.shapes import SCALE, TICKET, Batch
+from benchmarks.shapes import SCALE, TICKET, USUAL, Batch
 
-TOKENS, SHAPE, DTYPE = 512, (1536, 576), "bfloat16"
+TOKENS, SHAPE, DTYPE = 512, (1536, 576), USUAL
 COMPOSED, EXACT = "ours, composed", "ours, exact"
 PROVIDERS = {
     "tokens": (FLOOR, COMPOSED, EXACT),

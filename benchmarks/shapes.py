@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rigsa.hardware import usual_dtype
 from rigsa.model import SMOLLM2
 
 LEVELS = ("smoke", "core", "full")
@@ -15,7 +16,9 @@ TICKET = 0.0346
 
 TOKENS = {"smoke": (32,), "core": (1, 32, 860, 4096), "full": (1, 32, 860, 4096)}
 DENSITIES = {"smoke": (1.0, TICKET), "core": (1.0, 0.54, 0.2, TICKET, 0.01), "full": (1.0, 0.54, 0.2, TICKET, 0.01)}
-DTYPES = {"smoke": ("bfloat16",), "core": ("bfloat16",), "full": ("bfloat16", "float32")}
+USUAL = usual_dtype("auto")
+"""Dtype of the models where only one is asked for."""
+DTYPES = {"smoke": (USUAL,), "core": (USUAL,), "full": ("bfloat16", "float32")}
 
 
 def block_shapes(size: str) -> list[tuple[int, int]]:
@@ -53,13 +56,13 @@ class Batch:
 
 
 STEPS = {
-    "smoke": [Batch("135M", 2, 2, 89, "bfloat16")],
-    "core": [Batch("135M", 30, 16, 89, "bfloat16")],
+    "smoke": [Batch("135M", 2, 2, 89, USUAL)],
+    "core": [Batch("135M", 30, 16, 89, USUAL)],
     "full": [Batch("135M", 30, 16, 89, dtype) for dtype in DTYPES["full"]] + [Batch("1.7B", 24, 1, 860, "bfloat16")],
 }
 GENERATIONS = {
-    "smoke": [Batch("135M", 2, 1, 89, "bfloat16")],
-    "core": [Batch("135M", 30, 1, 89, "bfloat16")],
+    "smoke": [Batch("135M", 2, 1, 89, USUAL)],
+    "core": [Batch("135M", 30, 1, 89, USUAL)],
     "full": [Batch("135M", 30, 1, 89, "bfloat16"), Batch("1.7B", 24, 1, 860, "bfloat16")],
 }
 NEW_TOKENS = {"smoke": 4, "core": 32, "full": 128}

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from rigsa.criteria import CRITERIA, TREATMENTS
 from rigsa.errors import RigsaError
 from rigsa.files import read_json, write_json
+from rigsa.hardware import usual_dtype
 from rigsa.masks import Ranking
 from rigsa_kernels.linear import Numerics
 from rigsa_kernels.optim import StateDtype
@@ -330,10 +331,11 @@ PAPER_DENSITY = 0.0346
 """Of the paper's last level."""
 
 
-def paper(method: str = "imp") -> Config:
+def paper(method: str = "imp", device: str = "auto") -> Config:
     """The paper's run, field for field: SmolLM2-1.7B on MNIST, one RTX 4090 (section 4.4; Table 4 for low rank).
 
     Where the paper does not run a method, its values are those of the method's own publication, at the paper's density.
+    No value depends on `device`.
     """
     return dataclasses.replace(Config(), **_recipe(method))
 
@@ -354,12 +356,16 @@ def _recipe(method: str) -> dict[str, Any]:
     return recipe
 
 
-def quickstart(method: str = "imp") -> Config:
-    """A real model and real digits on two CPU cores: SmolLM2-135M, 8x8 digits, level 0 and one ticket."""
+def quickstart(method: str = "imp", device: str = "auto") -> Config:
+    """A real model and real digits on two CPU cores: SmolLM2-135M, 8x8 digits, level 0 and one ticket.
+
+    The dtype is the faster one on `device` (a value of `Config.device`).
+    """
     return dataclasses.replace(
         paper(method),
         model="smollm2-135m",
         data="digits",
+        dtype=usual_dtype(device),
         attention="eager",
         system_prompt="",
         values_dtype="float32",
@@ -385,10 +391,10 @@ QUICKSTART_LEARNING_RATES = {"full": 2e-4, "lora": 1e-3, "qlora": 1e-3, "lt-sft"
 """Where it is not 2e-3."""
 
 
-def smoke(method: str = "imp") -> Config:
+def smoke(method: str = "imp", device: str = "auto") -> Config:
     """The same path in a minute: four steps a level, a few test images. It learns nothing and shows that all runs."""
     return dataclasses.replace(
-        quickstart(method),
+        quickstart(method, device),
         prunings=1,
         max_steps=4,
         batch_size=4,
@@ -400,12 +406,12 @@ def smoke(method: str = "imp") -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[str], Config]] = {"paper": paper, "quickstart": quickstart, "smoke": smoke}
+PRESETS: dict[str, Callable[[str, str], Config]] = {"paper": paper, "quickstart": quickstart, "smoke": smoke}
 
 
 def arguments_of(config: Config, preset: str) -> list[str]:
     """The options that make `preset`'s configuration of this method into `config`, as the command line takes them."""
-    usual = PRESETS[preset](config.method)
+    usual = PRESETS[preset](config.method, config.device)
     names = [field.name for field in dataclasses.fields(Config) if reads(config.method, field)]
     return [_option(name, getattr(config, name)) for name in names if getattr(config, name) != getattr(usual, name)]
 

@@ -1,4 +1,4 @@
-"""What a run was made on, for whoever reads its numbers."""
+"""What a run is made on: for whoever reads its numbers, and for what depends on it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,25 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{_cpu()}, {torch.get_num_threads()} threads"
+
+
+def has_bfloat16_products(device: str) -> bool:
+    """Whether products of bfloat16 matrices are fast.
+
+    They are on every GPU that the kernels run on, and on a CPU for which oneDNN has them (x86 with AVX-512, ARM with
+    BF16). On others they take 7 to 60 times as long as those of float32 (docs/benchmarks.md).
+
+    Args:
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU if PyTorch sees one.
+    """
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def usual_dtype(device: str) -> str:
+    """Of a model, where nothing but speed decides: bfloat16, or float32 where products of bfloat16 are slow."""
+    return "bfloat16" if has_bfloat16_products(device) else "float32"
 
 
 def versions() -> str:

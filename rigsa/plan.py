@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rigsa.config import METHODS, ON_PEFT, WITH_DENSITY, Config
 from rigsa.experiment import Experiment
+from rigsa.hardware import has_bfloat16_products
 from rigsa.memory_plan import GIB, LevelPlan
 from rigsa.train import steps_per_level
 from rigsa_kernels.replace import select_linears
@@ -19,7 +20,7 @@ def describe(experiment: Experiment, plans: Sequence[LevelPlan]) -> str:
     tokens = len(experiment.prompts.encode(splits.train.levels[0]))
     steps = steps_per_level(config, len(splits.train))
     lines = {
-        "model": f"{config.model}, {config.dtype} on {experiment.model.device}",
+        "model": f"{config.model}, {config.dtype} on {experiment.model.device}{_slow(experiment)}",
         "data": f"{config.data}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
         f"{len(splits.test):,} test images of {height}x{width}; prompts of {tokens} tokens",
         "method": f"{config.method}: {METHODS[config.method]}",
@@ -30,6 +31,12 @@ def describe(experiment: Experiment, plans: Sequence[LevelPlan]) -> str:
         "folder": str(experiment.run),
     }
     return "\n".join(f"{name:>8}  {text}" for name, text in lines.items() if text)
+
+
+def _slow(experiment: Experiment) -> str:
+    if experiment.config.dtype == "float32" or has_bfloat16_products(experiment.model.device.type):
+        return ""
+    return ", which has no fast products of bfloat16: --dtype float32 would take a tenth of the time"
 
 
 def _levels(config: Config) -> str:

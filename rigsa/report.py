@@ -298,7 +298,7 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
     fields = [field for field in dataclasses.fields(Config) if field.name != "method" and reads(config.method, field)]
     found = []
     for name in ("quickstart", *PRESETS):
-        preset = PRESETS[name](config.method)
+        preset = PRESETS[name](config.method, config.device)
         names = [field.name for field in fields if getattr(config, field.name) != getattr(preset, field.name)]
         found.append((name, {name: getattr(config, name) for name in names}))
     return min(found, key=lambda item: len(item[1].keys() - {"seed"}))

@@ -155,9 +155,10 @@ def _how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
     return {"type": kind, "choices": choices or None, "metavar": None if choices else kind.__name__.upper()}
 
 
-def configure(options: argparse.Namespace) -> Config:
-    """The preset with what the command line overrides."""
-    return dataclasses.replace(PRESETS[options.preset](options.method), **given_fields(options))
+def configure(options: argparse.Namespace, device: str = "auto") -> Config:
+    """The preset for this device, unless the command line names one, with what the command line overrides."""
+    given = given_fields(options)
+    return dataclasses.replace(PRESETS[options.preset](options.method, given.get("device", device)), **given)
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -255,7 +256,7 @@ def run_plan(options: argparse.Namespace) -> None:
     from rigsa.memory_report import memory_report
     from rigsa.model import model_shape
 
-    config = configure(options)
+    config = configure(options, device="cuda")
     for name in ("gpu_memory", "tokens"):
         given = getattr(options, name)
         if given is not None and not 0 < given < math.inf:

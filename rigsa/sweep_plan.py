@@ -115,8 +115,9 @@ def plan_sweep(
     for seed, method in itertools.product(numbers, sorted(names, key=lambda name: name == "random-mask")):
         for values in itertools.product(*varied[method].values()):
             settings = dict(zip(varied[method], values, strict=True))
-            given = {name: value for name, value in options.items() if reads(method, VARIABLE[name])}
-            config = dataclasses.replace(PRESETS[preset](method), **(given | settings), seed=seed)
+            given = {name: value for name, value in options.items() if reads(method, VARIABLE[name])} | settings
+            usual = PRESETS[preset](method, given.get("device", "auto"))
+            config = dataclasses.replace(usual, **given, seed=seed)
             if method == "random-mask" and not config.density:
                 jobs += _controls(config, settings, jobs, out)
             else:

@@ -1,12 +1,17 @@
 import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from rigsa.config import FROM_ZERO, METHODS, PRESETS, Config, check_folder, load, paper, reads, save
+from rigsa import hardware, plan
+from rigsa.config import FROM_ZERO, METHODS, PRESETS, Config, arguments_of, check_folder, load, paper, reads, save
 from rigsa.errors import RigsaError
 from rigsa.methods import RUNNERS
-from rigsa.run import build_parser, main, resolve
+from rigsa.run import build_parser, configure, main, resolve
+from rigsa.sweep_plan import plan_sweep
 from rigsa.train import steps_per_level
 
 
@@ -71,6 +76,40 @@ def test_paper_preset_prints_without_a_model(capsys):
 
 def test_bare_command_is_the_quickstart():
     assert parse("imp") == PRESETS["quickstart"]("imp")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_quickstart_takes_the_faster_dtype_of_its_device(fast, monkeypatch):
+    monkeypatch.setattr(hardware.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast, raising=False)
+    monkeypatch.setattr(hardware.torch.backends.mkldnn, "is_available", lambda: True)
+    usual = "bfloat16" if fast else "float32"
+    for preset in ("quickstart", "smoke"):
+        assert parse("imp", "--preset", preset, "--device", "cpu").dtype == usual
+        assert PRESETS[preset]("imp", "cuda").dtype == "bfloat16"
+    assert parse("imp", "--device", "cpu", "--dtype", "bfloat16").dtype == "bfloat16"
+    assert parse("imp", "--preset", "paper", "--device", "cpu").dtype == "bfloat16"
+    for options in ({}, {"device": "cuda"}):
+        monkeypatch.setattr(hardware.torch.cuda, "is_available", lambda: True)
+        (job,) = plan_sweep("imp", "0", [], preset="smoke", options=options, out=Path("runs/x")).jobs
+        assert job.config.dtype == "bfloat16"
+    (job,) = plan_sweep("imp", "0", [], preset="smoke", options={"device": "cpu"}, out=Path("runs/x")).jobs
+    assert job.config.dtype == usual
+    assert arguments_of(job.config, "smoke") == ["--device=cpu"]
+
+
+def test_a_plan_for_a_gpu_has_its_dtype_wherever_it_is_made(monkeypatch):
+    monkeypatch.setattr(hardware, "has_bfloat16_products", lambda device: device == "cuda")
+    options = build_parser().parse_args(["plan", "--preset", "quickstart"])
+    assert configure(options, device="cuda").dtype == "bfloat16"
+    assert configure(build_parser().parse_args(["imp"]), device="cpu").dtype == "float32"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_who_asks_for_slow_products_is_told(fast, monkeypatch):
+    monkeypatch.setattr(plan, "has_bfloat16_products", lambda device: fast)
+    for dtype in ("bfloat16", "float32"):
+        experiment = SimpleNamespace(config=Config(dtype=dtype), model=SimpleNamespace(device=torch.device("cpu")))
+        assert ("--dtype float32" in plan._slow(experiment)) == (dtype == "bfloat16" and not fast)
 
 
 @pytest.mark.parametrize(
