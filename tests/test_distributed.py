@@ -149,15 +149,22 @@ def test_what_is_sent_is_proportional_to_the_free_entries(worked):
     assert free[2] < free[1] < free[0]
 
 
-def test_sharded_training_gives_the_bits_of_one_process(worked, alone):
-    """Interrupted in level 1. The norm of the gradient, which clips nothing here, is summed in another order."""
+def test_sharded_training_gives_what_one_process_does(worked, alone):
+    """Interrupted in level 1. The bits too, but where PyTorch's AdamW on a CPU rounds the last few values of a tensor,
+    shorter than a vector, in another way than the others: a shard ends elsewhere. (With AVX2 it does, with AVX-512 it
+    did not. The norm of the gradient, which clips nothing here, is summed in another order everywhere.)"""
     run = worked[0] / "sharded"
-    assert logs(run, "loss") == logs(alone, "loss")
-    torch.testing.assert_close(torch.tensor(logs(run, "grad_norm")), torch.tensor(logs(alone, "grad_norm")))
     ours, theirs = contents(run), contents(alone)
-    for name in theirs:
-        assert ours[name] == theirs[name] or name.endswith("log.jsonl"), name
     assert ours.keys() == theirs.keys()
+    for name in ("loss", "learning_rate", "grad_norm"):
+        torch.testing.assert_close(torch.tensor(logs(run, name)), torch.tensor(logs(alone, name)))
+    for level in range(LEVELS):
+        folders = run / f"level_{level}", alone / f"level_{level}"
+        adapters = [load_file(folder / "adapter.safetensors") for folder in folders]
+        torch.testing.assert_close(*adapters, rtol=1e-6, atol=1e-7)
+        assert metrics(run, level)["test"]["0-shot"]["accuracy"] == metrics(alone, level)["test"]["0-shot"]["accuracy"]
+        if level:
+            assert ours[f"level_{level}/mask.safetensors"] == theirs[f"level_{level}/mask.safetensors"]
 
 
 def test_sharded_checkpoints_hold_the_adapter_alone(worked, tmp_path):
