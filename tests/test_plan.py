@@ -1,5 +1,6 @@
 """The memory plan: against the allocator's own count of real steps, against itself, and the paper's run in 24 GB."""
 
+import copy
 import dataclasses
 import gc
 import json
@@ -192,8 +193,10 @@ def test_planned_peak_is_the_allocators_within_three_per_cent(density, accumulat
 
 @pytest.mark.model
 def test_planned_peak_of_the_quickstart_is_the_allocators_within_three_per_cent():
-    config = dataclasses.replace(quickstart(), device="cpu")
-    measured = allocated_peak(lambda: train_two_steps(load_model(config, CPU)[0], config, 1, 93, False))
+    config = quickstart(device="cpu")
+    loaded, _ = load_model(config, CPU)
+    # A copy, as float32 weights lie where the GGUF reader put them, which the allocator does not count.
+    measured = allocated_peak(lambda: train_two_steps(copy.deepcopy(loaded), config, 1, 93, False))
     planned = SimulatedModel(model_shape(EMBEDDED), config, CPU, 1).training_step(93, 8, accumulates=False)
     assert planned.peak == pytest.approx(measured, rel=0.03)
 
