@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import statistics
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,9 @@ class Outcome:
 
 
 class Arena:
-    """A device, its measured peaks, and how long a race may take."""
+    """A device, its measured peaks, how long a race may take, and who is asked for (None: every provider)."""
+
+    asked: Container[str] | None = None
 
     def __init__(self, device: torch.device, level: str, replay: Replay, rows: list[dict[str, Any]]) -> None:
         self.device, self.level = device, level
@@ -42,17 +44,18 @@ class Arena:
         self.replay, self.rows = replay, rows
 
     def race(self, group: str, floor: str, builders: Mapping[str, Builder], at_once: int | None = None) -> Outcome:
-        """Build and check every provider, then let those that can run take turns.
+        """Build and check every provider that is asked for, then let those that can run take turns.
 
         Args:
             group: the question, in words.
-            floor: the provider among `builders` that the others stand beside.
+            floor: the provider among `builders` that the others stand beside; it always runs.
             builders: by provider.
             at_once: of the others, so many are held at a time; the floor is built and timed anew with each such heat,
                 and ratios are taken within a heat. None: all of them.
         """
         outcome = Outcome(group, floor)
-        for names in heats([name for name in builders if name != floor], at_once):
+        others = [name for name in builders if name != floor and (self.asked is None or name in self.asked)]
+        for names in heats(others, at_once):
             self._run_heat(outcome, {name: builders[name] for name in (floor, *names)})
             gc.collect()  # modules, hooks and optimisers refer to each other in circles
         return outcome

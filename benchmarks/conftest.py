@@ -1,4 +1,6 @@
-"""``pytest benchmarks [--level smoke|core|full] [--record FOLDER] [--compare FILE]``.
+"""``pytest benchmarks [--level smoke|core|full] [--record FOLDER] [--compare FILE] [-k EXPRESSION]``.
+
+What pytest does not select is not run either: of a race, the providers that are selected and the floor.
 
 The times, their statistics and the JSON are pytest-benchmark's (``--benchmark-*`` options work, and
 ``--benchmark-verbose`` prints its table too); what is added stands in each benchmark's ``extra_info``.
@@ -78,6 +80,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def arena(pytestconfig: pytest.Config) -> Arena:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Arena(device, pytestconfig.option.level, REPLAY, pytestconfig.stash[ROWS])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _asked(request: pytest.FixtureRequest, arena: Arena) -> None:
+    """Which providers of this module pytest has selected; None where its tests do not name them."""
+    tests = (item for item in request.session.items if item.path == request.path)
+    parameters = [
+        test.callspec.params for test in tests if isinstance(test, pytest.Function) and hasattr(test, "callspec")
+    ]
+    arena.asked = {given["provider"] for given in parameters if "provider" in given} or None
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

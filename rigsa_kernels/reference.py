@@ -126,10 +126,18 @@ def _sampled_product(dy: Tensor, x: Tensor, pattern: list[Tensor]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         csr = torch.sparse_csr_tensor(row_pointers, columns, zeros, (dy.shape[1], x.shape[1]), check_invariants=False)
-    # Each entry is a dot product over tokens, so both operands are laid out with the tokens last. (An x left as it is
-    # would be transposed inside, twice as slowly.)
-    dy_t, x_t = dy.t().contiguous().to(dtype), x.t().contiguous().to(dtype)
-    return torch.sparse.sampled_addmm(csr, dy_t, x_t.t(), beta=0.0).values()
+    # Each entry is a dot product over tokens, so both operands are laid out with the tokens last.
+    return torch.sparse.sampled_addmm(csr, _transposed(dy.to(dtype)), _transposed(x.to(dtype)).t(), beta=0.0).values()
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """``x.t().contiguous()``. On a CPU by way of the channels of one pixel, whose shuffle is the same move: it goes
+    through vector registers and takes a third of the time of PyTorch's copy, which was most of a sampled product's."""
+    rows, columns = x.shape
+    if x.device.type != "cpu" or x.numel() == 0:
+        return x.t().contiguous()
+    pixel = x.reshape(1, 1, 1, x.numel()).permute(0, 3, 1, 2)  # in channels-last order
+    return torch.native_channel_shuffle(pixel, rows).view(columns, rows)
 
 
 def linear_dvalues(

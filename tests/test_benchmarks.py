@@ -118,6 +118,13 @@ class TestHeats:
     def test_a_floor_alone_still_runs(self):
         assert Arena(CPU, "smoke", Replay(), []).race("g", "f", {"f": self.builder([], "f")}).seconds["f"]
 
+    def test_who_is_not_asked_for_is_not_built(self):
+        built: list[tuple[str, weakref.ref[Built]]] = []
+        arena = Arena(CPU, "smoke", Replay(), [])
+        arena.asked = {"b", "d"}
+        arena.race("g", "f", {name: self.builder(built, name) for name in "fabcd"}, at_once=2)
+        assert "".join(name for name, _ in built) == "fbd"
+
     def test_every_heat_has_the_floor_and_what_it_built_is_gone_before_the_next(self):
         built: list[tuple[str, weakref.ref[Built]]] = []
         alive: list[str] = []

@@ -61,6 +61,17 @@ def test_both_ways_to_the_sampled_product_are_tested():
         assert DENSITIES["sparse"] < threshold < DENSITIES["packed"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 3), (93, 130), (0, 5)], ids=str)
+def test_the_fast_copy_is_the_transposed_matrix(shape, dtype):
+    """Also of what is strided already: a slice of columns, and a transposed matrix."""
+    x = torch.randn(shape[0], 2 * shape[1] + 1, dtype=dtype)
+    for matrix in (x[:, : shape[1]].contiguous(), x[:, 1 : shape[1] + 1], x.t().contiguous().t()):
+        copy = reference._transposed(matrix)
+        assert copy.is_contiguous()
+        assert torch.equal(copy, matrix.t())
+
+
 @PATTERNS
 def test_composing_leaves_the_bits_outside_the_pattern(density):
     _, weight, _, values, alpha, pattern, _ = make_inputs(2, 20, 50, density, 0.1, torch.bfloat16)
