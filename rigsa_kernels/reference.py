@@ -30,6 +30,8 @@ from rigsa_kernels.nf4 import dequantize, num_weights
 SAMPLED_PRODUCT_DENSITY = {torch.float64: 0.2, torch.float32: 0.2, torch.bfloat16: 0.03, torch.float16: 0.03}
 """Below this density a product sampled on CSR beats the whole product and a gather: benchmarks/bench_gradient.py on two
 Zen 5 cores, which multiply bfloat16 natively but sample it only as float32."""
+MOST_PARTS = 4
+"""Of the tokens, in a sampled product: the dot products of many parts are short."""
 
 
 class NonFiniteGateError(ValueError):
@@ -127,17 +129,25 @@ def _sampled_product(dy: Tensor, x: Tensor, pattern: list[Tensor]) -> Tensor:
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         csr = torch.sparse_csr_tensor(row_pointers, columns, zeros, (dy.shape[1], x.shape[1]), check_invariants=False)
     # Each entry is a dot product over tokens, so both operands are laid out with the tokens last.
-    return torch.sparse.sampled_addmm(csr, _transposed(dy.to(dtype)), _transposed(x.to(dtype)).t(), beta=0.0).values()
+    for dy_t, x_t in zip(_transposed(dy.to(dtype)), _transposed(x.to(dtype)), strict=True):
+        csr = torch.sparse.sampled_addmm(csr, dy_t, x_t.t())
+    return csr.values()
 
 
 def _transposed(x: Tensor) -> Tensor:
-    """``x.t().contiguous()``. On a CPU by way of the channels of one pixel, whose shuffle is the same move: it goes
-    through vector registers and takes a third of the time of PyTorch's copy, which was most of a sampled product's."""
+    """``x.t()``, its columns in equal parts, one after another: ``[M, K]`` to ``[parts, K, M / parts]``.
+
+    On a CPU a part is a pixel, and its transposition a shuffle of the pixel's channels, which goes through vector
+    registers and has a thread for each pixel. PyTorch's own copy takes three to six times as long, which was most of a
+    sampled product's time.
+    """
     rows, columns = x.shape
     if x.device.type != "cpu" or x.numel() == 0:
-        return x.t().contiguous()
-    pixel = x.reshape(1, 1, 1, x.numel()).permute(0, 3, 1, 2)  # in channels-last order
-    return torch.native_channel_shuffle(pixel, rows).view(columns, rows)
+        return x.t().contiguous().unsqueeze(0)
+    parts = math.gcd(rows, min(torch.get_num_threads(), MOST_PARTS))
+    pixels = x.reshape(1, parts, 1, -1).permute(0, 3, 1, 2)  # in channels-last order
+    shuffled = torch.native_channel_shuffle(pixels, rows // parts)
+    return shuffled.permute(0, 2, 3, 1).view(parts, columns, rows // parts)
 
 
 def linear_dvalues(
