@@ -23,7 +23,7 @@ def has_bfloat16_products(device: str) -> bool:
     """Whether products of bfloat16 matrices are fast.
 
     They are on every GPU that the kernels run on, and on a CPU for which oneDNN has them (x86 with AVX-512, ARM with
-    BF16). On others they take 7 to 60 times as long as those of float32 (docs/benchmarks.md).
+    BF16). On others they take 6 to 100 times as long as those of float32 (docs/benchmarks.md).
 
     Args:
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU if PyTorch sees one.
