@@ -156,9 +156,10 @@ def _how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def configure(options: argparse.Namespace, device: str = "auto") -> Config:
-    """The preset for this device, unless the command line names one, with what the command line overrides."""
+    """The preset with what the command line overrides; `device` is the one that ``auto`` stands for."""
     given = given_fields(options)
-    return dataclasses.replace(PRESETS[options.preset](options.method, given.get("device", device)), **given)
+    named = given.get("device", "auto")
+    return dataclasses.replace(PRESETS[options.preset](options.method, device if named == "auto" else named), **given)
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:

@@ -97,11 +97,13 @@ def test_quickstart_takes_the_faster_dtype_of_its_device(fast, monkeypatch):
     assert arguments_of(job.config, "smoke") == ["--device=cpu"]
 
 
-def test_a_plan_for_a_gpu_has_its_dtype_wherever_it_is_made(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "dtype"), [([], "bfloat16"), (["--device", "auto"], "bfloat16"), (["--device", "cpu"], "float32")]
+)
+def test_a_plan_for_a_gpu_has_its_dtype_wherever_it_is_made(given, dtype, monkeypatch):
     monkeypatch.setattr(hardware, "has_bfloat16_products", lambda device: device == "cuda")
-    options = build_parser().parse_args(["plan", "--preset", "quickstart"])
-    assert configure(options, device="cuda").dtype == "bfloat16"
-    assert configure(build_parser().parse_args(["imp"]), device="cpu").dtype == "float32"
+    options = build_parser().parse_args(["plan", "--preset", "quickstart", *given])
+    assert configure(options, device="cuda").dtype == dtype
 
 
 @pytest.mark.parametrize("fast", [True, False])
