@@ -11,14 +11,27 @@ from benchmarks.arena import Arena, Outcome
 from benchmarks.floors import generation_floor
 from benchmarks.memory import held_bytes
 from benchmarks.models import base_model, check_model, prompts
-from benchmarks.providers import LEVEL_0, LORA_16, LORA_DEFAULT, SHIRA, TICKET_NAME, TRAINEES, Trainee, share
+from benchmarks.providers import (
+    LEVEL_0,
+    LORA_16,
+    LORA_DEFAULT,
+    MERGED,
+    SHIRA,
+    TICKET_NAME,
+    TRAINEES,
+    NoUpdate,
+    Trainee,
+    merge_ticket,
+    share,
+)
 from benchmarks.race import Contestant
 from benchmarks.shapes import GENERATIONS, MODELS_AT_ONCE, NEW_TOKENS, Batch
 from benchmarks.targets import BASE
 
 ADAPTED = (
-    TICKET_NAME, LORA_DEFAULT, LORA_16, SHIRA, "PEFT Super-Tuning, 3.46 %", "ours, 3.46 %, exact", LEVEL_0,
+    TICKET_NAME, MERGED, LEVEL_0, LORA_DEFAULT, LORA_16, SHIRA, "PEFT Super-Tuning, 3.46 %", "ours, 3.46 %, exact",
 )  # fmt: skip
+BUILDERS = {BASE: lambda model: Trainee(model, NoUpdate([])), **TRAINEES, MERGED: merge_ticket}
 
 
 def questions(level: str) -> list[Batch]:
@@ -27,7 +40,7 @@ def questions(level: str) -> list[Batch]:
 
 def contestant(arena: Arena, batch: Batch, name: str) -> Contestant:
     base, ids = base_model(batch, arena.device), prompts(batch, arena.device)
-    trainee = Trainee(base, None) if name == BASE else TRAINEES[name](share(base))
+    trainee = BUILDERS[name](share(base))
     count = NEW_TOKENS[arena.level]
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.checks import Problem
 from benchmarks.race import UnavailableError
-from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_linears, replace_linears
+from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_linears, merge_linears, replace_linears
 from rigsa_kernels.replace import select_linears
 
 ALPHA = 0.1
@@ -327,12 +327,19 @@ def tune_gated(model: nn.Module, density: float | None = None, **options: object
             mask = ticket_mask(layer.pattern.shape, density, layer.weight.device)
             layer.set_pattern(SparsePattern.from_mask(mask))
 
-    def deltas() -> dict[str, Tensor]:
-        layers = gated_linears(model).items()
-        return {name: layer.rigsa_alpha.detach() * layer.delta().float() for name, layer in layers}
-
     state_dtype = "bfloat16" if options.get("values_dtype") is torch.bfloat16 else "float32"
-    return Trainee(model, MaskedAdamW(model, state_dtype=state_dtype), deltas)
+    return Trainee(model, MaskedAdamW(model, state_dtype=state_dtype), _gated_deltas(model))
+
+
+def _gated_deltas(model: nn.Module) -> Callable[[], dict[str, Tensor]]:
+    layers = gated_linears(model)
+    return lambda: {name: layer.rigsa_alpha.detach() * layer.delta().float() for name, layer in layers.items()}
+
+
+def merge_ticket(model: nn.Module) -> Trainee:
+    """A ticket that has become weights: it generates, and trains no more."""
+    ticket = TRAINEES[TICKET_NAME](model)
+    return Trainee(merge_linears(model), NoUpdate([]), ticket.deltas)
 
 
 def tune_with_peft(model: nn.Module, kind: str, density: float | None = None, **options: bool) -> Trainee:
@@ -351,7 +358,7 @@ def tune_with_peft(model: nn.Module, kind: str, density: float | None = None, **
 
 
 FULL = "full fine-tuning"
-TICKET_NAME, LEVEL_0 = "ours, 3.46 %", "ours, level 0"
+TICKET_NAME, LEVEL_0, MERGED = "ours, 3.46 %", "ours, level 0", "ours, 3.46 %, merged"
 LORA_DEFAULT, LORA_16, SHIRA = "PEFT LoRA", "PEFT LoRA, bf16", "PEFT SHiRA, 3.46 %"
 FROZEN, GRADIENTS = "frozen model", "frozen model and whole gradients"
 TRAINEES: dict[str, Callable[[nn.Module], Trainee]] = {  # in the order of their heats: neighbours race each other

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.providers import FROZEN, FULL, GRADIENTS, LEVEL_0, LORA_16, LORA_DEFAULT, SHIRA, TICKET_NAME
+from benchmarks.providers import FROZEN, FULL, GRADIENTS, LEVEL_0, LORA_16, LORA_DEFAULT, MERGED, SHIRA, TICKET_NAME
 
 BASE = "base model"
 
@@ -29,6 +29,7 @@ TARGETS = (
     Target("training step", SHIRA, TICKET_NAME, 1.6, at_least=True),
     Target("training step", LEVEL_0, FULL, 1.2),
     Target("generation", TICKET_NAME, BASE, 1.03),
+    Target("generation", MERGED, BASE, 1.03),
 )
 
 

@@ -7,6 +7,7 @@ from rigsa_kernels import (
     __version__,
     adapter_summary,
     gated_linears,
+    merge_linears,
     replace_linears,
     restore_linears,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "adapter_summary",
     "gated_linears",
+    "merge_linears",
     "replace_linears",
     "restore_linears",
 ]

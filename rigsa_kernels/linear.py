@@ -168,6 +168,36 @@ class GatedSparseLinear(nn.Module):
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
         return linear.train(self.training)
 
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain layer, frozen, that multiplies by ``W0 + alpha * D`` in `dtype`, as this one does where it composes.
+
+        Its weight is a new one; the bias is shared. Whether rounding the sum loses the adapter is `merging_loses`.
+
+        Raises:
+            ValueError: W0 is in four bits, which have no room for a difference.
+        """
+        if self.is_nf4:
+            raise ValueError(
+                "merged: W0 is in four bits, which have no room for a difference; load it in 16 or 32 bits"
+            )
+        weight = torch.ops.rigsa.compose(
+            self.weight, self.rigsa_values.detach(), self.rigsa_alpha.detach(), self.pattern.tensors
+        )
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")  # draws no weight
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias  # type: ignore[assignment]
+        return linear.train(self.training)
+
+    @torch.no_grad()
+    def merging_loses(self) -> bool:
+        """Whether rounding ``W0 + alpha * D`` to `dtype` takes away more of an adapter than this layer's forward does.
+
+        Never where `numerics` is "composed", in float32 and float64, or where nothing is to be added: a closed gate.
+        """
+        if self.numerics == "composed" or self.dtype not in HALF_DTYPES:
+            return False
+        return bool(self.rigsa_alpha * rms(self.rigsa_values)) and not self._is_safe(self.dtype).item()
+
     @property
     def pattern(self) -> SparsePattern:
         """Where D may be non-zero; its index tensors are this module's buffers, so they move and save with it."""

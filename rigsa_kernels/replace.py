@@ -1,4 +1,4 @@
-"""Put gated sparse differences into a model, and take them out again."""
+"""Put gated sparse differences into a model, take them out again, or merge them into its weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fnmatch
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -111,6 +111,44 @@ def restore_linears(model: M) -> M:
     for name, gated in gated_linears(model).items():
         _set_module(model, name, gated.restored())
     return model
+
+
+def merge_linears(model: M) -> M:
+    """Put the adapter into the weights: every layer becomes an ``nn.Linear`` with ``W0 + alpha * D`` rounded to W0's
+    dtype. For generation, at the base model's speed, and for ``model.save_pretrained``.
+
+    A layer that composes (`GatedSparseLinear`) gives the same bits as before. W0 is not written to: whoever else holds
+    it keeps it, and the merged model does not. Parameters stay frozen.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: `model` has no gated layer, one in four bits, or one in 16 bits that takes two products because
+            rounding the sum would lose its adapter. `model` is unchanged.
+    """
+    layers = gated_linears(model)
+    if not layers:
+        raise ValueError(f"model: expected gated sparse layers to merge, found none in {type(model).__name__}")
+    quantised = [name for name, layer in layers.items() if layer.is_nf4]
+    if quantised:
+        raise ValueError(
+            f"model: {_names(quantised, layers)} in four bits, which have no room for a difference; "
+            "load the base in 16 or 32 bits and the adapter onto it"
+        )
+    losing = [name for name, layer in layers.items() if layer.merging_loses()]
+    if losing:
+        raise ValueError(
+            f"model: {_names(losing, layers)} in 16 bits, to which W0 + alpha * D would round without its adapter; "
+            "merge model.float()"
+        )
+    for name, layer in layers.items():
+        _set_module(model, name, layer.merged())
+    return model
+
+
+def _names(some: Sequence[str], layers: Mapping[str, object]) -> str:
+    return f"{len(some)} of {len(layers)} gated layers ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''}) are"
 
 
 def gated_linears(model: nn.Module) -> dict[str, GatedSparseLinear]:

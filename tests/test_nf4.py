@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from oracle import quantize_nf4
 
-from rigsa_kernels import SparsePattern, gated_linears, replace_linears, restore_linears
+from rigsa_kernels import SparsePattern, gated_linears, merge_linears, replace_linears, restore_linears
 from rigsa_kernels.nf4 import dequantize, is_nf4_linear, nf4_base
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -64,6 +64,15 @@ def test_restoring_gives_the_layer_back():
     assert model[0].num_weights == 48 * 64
     assert restore_linears(model)[0] is linear
     assert torch.equal(model(x), want)
+
+
+def test_merging_into_four_bits_is_refused():
+    model = replace_linears(nn.Sequential(quantized(), nn.Linear(48, 8, dtype=torch.bfloat16)), numerics="composed")
+    with pytest.raises(ValueError, match=r"model: 1 of 2 gated layers \(0\) are in four bits"):
+        merge_linears(model)
+    assert len(gated_linears(model)) == 2
+    with pytest.raises(ValueError, match="merged: W0 is in four bits"):
+        model[0].merged()
 
 
 def test_what_is_not_nf4_is_left_alone():

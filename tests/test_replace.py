@@ -8,7 +8,15 @@ import transformers
 import rigsa
 import rigsa_kernels
 from conftest import make_llama
-from rigsa_kernels import GatedSparseLinear, adapter_summary, gated_linears, replace_linears, restore_linears
+from rigsa_kernels import (
+    GatedSparseLinear,
+    SparsePattern,
+    adapter_summary,
+    gated_linears,
+    merge_linears,
+    replace_linears,
+    restore_linears,
+)
 
 
 def open_gates(model: nn.Module, alpha: float) -> None:
@@ -67,6 +75,66 @@ def test_inverse_gives_the_model_back():
     assert model.model.layers[0].mlp.up_proj.weight is weight
     assert [name for name, _ in model.named_parameters()] == names
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("density", [1.0, 0.1, 0.0])
+def test_merging_gives_plain_layers_with_the_bits_of_composing(dtype, density):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 16, bias=False)).to(dtype),
+        torch.randn(3, 48, dtype=dtype),
+    )
+    frozen = [linear.weight for linear in model]
+    base = [weight.clone() for weight in frozen]
+    replace_linears(model, alpha_init=0.3, numerics="composed").eval()
+    for layer in gated_linears(model).values():
+        layer.set_pattern(SparsePattern.from_mask(torch.rand(layer.pattern.shape) < density))
+    open_gates(model, -0.3)
+    layers, before = list(model), model(x)
+    merged = merge_linears(model)
+    assert merged is model
+    assert all(type(linear) is nn.Linear and not linear.training for linear in model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(x), before)
+    for linear, layer, weight in zip(model, layers, base, strict=True):
+        rounding = torch.finfo(dtype).eps / 2 * (weight.double().abs() + 0.3 * layer.delta().double().abs())
+        error = (linear.weight.double() - (weight.double() - 0.3 * layer.delta().double())).abs()
+        assert (error <= rounding + 2 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps).all()
+    assert all(map(torch.equal, frozen, base))
+
+
+@pytest.mark.parametrize("numerics", ["auto", "exact"])
+def test_a_merge_that_would_lose_the_adapter_is_refused_and_possible_in_float32(numerics):
+    model, ids = replace_linears(make_llama().bfloat16(), numerics=numerics), torch.arange(20)[None]
+    open_gates(model, 0.5)
+    layer = gated_linears(model)["model.layers.1.mlp.up_proj"]
+    with torch.no_grad():
+        layer.rigsa_alpha.fill_(1e-4)
+    with pytest.raises(ValueError, match=r"model: 1 of 14 gated layers \(model.layers.1.mlp.up_proj\) are in 16 bits"):
+        merge_linears(model)
+    assert len(gated_linears(model)) == 14
+    before = model.float()(ids).logits
+    torch.testing.assert_close(merge_linears(model)(ids).logits, before)
+    assert not gated_linears(model)
+    with pytest.raises(ValueError, match="found none in LlamaForCausalLM"):
+        merge_linears(model)
+
+
+def test_closed_gates_merge_into_the_base_model():
+    model, ids = make_llama().bfloat16(), torch.arange(20)[None]
+    before = model(ids).logits
+    replace_linears(model)
+    open_gates(model, 0.0)
+    assert torch.equal(merge_linears(model)(ids).logits, before)
+
+
+def test_a_merged_model_saves_as_any_other(tmp_path):
+    model, ids = make_llama(tie_word_embeddings=True), torch.arange(20)[None]
+    replace_linears(model, alpha_init=0.3)
+    before = model(ids).logits
+    merge_linears(model).save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(ids).logits, before)
 
 
 def test_plain_sequential_with_bias():
