@@ -58,9 +58,22 @@ def test_kept_operand_changes_nothing(density, exact):
 
 
 def test_both_ways_to_the_sampled_product_are_tested():
-    """The densities above stand on both sides of the switch."""
-    for threshold in SAMPLED_PRODUCT_DENSITY.values():
-        assert DENSITIES["sparse"] < threshold < DENSITIES["packed"]
+    """The densities above stand on both sides of the switch, which lies below them in 16 bits on a CPU with AMX."""
+    for dtype in (torch.float32, torch.float64):
+        assert DENSITIES["sparse"] < SAMPLED_PRODUCT_DENSITY[dtype] < DENSITIES["packed"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("density", ["sparse", "packed", "full"])
+def test_both_ways_to_the_sampled_product_are_right(dtype, density):
+    x, _, _, _, _, pattern, dy = make_inputs(93, 20, 50, density, 0.1, dtype)
+    exact = (dy.double().t() @ x.double())[pattern.to_mask()]
+    sizes = (dy.double().t().abs() @ x.double().abs())[pattern.to_mask()]
+    sampled = reference._sampled_product(dy, x, pattern.tensors)
+    whole = reference._whole_product(dy, x)[pattern.to_mask()]
+    sums = 93 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert ((sampled - exact).abs() <= sums * sizes).all()
+    assert ((whole - exact).abs() <= sums * sizes + torch.finfo(dtype).eps * exact.abs()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
