@@ -32,7 +32,7 @@ SAMPLED_PRODUCT_DENSITY = {
     torch.float64: 0.2, torch.float32: 0.2, torch.bfloat16: _HALF_DENSITY, torch.float16: _HALF_DENSITY,
 }  # fmt: skip
 """Below this density a product sampled on CSR beats the whole product and a gather: benchmarks/bench_gradient.py on two
-Zen 5 cores, which multiply bfloat16 natively but sample it only as float32. A CPU with AMX multiplies it three times as
+Zen 4 cores, which multiply bfloat16 natively but sample it only as float32. A CPU with AMX multiplies it three times as
 fast."""
 MOST_PARTS = 4
 """Of the tokens, in a sampled product: the dot products of many parts are short."""
