@@ -139,8 +139,8 @@ def merge_linears(model: M) -> M:
     losing = [name for name, layer in layers.items() if layer.merging_loses()]
     if losing:
         raise ValueError(
-            f"model: {_names(losing, layers)} in 16 bits, and rounding W0 + alpha * D would take most of an adapter away; "
-            "merge model.float()"
+            f"model: {_names(losing, layers)} in 16 bits, and rounding W0 + alpha * D would take most of an adapter "
+            "away; merge model.float()"
         )
     for name, layer in layers.items():
         _set_module(model, name, layer.merged())
