@@ -7,7 +7,7 @@ so what is live at any moment, and what it belongs to, can be asked once all is 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,14 @@ class LiveMemory(TorchDispatchMode):
     """Records every storage that is made inside the block, and those it was told to `hold`.
 
     What an operator takes and gives back before it returns is not seen.
+
+    Args:
+        temporary: tells, of an operator and its arguments, bytes that are not seen and count all the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, temporary: Callable[[Any, tuple[Any, ...]], int] = lambda operator, arguments: 0) -> None:
         super().__init__()
+        self._temporary = temporary
         self._blocks: list[_Block] = []
         self._live: dict[int, _Block] = {}
         self._now = 0
@@ -63,6 +67,9 @@ class LiveMemory(TorchDispatchMode):
         return Usage(curves.cumsum(axis=1)[:, :-1])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if size := self._temporary(func, args):
+            self._blocks.append(_Block(size, self._now, self._now + 1))
+            self._now += 1
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):

@@ -34,7 +34,7 @@ from rigsa_kernels.linear import HALF_DTYPES
 from rigsa_kernels.nf4 import RUN
 from rigsa_kernels.ops import gated_linear
 from rigsa_kernels.optim import StateDtype
-from rigsa_kernels.reference import SAMPLED_PRODUCT_DENSITY
+from rigsa_kernels.reference import sampled_grad_bytes, samples
 from rigsa_kernels.replace import select_linears
 
 MANY_TOKENS = 1 << 10
@@ -206,7 +206,7 @@ class SimulatedModel:
 
     def _hold(self, optimizer: MaskedAdamW | None) -> LiveMemory:
         """What is there before the forward pass, by part."""
-        memory = LiveMemory()
+        memory = LiveMemory(_temporary_bytes if self.device.type == "cpu" else lambda operator, arguments: 0)
         memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
         memory.hold("adapter", trained_parameters(self.model).values())
         for layer in gated_linears(self.model).values():
@@ -309,6 +309,15 @@ def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> 
         yield torch.empty(nnz, dtype=torch.int64)
     if gemm and not layer._is_exact(layer.dtype):
         yield torch.empty(nnz, dtype=layer.dtype)
-    if device.type == "cpu" and nnz < SAMPLED_PRODUCT_DENSITY[layer.dtype] * n * k:
+    if device.type == "cpu" and samples(nnz, (n, k), layer.dtype):
         yield torch.empty(n + 1, dtype=torch.int32)
         yield torch.empty(nnz, dtype=torch.int32)
+
+
+def _temporary_bytes(operator: Any, arguments: tuple[Any, ...]) -> int:
+    """What an operator in PyTorch on a CPU takes and gives back: the copies and the product of a values' gradient."""
+    if operator not in (torch.ops.rigsa.linear_dvalues.default, torch.ops.rigsa.linear_dvalues_.default):
+        return 0
+    dy, x, values, _, pattern = arguments[:5]
+    n, k = dy.shape[-1], x.shape[-1]
+    return sampled_grad_bytes(x.numel() // k, (n, k), x.dtype, values.numel() if pattern else None)

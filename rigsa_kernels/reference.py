@@ -27,13 +27,12 @@ from torch import Tensor
 from rigsa_kernels.format import csr_indices, flat_indices
 from rigsa_kernels.nf4 import dequantize, num_weights
 
-_HALF_DENSITY = 0.01 if torch.cpu._is_amx_tile_supported() else 0.03
+_HALF_DENSITY = 0.01 if torch.cpu._is_amx_tile_supported() else 0.04
 SAMPLED_PRODUCT_DENSITY = {
     torch.float64: 0.2, torch.float32: 0.2, torch.bfloat16: _HALF_DENSITY, torch.float16: _HALF_DENSITY,
 }  # fmt: skip
 """Below this density a product sampled on CSR beats the whole product and a gather: benchmarks/bench_gradient.py on two
-Zen 4 and Zen 5 cores, which multiply bfloat16 natively but sample it only as float32, from copies of both operands that
-`rigsa.run plan` does not count: at the paper's 3.46 %, where the gain is small, the whole product is taken. A CPU with
+Zen 4 cores, which multiply bfloat16 natively but sample it only as float32, from copies of both operands. A CPU with
 AMX multiplies bfloat16 three times as fast."""
 MOST_PARTS = 4
 """Of the tokens, in a sampled product: the dot products of many parts are short."""
@@ -110,10 +109,34 @@ def add_scaled(base: Tensor, term: Tensor, alpha: Tensor) -> Tensor:
 def sampled_grad(dy: Tensor, x: Tensor, pattern: list[Tensor], nnz: int) -> Tensor:
     """``G = (dy^T x)`` at the pattern, not yet scaled by alpha: ``[N, K]`` when dense, ``[nnz]`` when packed."""
     dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if pattern and nnz < SAMPLED_PRODUCT_DENSITY[x.dtype] * dy.shape[1] * x.shape[1]:
+    if pattern and samples(nnz, (dy.shape[1], x.shape[1]), x.dtype):
         return _sampled_product(dy, x, pattern)
     grad = _whole_product(dy, x)
     return grad.take(flat_indices(pattern[0], x.shape[1])) if pattern else grad
+
+
+def samples(nnz: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether `sampled_grad` takes so many entries of ``[N, K]`` from a sampled product, with operands of `dtype`."""
+    return nnz < SAMPLED_PRODUCT_DENSITY[dtype] * shape[0] * shape[1]
+
+
+def sampled_grad_bytes(tokens: int, shape: tuple[int, int], dtype: torch.dtype, nnz: int | None) -> int:
+    """The most that `sampled_grad` holds at one time on a CPU, beside its operands and its result.
+
+    Args:
+        tokens: of a micro-batch, over all prompts.
+        shape: of the layer's weight, ``[N, K]``.
+        dtype: of the operands.
+        nnz: free entries; None for dense ones.
+    """
+    n, k = shape
+    if nnz is None or not samples(nnz, shape, dtype):
+        copy = tokens * n if dtype.itemsize == 2 and n < k else 0
+        return dtype.itemsize * (copy + (0 if nnz is None else n * k))
+    wide = torch.promote_types(dtype, torch.float32)
+    # Each operand is cast, unless it is wide already, and the cast one gone when the next one comes.
+    numbers = n + k if wide == dtype else max(2 * n, n + 2 * k)
+    return wide.itemsize * tokens * numbers
 
 
 def _whole_product(dy: Tensor, x: Tensor) -> Tensor:

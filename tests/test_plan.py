@@ -177,6 +177,8 @@ def test_planned_density_of_a_low_rank_adapter(method):
         (1, False, {"step_in_backward": True, "max_grad_norm": 0.0, "batch_size": 4}),
         (0.64, True, {"quantize": "nf4"}),
         (TICKET, False, {"checkpointing": True}),
+        (0.005, False, {"checkpointing": True}),
+        (0.05, False, FLOAT32 | {"checkpointing": True}),
         (TICKET, True, {"state_dtype": "int8"}),
     ],
     ids=str,
@@ -219,6 +221,18 @@ def test_live_memory_counts_what_lives_and_names_it_afterwards():
     assert usage.curves[:, -1].tolist() == [4096, 4096, 0, 0, 4096, 0]
     assert usage.peak == 12288
     assert view.numel() == 1014
+
+
+def test_live_memory_counts_what_an_operator_takes_and_gives_back():
+    """Before its result is there, and for that moment alone."""
+    memory = LiveMemory(lambda operator, arguments: 1000 if operator is torch.ops.aten.mul.Tensor else 0)
+    with memory:
+        first = torch.zeros(1024)
+        second = first * 2
+        third = second + 1
+    assert memory.usage().by_part["workspace"] == memory.usage().peak == 3 * 4096
+    assert memory.usage().curves.sum(axis=0).tolist() == [4096, 4096 + 1000, 2 * 4096, 3 * 4096]
+    del first, second, third
 
 
 def test_growth_tells_every_micro_batch_from_two():
