@@ -95,13 +95,17 @@ def linear_kernel(a_ptr, weight_ptr, absmax_ptr, levels_ptr, bias_ptr, values_pt
         ROWS: tl.constexpr = BLOCK_C
         COLUMNS: tl.constexpr = BLOCK_O
         rel_n = rel_c[:, None, None]
-        rel_k = tl.reshape(rel_o, (1, BLOCK_O // 32, 32))
+        # The columns are built in three dimensions: tl.reshape drops the contiguity hints before Triton 3.8, and the
+        # tile would then be loaded 16 bits at a time.
+        column = tl.arange(0, BLOCK_O // 32)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+        column = tl.where(column < out_size - start_o, column, 0)
+        rel_k = tl.max_contiguous(tl.multiple_of(column, [1, 32, 32]), [1, 1, 32])
         rel_q = clamped(tl.cdiv(K - start_o, 32), BLOCK_O // 32)[None, :, None]
     else:
         ROWS: tl.constexpr = BLOCK_O
         COLUMNS: tl.constexpr = BLOCK_C
         rel_n = rel_o[:, None, None]
-        rel_k = tl.reshape(rel_c, (1, BLOCK_C // 32, 32))
+        rel_k = tl.arange(0, BLOCK_C // 32)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
         rel_q = tl.arange(0, BLOCK_C // 32)[None, :, None]
     alpha = tl.load(alpha_ptr).to(tl.float32)
     exact = tl.load(exact_ptr).to(tl.int32)
