@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.providers import TICKET
-from rigsa.hardware import usual_dtype
-from rigsa.model import SMOLLM2
+from rigsa.experiments.hardware import usual_dtype
+from rigsa.experiments.model import SMOLLM2
 
 LEVELS = ("smoke", "core", "full")
 TOKENS = {"smoke": (32,), "core": (1, 32, 860, 4096), "full": (1, 32, 860, 4096)}

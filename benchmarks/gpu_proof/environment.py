@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu_proof.journal import Journal
 from benchmarks.gpu_proof.setting import Setting, ask_driver, cores
 from benchmarks.machine import Machine
-from rigsa.hardware import hardware
+from rigsa.experiments.hardware import hardware
 
 
 def run(setting: Setting, journal: Journal) -> None:

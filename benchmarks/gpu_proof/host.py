@@ -11,7 +11,7 @@ from benchmarks.gpu_proof.journal import Journal
 from benchmarks.gpu_proof.setting import Setting
 from benchmarks.gpu_proof.timing import wall_of_many
 from benchmarks.providers import ALPHA, TICKET, ticket_mask
-from rigsa.train import stepping_in_backward
+from rigsa.experiments.train import stepping_in_backward
 from rigsa_kernels import MaskedAdamW, SparsePattern, gated_linears, replace_linears
 
 SIDE = 64

@@ -10,9 +10,10 @@ from benchmarks.gpu_proof.journal import Journal
 from benchmarks.gpu_proof.questions import PLANNED, step_batch
 from benchmarks.gpu_proof.setting import Setting
 from benchmarks.providers import TICKET
-from rigsa.config import PRESETS, Config
-from rigsa.memory_plan import GIB, Target, plan_levels
-from rigsa.model import model_shape
+from rigsa.experiments.config import Config
+from rigsa.experiments.memory.plan import GIB, Target, plan_levels
+from rigsa.experiments.model import model_shape
+from rigsa.experiments.presets import PRESETS
 
 
 def run(setting: Setting, journal: Journal) -> None:

@@ -21,7 +21,7 @@ from benchmarks.gpu_proof.setting import Setting
 from benchmarks.models import check_model, prompts
 from benchmarks.providers import FULL, TICKET_NAME, Trainee
 from benchmarks.shapes import Batch
-from rigsa.evaluate import answer_logits
+from rigsa.experiments.tasks.evaluation import answer_logits
 
 GIB = 2**30
 REPEATS = 8

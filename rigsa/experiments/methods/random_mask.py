@@ -1,0 +1,93 @@
+"""The control: tickets of the same size, drawn at random (RIGSA, section 4.4)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rigsa.errors import RigsaError
+from rigsa.experiments.adapter import load_masks
+from rigsa.experiments.config import Config, Gates, Look, Method, fields_of
+from rigsa.experiments.methods.imp import ticket_densities
+from rigsa.experiments.run_folder import CONFIG_FILE, MASK_FILE, METRICS_FILE, finished_levels, level_folder
+from rigsa.files import read_json
+from rigsa.masks import random_patterns
+from rigsa_kernels import SparsePattern, gated_linears
+
+if TYPE_CHECKING:
+    from rigsa.experiments.experiment import Experiment
+
+
+class RandomMask(Method):
+    """One level, from the same initial values as the matched ticket, with as many entries in each layer."""
+
+    def levels(self, config: Config) -> tuple[int, ...]:
+        return (1,) if config.density else ()
+
+    def summary(self, config: Config) -> str:
+        return f"one ticket of {config.density:.2%}" if config.density else "one ticket, drawn at random"
+
+    def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
+        if config.density:
+            return {1: config.density}
+        return {config.prunings: ticket_densities(config, same_sign_share)[config.prunings]}
+
+    def known_densities(self, config: Config) -> dict[int, float] | None:
+        if config.density:
+            return None
+        level = matched_ticket(config)
+        return {level: read_json(level_folder(Path(config.match), level) / METRICS_FILE)["density"]}
+
+    def run(self, experiment: Experiment) -> None:
+        level = matched_ticket(experiment.config)
+        experiment.measure_base()
+        experiment.attach()
+        if not experiment.is_finished(level):
+            experiment.enter_ticket(level, partial(draw_ticket, level))
+            experiment.run_level(level)
+
+
+def matched_ticket(config: Config) -> int:
+    """The last finished level of the imp run that ``config.match`` names; 1 where a density is given instead.
+
+    Raises:
+        RigsaError: there is no such run, or it has no ticket yet.
+    """
+    if config.density:
+        return 1
+    run = Path(config.match)
+    if not (run / CONFIG_FILE).exists():
+        raise RigsaError(
+            f"--match {run}: no run folder there, so there is no ticket to match. Run `python -m rigsa.run imp` first "
+            "(same preset and seed), name a run with --match, or give --density."
+        )
+    tickets = [level for level in finished_levels(run) if level > 0]
+    if not tickets:
+        raise RigsaError(f"--match {run}: that run has no finished ticket yet; run the same imp command again first")
+    return tickets[-1]
+
+
+def draw_ticket(level: int, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
+    """As many random entries in each layer as the density says, or as the matched ticket of `level` has there."""
+    config, layers = experiment.config, gated_linears(experiment.model)
+    if config.density:
+        counts = {name: round(config.density * layer.num_weights) for name, layer in layers.items()}
+    else:
+        matched = load_masks(experiment.model, level_folder(Path(config.match), level) / MASK_FILE)
+        counts = {name: pattern.nnz for name, pattern in matched.items()}
+    shapes = {name: layer.pattern.shape for name, layer in layers.items()}
+    try:
+        patterns = random_patterns(shapes, counts, seed=config.seed, device=experiment.model.device)
+    except ValueError as error:
+        raise RigsaError(f"--density {config.density}: {error}") from error
+    return patterns, {"kept": sum(counts.values())}
+
+
+RANDOM_MASK = RandomMask(
+    name="random-mask",
+    help="the control: one level whose ticket is drawn at random, as dense as an imp run's last one",
+    options=(*fields_of(Gates), "match", "density"),
+    look=Look("red", "s", (0, (5, 2)), by_level=True),
+    matches="imp",
+)

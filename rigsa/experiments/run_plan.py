@@ -1,0 +1,46 @@
+"""What a run is about to do and what it will cost, in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rigsa.experiments.experiment import Experiment
+from rigsa.experiments.hardware import has_bfloat16_products
+from rigsa.experiments.memory.plan import GIB, LevelPlan
+from rigsa.experiments.train import steps_per_level
+from rigsa_kernels.replace import select_linears
+
+
+def describe(experiment: Experiment, plans: Sequence[LevelPlan]) -> str:
+    """Model, data, adapter, schedule and memory (that of the level that needs most), one line each."""
+    config, splits = experiment.config, experiment.splits
+    layers, _ = select_linears(experiment.model, "*", ())
+    height, width = splits.train.levels.shape[1:]
+    tokens = len(experiment.prompts.encode(splits.train.levels[0]))
+    steps = steps_per_level(config, len(splits.train))
+    lines = {
+        "model": f"{config.model}, {config.dtype} on {experiment.model.device}{_slow(experiment)}",
+        "data": f"{config.data}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
+        f"{len(splits.test):,} test images of {height}x{width}; prompts of {tokens} tokens",
+        "method": f"{config.method}: {config.method.help}",
+        "adapter": f"{len(layers)} linear layers with {experiment.num_weights:,} weights",
+        "levels": f"{config.method.summary(config)}; {steps:,} steps of {config.batch_size} prompts each "
+        f"({config.accumulation_steps} x {config.micro_batch_size})",
+        "memory": _memory(plans),
+        "folder": str(experiment.run),
+    }
+    return "\n".join(f"{name:>8}  {text}" for name, text in lines.items() if text)
+
+
+def _slow(experiment: Experiment) -> str:
+    if experiment.config.dtype == "float32" or has_bfloat16_products(experiment.model.device.type):
+        return ""
+    return ", which has no fast products of bfloat16: --dtype float32 is several times as fast"
+
+
+def _memory(plans: Sequence[LevelPlan]) -> str:
+    if not plans:
+        return ""
+    plan = max(plans, key=lambda plan: plan.peak)
+    parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in plan.parts.items())
+    return f"{plan.peak / GIB:.2f} GiB planned for training level {plan.level} ({parts})"
