@@ -37,7 +37,7 @@ TARGETS = (
     Target("training step", TICKET_NAME, FULL, 0.85),
     Target("training step", TICKET_NAME, LORA_DEFAULT, 0.6),
     Target("training step", TICKET_NAME, LORA_16, 0.95),
-    Target("training step", SHIRA, TICKET, TICKET_NAME, 1.6, at_least=True),
+    Target("training step", SHIRA, TICKET_NAME, 1.6, at_least=True),
     Target("training step", LEVEL_0, FULL, 1.2),
     Target("generation", TICKET_NAME, BASE, 1.03),
     Target("generation", MERGED, BASE, 1.03),

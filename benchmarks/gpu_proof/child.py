@@ -24,6 +24,7 @@ def run_section(section: Section, setting: Setting) -> None:
     journal = Journal(setting.out, section.name)
     if setting.dry:
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of what it starts
     try:
         importlib.import_module(section.module).run(setting, journal, **section.options)
     except UnavailableError as reason:

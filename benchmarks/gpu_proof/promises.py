@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Line:
 def write_summary(folder: Path, *, dry: bool = False) -> str:
     """Write summary.md and summary.json, and give the Markdown back."""
     found = [*_checks(folder), *_ratios(folder), *_times(folder), *_memory(folder)]
+    if dry:
+        found = [replace(line, verdict=UNKNOWN) for line in found]
     sections = {name: read(folder, name) for name in all_names()}
     text = "\n".join([_head(folder, dry), "", table(found), "", _sections(sections), ""])
     write_text(folder / "summary.md", text)

