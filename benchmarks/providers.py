@@ -205,7 +205,7 @@ def build_supertuning(problem: Problem, density: float) -> Layer:
     return Layer(layer, weight)
 
 
-def build_ours(problem: Problem, density: float, *, fresh: bool = True, **options: str) -> Layer:
+def build_ours(problem: Problem, density: float, *, fresh: bool = True, **options: object) -> Layer:
     pattern = SparsePattern.dense(*problem.weight.shape)
     if density < 1:
         pattern = SparsePattern.from_mask(ticket_mask(problem.shape, density, problem.x.device))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # sections end with the command
     options.out.mkdir(parents=True, exist_ok=True)
     limit = (WHOLE_LIMIT if options.part is None else PART_LIMIT) * (DRY_PATIENCE if options.dry else 1)
     setting = Setting(options.out.resolve(), options.dry, time.monotonic() + limit, options.data)

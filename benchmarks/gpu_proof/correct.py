@@ -100,7 +100,7 @@ def unaligned(tensor: Tensor) -> Tensor:
 def poisoned() -> Iterator[None]:
     """Inside, new tensors are full of NaN until they are written to."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:

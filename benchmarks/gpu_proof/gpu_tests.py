@@ -44,7 +44,7 @@ def run(setting: Setting, journal: Journal) -> None:
         import pytest
     except ImportError as error:
         raise UnavailableError(f"pytest: {error}; pip install 'rigsa[test]'") from error
-    files = sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if MARK in path.read_text())
+    files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if MARK in path.read_text())
     os.environ["OMP_NUM_THREADS"] = "1"  # of each worker: the truth in float64 is computed on the CPU
     side_by_side = importlib.util.find_spec("xdist") is not None and not setting.dry
     parallel = ["-n", str(max(2, cores() // 3))] if side_by_side else []

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.race import UnavailableError
 from rigsa.files import read_json, write_json
 
 RUNNING, DONE, FAILED, SKIPPED, CUT_OFF = "running", "done", "failed", "skipped", "cut off"
@@ -45,15 +48,14 @@ class Journal:
     def guarded(self, **fields: Any) -> Iterator[dict[str, Any]]:
         """One row that fails alone: what is put into the dictionary it gives becomes the row, with `fields` before it.
 
-        An exception becomes the row's ``error``, `UnavailableError` its ``skipped``.
+        An exception becomes the row's ``error``; `UnavailableError`, and too little memory, its ``skipped``.
         """
-        from benchmarks.race import UnavailableError
 
         found: dict[str, Any] = {}
         try:
             yield found
-        except UnavailableError as reason:
-            found["skipped"] = str(reason)
+        except (UnavailableError, torch.OutOfMemoryError) as reason:
+            found["skipped"] = describe_error(reason)
         except Exception as error:
             found |= {"ok": False, "error": describe_error(error)}
         self.row(**fields, **found)
@@ -82,6 +84,11 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return list(read(folder, name).get("rows", []))
+
+
+def forget(folder: Path, name: str) -> None:
+    """What an earlier command has left."""
+    (folder / f"{name}.json").unlink(missing_ok=True)
 
 
 def end(folder: Path, name: str, status: str, reason: str) -> None:

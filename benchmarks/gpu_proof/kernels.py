@@ -93,7 +93,7 @@ def _ours(
     problem: Problem, density: float, numerics: str, force: str | None, values: torch.dtype = torch.float32
 ) -> Contestant:
     options = {"numerics": numerics, "force": force, "values_dtype": values}
-    layer = build_ours(problem, density, fresh=False, **options).module  # type: ignore[arg-type]
+    layer = build_ours(problem, density, fresh=False, **options).module
     name = f"ours, {numerics}" + (f", {force}" if force else "")
     operations = {Y: _forward(layer, problem), DX: _dx(layer, problem), GRADIENT: _gradient(layer, problem)}
     return Contestant(name, density, str(values), operations)

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
@@ -34,41 +34,61 @@ def run_stages(stages: Iterable[Stage], setting: Setting, say: Callable[[str], o
 
 
 def _run_stage(context: BaseContext, stage: Stage, setting: Setting) -> None:
-    running: list[tuple[Section, BaseProcess, float]] = []
-    for section in stage:
-        if setting.left < LEAST:
-            journal.end(setting.out, section.name, journal.SKIPPED, "no time was left for it")
-            continue
-        deadline = min(setting.deadline, time.monotonic() + budget(section, setting))
-        process = context.Process(target=run_section, args=(section, replace(setting, deadline=deadline)))  # type: ignore[attr-defined]
-        process.start()
-        running.append((section, process, deadline))
-    while running:
-        time.sleep(POLL)
-        for entry in list(running):
-            section, process, deadline = entry
-            if not process.is_alive() or time.monotonic() > deadline:
+    running: list[_Running] = []
+    try:
+        for section in stage:
+            journal.forget(setting.out, section.name)
+            if setting.left < LEAST:
+                journal.end(setting.out, section.name, journal.SKIPPED, "no time was left for it")
+            else:
+                running.append(_start(context, section, setting))
+        while running:
+            time.sleep(POLL)
+            for entry in [entry for entry in running if entry.is_over]:
                 running.remove(entry)
-                _finish(section, process, setting)
+                _finish(entry, setting)
+    finally:
+        for entry in running:  # somebody has interrupted the command
+            _finish(entry, setting)
+
+
+@dataclass(frozen=True)
+class _Running:
+    section: Section
+    process: BaseProcess
+    allowed: float
+    deadline: float
+
+    @property
+    def is_over(self) -> bool:
+        return not self.process.is_alive() or time.monotonic() > self.deadline
+
+
+def _start(context: BaseContext, section: Section, setting: Setting) -> _Running:
+    allowed = min(budget(section, setting), setting.left)
+    deadline = time.monotonic() + allowed
+    process = context.Process(target=run_section, args=(section, replace(setting, deadline=deadline)))  # type: ignore[attr-defined]
+    process.start()
+    return _Running(section, process, allowed, deadline)
 
 
 def budget(section: Section, setting: Setting) -> float:
     return section.budget * (DRY_PATIENCE if setting.dry else 1)
 
 
-def _finish(section: Section, process: BaseProcess, setting: Setting) -> None:
-    cut_off = process.is_alive()
+def _finish(entry: _Running, setting: Setting) -> None:
+    """End the process with everything that it has started, and its file, if it could not do so itself."""
+    name, process, cut_off = entry.section.name, entry.process, entry.process.is_alive()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid or 0, signal.SIGKILL)  # with everything that it has started
+        os.killpg(process.pid or 0, signal.SIGKILL)
     process.kill()
     process.join()
-    record = journal.read(setting.out, section.name)
-    if record.get("status", journal.RUNNING) != journal.RUNNING:
+    if journal.read(setting.out, name).get("status", journal.RUNNING) != journal.RUNNING:
         return
     if cut_off:
-        journal.end(setting.out, section.name, journal.CUT_OFF, f"killed after {budget(section, setting):g} s")
+        journal.end(setting.out, name, journal.CUT_OFF, f"killed after {entry.allowed:.0f} s")
     else:
-        journal.end(setting.out, section.name, journal.FAILED, f"the process ended with code {process.exitcode}")
+        journal.end(setting.out, name, journal.FAILED, f"the process ended with code {process.exitcode}")
 
 
 def _line(setting: Setting, section: Section) -> str:
