@@ -5,7 +5,14 @@ from rigsa_kernels.init import layer_key, uniform_init
 from rigsa_kernels.linear import GatedSparseLinear, composed_is_safe
 from rigsa_kernels.ops import gated_linear
 from rigsa_kernels.optim import MaskedAdamW
-from rigsa_kernels.replace import adapter_summary, gated_linears, merge_linears, replace_linears, restore_linears
+from rigsa_kernels.replace import (
+    adapter_summary,
+    gated_linears,
+    merge_linears,
+    replace_linears,
+    restore_linears,
+    restore_weights,
+)
 
 __version__ = "0.1.0"
 
@@ -21,5 +28,6 @@ __all__ = [
     "merge_linears",
     "replace_linears",
     "restore_linears",
+    "restore_weights",
     "uniform_init",
 ]

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from rigsa_kernels.dispatch import Path
+from rigsa_kernels.in_place import Peers, restore
 from rigsa_kernels.init import layer_key
 from rigsa_kernels.linear import ALPHA_INIT, HALF_DTYPES, GatedSparseLinear, Numerics, is_plain_linear
 from rigsa_kernels.nf4 import is_nf4_linear, nf4_base
@@ -35,6 +36,7 @@ def replace_linears(
     values_dtype: torch.dtype | None = None,
     numerics: Numerics = "auto",
     force: Path | None = None,
+    in_place: bool = True,
 ) -> M:
     """Swap the linear layers of `model` for `GatedSparseLinear`, in place, and freeze everything else.
 
@@ -47,8 +49,8 @@ def replace_linears(
             ``"lin1"`` is not ``"lin10"``), or a predicate ``(name, module) -> bool``.
         exclude: glob patterns to leave out.
         shared_gate: one gate for all layers instead of one each.
-        seed, alpha_init, init_scale, values_dtype, numerics, force: see `GatedSparseLinear`. A layer's initial
-            values depend on the seed and on its own name only.
+        seed, alpha_init, init_scale, values_dtype, numerics, force, in_place: see `GatedSparseLinear`. A layer's
+            initial values depend on the seed and on its own name only.
 
     Returns:
         `model`.
@@ -69,7 +71,7 @@ def replace_linears(
         if is_nf4_linear(linear):
             nf4_base(linear.weight)  # refuses a shape that cannot be decoded
     model.requires_grad_(False)
-    alpha = None
+    alpha, peers = None, Peers()
     for name, linear in selected.items():
         gated = GatedSparseLinear(
             linear,
@@ -81,7 +83,9 @@ def replace_linears(
             values_dtype=values_dtype,
             numerics=numerics,
             force=force,
+            in_place=in_place,
         )
+        gated.join(peers)
         _set_module(model, name, gated.train(linear.training))
         alpha = gated.rigsa_alpha if shared_gate else None
     logger.info("%s", adapter_summary(model))
@@ -110,6 +114,21 @@ def restore_linears(model: M) -> M:
     """
     for name, gated in gated_linears(model).items():
         _set_module(model, name, gated.restored())
+    return model
+
+
+def restore_weights(model: M) -> M:
+    """Bring W0 back into every gated layer's `weight`, bit for bit, until the next pass composes it again.
+
+    Call it before reading or writing the frozen weights of a model with packed patterns between a pass and the
+    optimiser's step, or in evaluation: there they hold ``W0 + alpha * D`` (`GatedSparseLinear`). State dicts, copies
+    and `GatedSparseLinear.frozen_matrix` show W0 without it.
+
+    Returns:
+        `model`.
+    """
+    layers = gated_linears(model).values()
+    restore(layer.in_place_weight for layer in layers if layer.in_place_weight is not None)
     return model
 
 
@@ -142,6 +161,7 @@ def merge_linears(model: M) -> M:
             f"model: {_names(losing, layers)} in 16 bits, and rounding W0 + alpha * D would take most of an adapter "
             "away; merge model.float()"
         )
+    restore_weights(model)
     for name, layer in layers.items():
         _set_module(model, name, layer.merged())
     return model
