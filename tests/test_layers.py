@@ -12,11 +12,12 @@ RIG = "rigsa/experiments"
 FLOORS = {
     "kernels": ["rigsa_kernels/*"],
     "library": ["rigsa/*"],
-    "settings": [f"{RIG}/{name}" for name in ("config", "hardware", "peak_memory", "distributed")],
+    "settings": [f"{RIG}/{name}" for name in ("config", "run_folder", "hardware", "peak_memory", "distributed")],
     "model": [f"{RIG}/{name}" for name in ("model", "attach", "adapter")],
     "tasks": [f"{RIG}/tasks/*", f"{RIG}/tasks/lm_eval_tasks/*"],
     "training": [f"{RIG}/{name}" for name in ("train", "experiment")],
     "methods": [f"{RIG}/methods/*"],
+    "recipes": [f"{RIG}/{name}" for name in ("presets", "config_file")],
     "memory": [f"{RIG}/memory/*"],
     "report": [f"{RIG}/report/*"],
     "commands": [f"{RIG}/*", "rigsa/run"],

@@ -22,8 +22,6 @@ from rigsa.errors import RigsaError
 from rigsa.files import write_atomically
 from rigsa_kernels import SparsePattern, gated_linears
 
-ADAPTER_FILE = "adapter.safetensors"
-MASK_FILE = "mask.safetensors"
 FORMAT_VERSION = 2
 
 

@@ -6,21 +6,21 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import GATED, LOW_RANK, ON_PEFT, Config
+from rigsa.experiments.config import Config, Training
 from rigsa_kernels import gated_linears, replace_linears
 from rigsa_kernels.replace import select_linears
 
 
 def attach(model: PreTrainedModel, config: Config) -> None:
     """What ``config.method`` trains, on every linear layer but the head, in place; RoSA's is of both kinds."""
-    if config.method in (*ON_PEFT, *LOW_RANK):
+    if config.method.peft:
         attach_peft(model, config)
-    if config.method in GATED:
+    if config.method.gated:
         attach_adapter(model, config)
     checkpoint_activations(model, config)
 
 
-def checkpoint_activations(model: PreTrainedModel, config: Config) -> None:
+def checkpoint_activations(model: PreTrainedModel, config: Training) -> None:
     """As configured."""
     if config.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -64,7 +64,7 @@ def attach_peft(model: PreTrainedModel, config: Config) -> None:
         raise RigsaError(f"{config.method}: needs peft ({error}); pip install peft") from error
     layers = select_linears(model, "*", ())[0]
     adapter: PeftConfig
-    if config.method == "shira":
+    if config.method.peft == "shira":
         for name, layer in layers.items():
             largest = layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
             if config.rank > largest:

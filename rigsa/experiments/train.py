@@ -29,8 +29,6 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Trai
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import (
-    ADAPTER_FILE,
-    MASK_FILE,
     base_fingerprint,
     load_adapter,
     load_masks,
@@ -38,7 +36,7 @@ from rigsa.experiments.adapter import (
     save_masks,
     trained_parameters,
 )
-from rigsa.experiments.config import Config
+from rigsa.experiments.config import Config, Training
 from rigsa.experiments.distributed import (
     accumulation_steps,
     is_main,
@@ -51,6 +49,7 @@ from rigsa.experiments.distributed import (
 )
 from rigsa.experiments.hardware import hardware, versions
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
+from rigsa.experiments.run_folder import ADAPTER_FILE, CHECKPOINTS, LOG_FILE, MASK_FILE, RESOURCES_FILE
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.files import is_done, mark_done, read_json, write_json, write_text
@@ -58,14 +57,11 @@ from rigsa_kernels import MaskedAdamW, gated_linears
 from rigsa_kernels.optim import local_part
 from rigsa_kernels.reference import NonFiniteGateError
 
-LOG_FILE = "log.jsonl"
-RESOURCES_FILE = "resources.json"
-CHECKPOINTS = "checkpoints"
 _STATE_FILE = "trainer_state.json"
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
-def steps_per_epoch(config: Config, num_images: int) -> int:
+def steps_per_epoch(config: Training, num_images: int) -> int:
     """Optimiser steps of one pass over the images; a last incomplete batch is dropped.
 
     Raises:
@@ -76,7 +72,7 @@ def steps_per_epoch(config: Config, num_images: int) -> int:
     return num_images // config.batch_size
 
 
-def steps_per_level(config: Config, num_images: int) -> int:
+def steps_per_level(config: Training, num_images: int) -> int:
     """Optimiser steps of one level. Raises RigsaError as `steps_per_epoch`."""
     steps = config.epochs * steps_per_epoch(config, num_images)
     return min(steps, config.max_steps) if config.max_steps else steps

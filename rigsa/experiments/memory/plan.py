@@ -16,10 +16,10 @@ import torch
 from transformers import PretrainedConfig
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import FROM_GRADIENTS, ON_PEFT, QUANTIZATIONS, Config, quantizations
+from rigsa.experiments.config import QUANTIZATIONS, Config
 from rigsa.experiments.memory.live_memory import Growth
 from rigsa.experiments.memory.simulate import SimulatedModel, nf4_holds
-from rigsa.experiments.methods.gradient_masks import SCORES
+from rigsa.experiments.methods.gradient_masks import GradientMask
 from rigsa_kernels.optim import StateDtype
 
 GIB = 2**30
@@ -88,23 +88,18 @@ def usable(memory: float) -> float:
 def expected_densities(
     shape: PretrainedConfig, config: Config, same_sign_share: float = SAME_SIGN_SHARE
 ) -> dict[int, float]:
-    """Level to density, as pruning will make it if that share keeps its sign; of a random mask, the last one.
+    """Level to density, as the method expects it if that share keeps its sign (`Method.densities`).
 
-    Of an adapter of PEFT: the numbers that it trains as a share of its layers' weights.
+    The density of an adapter of PEFT is the numbers that it trains as a share of its layers' weights.
 
     Raises:
         RigsaError: the share is out of range.
     """
-    if config.method in ON_PEFT:
-        return {0: SimulatedModel(shape, config, torch.device("cpu"), 1.0).trained_share()}
-    if config.method == "full":
-        return {0: 1.0}
-    if config.density:
-        return {0: 1.0, 1: config.density} if config.method == "lt-sft" else {1: config.density}
     if not 0 < same_sign_share <= 1:
         raise RigsaError(f"--same-sign-share: expected more than 0 and at most 1, got {same_sign_share}")
-    tickets = {level: (config.keep_fraction * same_sign_share) ** level for level in range(config.prunings + 1)}
-    return tickets if config.method == "imp" else {config.prunings: tickets[config.prunings]}
+    if not config.method.gated:
+        return {0: SimulatedModel(shape, config, torch.device("cpu"), 1.0).trained_share()}
+    return config.method.densities(config, same_sign_share)
 
 
 def plan_levels(target: Target, densities: Mapping[int, float]) -> list[LevelPlan]:
@@ -125,10 +120,8 @@ def plan_test(target: Target, density: float) -> int:
 
 def plan_choosing(target: Target) -> int:
     """Bytes of choosing a mask from gradients, of all entries, layer by layer; 0 where a mask comes from elsewhere."""
-    if target.config.method not in FROM_GRADIENTS:
-        return 0
-    images = SCORES[target.config.method].images_at_a_time(target.config)
-    return target.model(1.0).scoring_pass(target.tokens, images).peak
+    method = target.config.method
+    return target.model(1.0).scoring_pass(method.score, target.tokens).peak if isinstance(method, GradientMask) else 0
 
 
 def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
@@ -151,7 +144,7 @@ def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
 def _bases(target: Target) -> list[str]:
     """What the frozen weights can be kept in."""
     holds = nf4_holds(target.shape, target.config)
-    return [base for base in quantizations(target.config.method) if base != "nf4" or holds]
+    return [base for base in target.config.method.quantizations if base != "nf4" or holds]
 
 
 def _growth(model: SimulatedModel, tokens: int) -> Growth:

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
-from rigsa.experiments.config import GATED, LOW_RANK, Config
+from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
-from rigsa.experiments.methods.gradient_masks import score_entries
+from rigsa.experiments.methods.gradient_masks import Score, score_entries
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
@@ -112,7 +112,7 @@ class SimulatedModel:
         layers = select_linears(model, "*", ())[0].values()
         self.num_weights = sum(layer.in_features * layer.out_features for layer in layers)
         model.requires_grad_(False)
-        if config.method in LOW_RANK:
+        if config.method.peft:
             attach_peft(model, config)  # here, as PEFT moves modules, which fake tensors do not allow
         with self._fake:
             self.model = cast(PreTrainedModel, model.to_empty(device="cpu"))
@@ -121,7 +121,7 @@ class SimulatedModel:
             if config.quantize == "nf4":
                 for linear in layers:
                     _quantize(linear)
-            if config.method in GATED:
+            if config.method.gated:
                 # "composed" would ask the values whether it is wise
                 attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
             checkpoint_activations(self.model, config)
@@ -166,13 +166,14 @@ class SimulatedModel:
             optimizer.zero_grad()
         return memory.usage()
 
-    def scoring_pass(self, tokens: int, images: int) -> Usage:
-        """One gradient of so many images, and the scores from it (`rigsa.experiments.methods.gradient_masks`)."""
+    def scoring_pass(self, score: Score, tokens: int) -> Usage:
+        """One gradient of as many images as the score takes at a time, and the scores of entries from it."""
         with self._fake:
             self._forget()
             memory = self._hold(None)
             with memory, _prompts_of_one_length():
-                score_entries(self.model, self.config, [_batch(tokens, images)])
+                images = score.images_at_a_time(self.config)
+                score_entries(self.model, score, [_batch(tokens, images)], self.config.loss)
         return memory.usage()
 
     def test_pass(self, tokens: int, batch: int) -> Usage:
@@ -227,13 +228,13 @@ class SimulatedModel:
                 memory.hold("adapter", [matrix])
 
 
-def nf4_holds(shape: PretrainedConfig, config: Config) -> bool:
+def nf4_holds(shape: PretrainedConfig, config: Base) -> bool:
     """Whether every layer to adapt has rows that NF4 kernels can decode."""
     layers, _ = select_linears(_on_meta(shape, config), "*", ())
     return all(layer.in_features % RUN == 0 for layer in layers.values())
 
 
-def _on_meta(shape: PretrainedConfig, config: Config) -> PreTrainedModel:
+def _on_meta(shape: PretrainedConfig, config: Base) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(shape), attn_implementation=config.attention, dtype=getattr(torch, config.dtype)

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 
 from rigsa.experiments.adapter import adapter_off, load_masks, trained_parameters
-from rigsa.experiments.config import GATED, METHODS, arguments_of, smoke
 from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods.gradient_masks import SCORES, mask_batches, score_entries
+from rigsa.experiments.methods.gradient_masks import GradientMask, mask_batches, score_entries
+from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.presets import arguments_of, smoke
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.experiments.train import make_optimizer
@@ -31,7 +32,7 @@ OPTIONS = {
 def config_of(method: str, model: Path, **options: object):
     own = {"density": DENSITY, "mask_images": 6, "rank": 3, "reselect_steps": 2}
     base = smoke(method)
-    read = {field.name for field in dataclasses.fields(base) if method in field.metadata["only"]}
+    read = set(METHODS[method].options)
     if method == "random-mask":
         read.discard("match")
     chosen = {name: value for name, value in own.items() if name in read}
@@ -45,7 +46,7 @@ def experiment(method: str, model: Path, run: Path, **options: object) -> Experi
 
 
 def command(config, out: Path) -> list[str]:
-    return [config.method, "--preset", "smoke", "--out", str(out), *arguments_of(config, "smoke")]
+    return [config.method.name, "--preset", "smoke", "--out", str(out), *arguments_of(config, "smoke")]
 
 
 def images_of(prepared: Experiment, size: int) -> DataLoader:
@@ -74,11 +75,12 @@ def by_definition(method: str, gradients: list[torch.Tensor]) -> torch.Tensor:
     return {"sift": mean.abs(), "fisher": square, "rosa": square, "sam": mean**2 / (square + square.mean())}[method]
 
 
-@pytest.mark.parametrize("method", SCORES)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if isinstance(method, GradientMask)])
 def test_gradient_scores_are_those_of_their_definition(method, small_model_folder, tmp_path):
     prepared = experiment(method, small_model_folder, tmp_path)
+    score = METHODS[method].score
     gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "sam") else 2)
-    scores = score_entries(prepared.model, prepared.config, mask_batches(prepared))
+    scores = score_entries(prepared.model, score, mask_batches(prepared, score), prepared.config.loss)
     assert {name.removesuffix(".base_layer") for name in scores} == gradients.keys()
     for name, score in scores.items():
         want = by_definition(method, gradients[name.removesuffix(".base_layer")])
@@ -213,4 +215,4 @@ def test_what_does_not_fit_the_model_is_named(method, options, message, small_mo
 
 def test_gated_methods_are_those_that_train_gated_layers(finished):
     for method, run in finished.items():
-        assert ("layer_density" in json.loads((last_level(run) / "metrics.json").read_text())) == (method in GATED)
+        assert ("layer_density" in json.loads((last_level(run) / "metrics.json").read_text())) == METHODS[method].gated
