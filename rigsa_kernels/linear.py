@@ -306,6 +306,15 @@ class GatedSparseLinear(nn.Module):
             return self.in_place_weight.frozen()
         return dequantize(self._base(self.dtype), (self.out_features, self.in_features), self.dtype)
 
+    def kept_tensors(self) -> list[Tensor]:
+        """What is kept from one pass to the next beside parameters and buffers."""
+        kept = list(self._base_kept[2]) if self._base_kept is not None and not self.is_nf4 else []
+        if self.in_place_weight is not None:
+            kept.append(self.in_place_weight.base_values)
+        elif self._way is not None and self._way.operand is not None:
+            kept.append(self._way.operand)
+        return kept
+
     def restore_weight(self) -> None:
         """Bring W0 back into `weight`, bit for bit. The next pass composes it again."""
         if self.in_place_weight is not None:
@@ -375,7 +384,9 @@ class GatedSparseLinear(nn.Module):
         self.restore_weight()
         base = self._base(dtype)
         if exact:
-            return True, self._delta_operand(dtype), base
+            # A dense difference is at hand. A packed one is scattered for each product, and no matrix is kept.
+            dense = self.rigsa_values.detach().to(dtype) if self.rigsa_words is None else None
+            return True, dense, base
         return False, self._composed(self.weight.detach()).to(dtype), []
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -384,15 +395,6 @@ class GatedSparseLinear(nn.Module):
         if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
         return self.dtype
-
-    def _delta_operand(self, dtype: torch.dtype) -> Tensor:
-        """D in the operands' dtype, for the second product."""
-        values = self.rigsa_values.detach()
-        if self.pattern.is_dense:
-            return values.to(dtype)
-        matrix = torch.zeros(self.out_features, self.in_features, dtype=dtype, device=values.device)
-        torch.ops.rigsa.scatter_free_([matrix], [values], self.pattern.tensors)
-        return matrix
 
     def _composed(self, frozen: Tensor) -> Tensor:
         """``W0 + alpha * D``, a new matrix in W0's dtype, with the bits that composing in place gives."""

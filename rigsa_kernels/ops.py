@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rigsa_kernels import reference
+from rigsa_kernels import free_entries, reference  # noqa: F401 (free_entries defines operators)
 from rigsa_kernels.dispatch import kernels_win
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.library import define, on_first_use
@@ -87,18 +87,20 @@ class _GatedLinear(torch.autograd.Function):
     """Saves x and pointers, never a dense matrix made for one call.
 
     `operand` is a matrix that outlives the step and takes the place of the fused products: the composed weight when not
-    `exact`, the difference in the weight's dtype when `exact`. `indices` are the base's tensors, then the pattern's;
-    the base is empty where `operand` holds all that is multiplied by.
+    `exact`, the difference in the weight's dtype when `exact`. Without an operand, `exact` is a flag on the device for
+    the fused products, or True: then the difference is made for each product and dropped. `indices` are the base's
+    tensors, then the pattern's; the base is empty where `operand` holds all that is multiplied by.
     """
 
     @staticmethod
     def forward(ctx, x, bias, values, alpha, operand, exact, num_base, *indices):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, values, alpha, operand, exact if isinstance(exact, Tensor) else None, *indices)
         ctx.exact, ctx.num_base = exact, num_base
-        if operand is None:
-            base, pattern = list(indices[:num_base]), list(indices[num_base:])
+        base, pattern = list(indices[:num_base]), list(indices[num_base:])
+        if isinstance(exact, Tensor):
             return torch.ops.rigsa.linear_fwd(x, base, bias, values, alpha, pattern, exact)
         if exact:
+            operand = _delta(values, base[0], pattern) if operand is None else operand
             return torch.ops.rigsa.add_scaled(F.linear(x, indices[0], bias), F.linear(x, operand), alpha)
         return F.linear(x, operand, bias)
 
@@ -109,9 +111,10 @@ class _GatedLinear(torch.autograd.Function):
         base, pattern = indices[: ctx.num_base], indices[ctx.num_base :]
         dx = dbias = dvalues = dalpha = None
         if ctx.needs_input_grad[0]:
-            if operand is None:
+            if flag is not None:
                 dx = torch.ops.rigsa.linear_dx(dy, base, values, alpha, pattern, flag)
             elif ctx.exact:
+                operand = _delta(values, base[0], pattern) if operand is None else operand
                 dx = torch.ops.rigsa.add_scaled(dy @ base[0], dy @ operand, alpha)
             else:
                 dx = dy @ operand
@@ -120,6 +123,13 @@ class _GatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             dvalues, dalpha = torch.ops.rigsa.linear_dvalues(dy, x, values, alpha, pattern)
         return dx, dbias, dvalues, dalpha, None, None, None, *(None for _ in indices)
+
+
+def _delta(values: Tensor, like: Tensor, pattern: list[Tensor]) -> Tensor:
+    """A packed ``m . D`` as a matrix of the frozen weight's shape and dtype."""
+    matrix = torch.zeros_like(like)
+    torch.ops.rigsa.scatter_free_([matrix], [values], pattern)
+    return matrix
 
 
 def apply_gated_linear(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Snapshot:
@@ -34,7 +35,5 @@ class Snapshot:
 
 def _mark(tensor: Tensor) -> tuple[int | None, int | None]:
     """``(address, version)``; None for what a fake tensor or one made in inference mode does not have."""
-    try:
-        return tensor.data_ptr(), tensor._version
-    except RuntimeError:
-        return None, None if tensor.is_inference() else tensor._version
+    address = None if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    return address, None if tensor.is_inference() else tensor._version
