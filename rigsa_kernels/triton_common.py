@@ -17,6 +17,11 @@ MIN_ARCHITECTURE = 80
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of operands and values. Triton has no float64 tensor product; float64 runs on PyTorch on every device."""
 
+MAX_REGISTERS = 255
+"""A thread of a product may have as many as there are, which leaves room for two programs of four warps on a
+multiprocessor. Unless it is told a limit, the assembler aims at one program more and spills a few bytes to get there.
+"""
+
 
 @triton.jit
 def popcount(bits):

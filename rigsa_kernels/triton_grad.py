@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rigsa_kernels.triton_common import (
+    MAX_REGISTERS,
     as_rows,
     check_product,
     clamped,
@@ -171,6 +172,7 @@ def _launch(
         grad_kernel[grid](
             dy, x, values, words, word_offsets, row_base, alpha, dvalues, shares, m, n, k, dy.stride(0), x.stride(0),
             PACKED=bool(pattern), ADD=add, EVEN=m % tile.block_m == 0, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            BLOCK_M=tile.block_m, GROUP=8, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            BLOCK_M=tile.block_m, GROUP=8, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
     return shares.sum().view(1)
