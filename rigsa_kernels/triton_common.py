@@ -12,10 +12,20 @@ from torch import Tensor
 
 from rigsa_kernels.format import WORD_BITS
 
+MIN_TRITON = (3, 5)
+"""Older compilers know no recursion in a kernel, no masked histogram and no tuple of arguments."""
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+    raise RuntimeError(f"triton: expected 3.5 or newer, which PyTorch 2.9 and newer bring, got {triton.__version__}")
+
 MIN_ARCHITECTURE = 80
 """Tensor cores for bfloat16 and asynchronous copies came with compute capability 8.0 (Ampere)."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of operands and values. Triton has no float64 tensor product; float64 runs on PyTorch on every device."""
+
+MAX_REGISTERS = 255
+"""A thread of a product may have as many as there are, which leaves room for two programs of four warps on a
+multiprocessor. Unless it is told a limit, the assembler aims at one program more and spills a few bytes to get there.
+"""
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rigsa_kernels.triton_common import as_rows, check_product, load_words
-from rigsa_kernels.triton_grad import _store_dense, _store_packed
+from rigsa_kernels.triton_grad import store_dense, store_packed
 
 BLOCK_N, BLOCK_K = 16, 128
 
@@ -37,9 +37,9 @@ def gather_grad_kernel(whole_ptr, values_ptr, words_ptr, word_offsets_ptr, row_b
         row_base = tl.load(row_base_ptr + start_n + rel_n, mask=ok_n, other=0)
         word_at = tl.cast(start_k // 32, tl.int64) * N + start_n + (rel_q * N + rel_n)
         words, first = load_words(words_ptr, word_offsets_ptr, row_base, word_at, ok_n & (start_k + rel_q * 32 < K))
-        terms = _store_packed(grad, words, first, values_ptr, dvalues_ptr, alpha, False, BLOCK_N, BLOCK_K)
+        terms = store_packed(grad, words, first, values_ptr, dvalues_ptr, alpha, BLOCK_N, BLOCK_K)
     else:
-        terms = _store_dense(grad, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, False, BLOCK_N, BLOCK_K)
+        terms = store_dense(grad, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, BLOCK_N, BLOCK_K)
     tl.store(shares_ptr + tl.program_id(0), tl.sum(terms))
 
 

@@ -23,7 +23,10 @@ def attach(model: PreTrainedModel, config: Config) -> None:
 def checkpoint_activations(model: PreTrainedModel, config: Training) -> None:
     """As configured."""
     if config.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:  # its name in older versions of transformers
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def attach_adapter(model: PreTrainedModel, config: Config) -> None:

@@ -154,7 +154,7 @@ def train_level(
         if not (folder / LOG_FILE).exists():
             save_trained(model, folder, moving)
             used = {"train_seconds": watch.seconds, "peak_memory_bytes": peak_memory()}
-            made_on = {"hardware": hardware(), "versions": versions()}
+            made_on = {"hardware": hardware(), "versions": versions("torch", "triton", "transformers")}
             write_json(folder / RESOURCES_FILE, {"steps": trainer.state.global_step, **used, **made_on})
             lines = [{name: entry[name] for name in _LOGGED} for entry in trainer.state.log_history if "loss" in entry]
             write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines))
