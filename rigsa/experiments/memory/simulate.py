@@ -59,7 +59,7 @@ class SimulatedLinear(GatedSparseLinear):
         )  # fmt: skip
 
     def _is_exact(self, dtype: torch.dtype) -> bool:
-        """Where the values would decide, on a CPU: composed, which keeps the larger matrix."""
+        """On a CPU the values would decide; the simulation takes composed there, which keeps the larger matrix."""
         if self.numerics == "auto":
             return dtype in HALF_DTYPES and self.device.type == "cuda"
         return super()._is_exact(dtype)
@@ -187,14 +187,14 @@ class SimulatedModel:
         return memory.usage()
 
     def moment_bytes(self, state_dtype: StateDtype) -> int:
-        """What the optimiser would hold with moments of that dtype."""
+        """The bytes that the optimiser would hold with moments of that dtype."""
         with self._fake:
             memory = LiveMemory()
             memory.hold("optimiser", _state(self._optimizer(dataclasses.replace(self.config, state_dtype=state_dtype))))
         return memory.usage().peak
 
     def _optimizer(self, config: Config) -> MaskedAdamW:
-        """As every step but the first finds it: with its moments."""
+        """An optimiser that has its moments already, as every step but the first finds it."""
         optimizer = make_optimizer(self.model, config)
         _fill_gradients(_parameters(optimizer))
         optimizer.step()
@@ -206,7 +206,7 @@ class SimulatedModel:
             layer._forget()
 
     def _hold(self, optimizer: MaskedAdamW | None) -> LiveMemory:
-        """What is there before the forward pass, by part."""
+        """Start a record with everything that is there before the forward pass, part by part."""
         memory = LiveMemory(_temporary_bytes if self.device.type == "cpu" else lambda operator, arguments: 0)
         memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
         memory.hold("adapter", trained_parameters(self.model).values())
@@ -221,7 +221,7 @@ class SimulatedModel:
         return memory
 
     def _hold_kept(self, memory: LiveMemory) -> None:
-        """The matrices that layers keep over a step on the gemm path."""
+        """Count the matrices that layers on the gemm path keep over a step."""
         for layer in gated_linears(self.model).values():
             if "operand" in layer._kept:
                 _, (_, matrix) = layer._kept["operand"]
@@ -242,7 +242,7 @@ def _on_meta(shape: PretrainedConfig, config: Base) -> PreTrainedModel:
 
 
 def _prompts_of_one_length() -> AbstractContextManager[Any]:
-    """No padding and no packed sequences: what transformers finds in our batches, and cannot find in fake ones.
+    """Tells transformers that prompts have no padding and are not packed, which it cannot find out of fake tensors.
 
     Left to itself it would take them for the general case and make attention masks of T * T entries.
     """
@@ -300,7 +300,7 @@ def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, de
 
 
 def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> Iterator[Tensor]:
-    """What is remembered for operators in PyTorch while a pattern lives; a kernel finds entries without.
+    """The lists that operators in PyTorch keep while a pattern lives; a kernel finds entries without them.
 
     Positions (`rigsa_kernels.format`), and where products are composed the frozen weight there.
     """
@@ -316,7 +316,7 @@ def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> 
 
 
 def _temporary_bytes(operator: Any, arguments: tuple[Any, ...]) -> int:
-    """What an operator in PyTorch on a CPU takes and gives back: the copies and the product of a values' gradient."""
+    """Bytes that an operator in PyTorch on a CPU takes and gives back: copies and product of a gradient of values."""
     if operator not in (torch.ops.rigsa.linear_dvalues.default, torch.ops.rigsa.linear_dvalues_.default):
         return 0
     dy, x, values, _, pattern = arguments[:5]

@@ -33,7 +33,7 @@ PALETTE: dict[Colour, str] = {
 }  # fmt: skip
 """Okabe & Ito, less yellow, which is lost on white: told apart by the colour-blind."""
 _FILLS = ("full", "none", "left", "right", "top", "bottom")
-"""Of the markers of several settings of one method."""
+"""How markers are filled, one fill for each of several settings of one method."""
 BASE_LINES = ("--", ":")
 
 

@@ -160,7 +160,7 @@ class Report:
 
     @property
     def config(self) -> Config:
-        """Of any of the runs, for the fields in which they agree."""
+        """The first run's configuration; it speaks for all in the fields in which they agree."""
         return self.runs[0].config
 
     @property
