@@ -23,7 +23,7 @@ from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
 from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
-from rigsa.experiments.methods.gradient_masks import Score, score_entries
+from rigsa.experiments.methods.gradient_masks import GradientScore, score_entries
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
@@ -166,7 +166,7 @@ class SimulatedModel:
             optimizer.zero_grad()
         return memory.usage()
 
-    def scoring_pass(self, score: Score, tokens: int) -> Usage:
+    def scoring_pass(self, score: GradientScore, tokens: int) -> Usage:
         """One gradient of as many images as the score takes at a time, and the scores of entries from it."""
         with self._fake:
             self._forget()
