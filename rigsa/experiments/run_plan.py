@@ -1,4 +1,4 @@
-"""What a run is about to do and what it will cost, in a few lines."""
+"""Says in a few lines what a run is about to do and what it will cost."""
 
 from __future__ import annotations
 

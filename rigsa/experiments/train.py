@@ -89,7 +89,7 @@ class EndsEarly(TrainerCallback):
     """A callback that may end a level before its last step."""
 
     def ended_at(self) -> int | None:
-        """The step at which it did, as it has written down before any checkpoint of that step."""
+        """The step at which it ended the level, or None. It writes that down before any checkpoint of that step."""
         raise NotImplementedError
 
 
@@ -102,7 +102,7 @@ def train_level(
     callbacks: Sequence[TrainerCallback] = (),
     first_step: int = 0,
 ) -> None:
-    """Train, then write the adapter, the resources used and, last, the log; where they are, load the adapter instead.
+    """Train, then write the adapter, the resources used and, last, the log. A level with a log is loaded instead.
 
     On several processes all of them train, and the main one writes. Under FSDP `model` is left in shards.
 
@@ -161,7 +161,7 @@ def train_level(
 
 
 def save_trained(model: nn.Module, folder: Path, moving: bool) -> None:
-    """The adapter and, before it, the masks if they were `moving`."""
+    """Write the adapter and, if training was `moving` the masks, those before it."""
     if moving:
         patterns = {name: layer.pattern for name, layer in gated_linears(model).items()}
         save_masks(patterns, folder / MASK_FILE, base_fingerprint(model))
@@ -169,7 +169,7 @@ def save_trained(model: nn.Module, folder: Path, moving: bool) -> None:
 
 
 def load_trained(model: nn.Module, folder: Path, moving: bool) -> None:
-    """What `save_trained` wrote. Raises RigsaError where a file is missing or does not fit."""
+    """Load what `save_trained` wrote. Raises RigsaError if a file is missing or does not fit."""
     if moving:
         patterns = load_masks(model, folder / MASK_FILE)
         for name, layer in gated_linears(model).items():
@@ -273,7 +273,7 @@ def check_processes(checkpoint: Path) -> None:
 
 
 class LevelTrainer(Trainer):
-    """Our loss, adapter-only checkpoints, and a stop at the first non-finite number."""
+    """A Trainer with our loss and schedule, checkpoints of the adapter alone, and a stop at non-finite numbers."""
 
     model: nn.Module
     train_dataset: PromptDataset
@@ -289,7 +289,7 @@ class LevelTrainer(Trainer):
         return cast(MaskedAdamW, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The Trainer's linear one, from `first_step` on."""
+        """The Trainer's linear schedule, which here starts at `first_step`."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.create_optimizer()
             for group in optimizer.param_groups:
@@ -300,7 +300,7 @@ class LevelTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
-        """Whole batches only. What is left would make a smaller step, and processes could not share it evenly."""
+        """Draw whole batches only. A smaller one would make a smaller step, and processes could not share it evenly."""
         count = steps_per_epoch(self.config, len(self.train_dataset)) * self.config.batch_size
         return RandomSampler(self.train_dataset, num_samples=count)
 
@@ -352,7 +352,7 @@ class LevelTrainer(Trainer):
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: `train_level` has loaded the adapter, while no tensor was in shards yet."""
+        """Do nothing: `train_level` has loaded the adapter already, before any tensor was in shards."""
 
     def _stop_at_non_finite(self, what: str, inputs: dict[str, Tensor] | None) -> NoReturn:
         layer = first_non_finite_parameter(self.model) or (inputs and first_non_finite_output(self.model, inputs))

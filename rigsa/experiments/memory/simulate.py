@@ -24,7 +24,7 @@ from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
 from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
-from rigsa.experiments.methods.gradient_masks import Score, score_entries
+from rigsa.experiments.methods.gradient_masks import GradientScore, score_entries
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
@@ -130,7 +130,7 @@ class SimulatedModel:
             optimizer.zero_grad()
         return memory.usage()
 
-    def scoring_pass(self, score: Score, tokens: int) -> Usage:
+    def scoring_pass(self, score: GradientScore, tokens: int) -> Usage:
         """One gradient of as many images as the score takes at a time, and the scores of entries from it."""
         with self._fake:
             memory = self._hold(None)
@@ -149,14 +149,14 @@ class SimulatedModel:
         return memory.usage()
 
     def moment_bytes(self, state_dtype: StateDtype) -> int:
-        """What the optimiser would hold with moments of that dtype."""
+        """The bytes that the optimiser would hold with moments of that dtype."""
         with self._fake:
             memory = LiveMemory()
             memory.hold("optimiser", _state(self._optimizer(dataclasses.replace(self.config, state_dtype=state_dtype))))
         return memory.usage().peak
 
     def _optimizer(self, config: Config) -> MaskedAdamW:
-        """As every step but the first finds it: with its moments."""
+        """An optimiser that has its moments already, as every step but the first finds it."""
         optimizer = make_optimizer(self.model, config)
         _fill_gradients(_parameters(optimizer))
         optimizer.step()
@@ -164,8 +164,13 @@ class SimulatedModel:
         return optimizer
 
     def _hold(self, optimizer: MaskedAdamW | None) -> LiveMemory:
+<<<<<<< HEAD
         """What is there before the forward pass, by part."""
         memory = LiveMemory(partial(_temporary_bytes, self.device))
+=======
+        """Start a record with everything that is there before the forward pass, part by part."""
+        memory = LiveMemory(_temporary_bytes if self.device.type == "cpu" else lambda operator, arguments: 0)
+>>>>>>> house
         memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
         memory.hold("adapter", trained_parameters(self.model).values())
         for layer in gated_linears(self.model).values():
@@ -179,7 +184,11 @@ class SimulatedModel:
         return memory
 
     def _hold_kept(self, memory: LiveMemory) -> None:
+<<<<<<< HEAD
         """What layers keep over a step on the gemm path: a matrix, or W0 at the free entries."""
+=======
+        """Count the matrices that layers on the gemm path keep over a step."""
+>>>>>>> house
         for layer in gated_linears(self.model).values():
             memory.hold("adapter", layer.kept_tensors())
 
@@ -198,7 +207,7 @@ def _on_meta(shape: PretrainedConfig, config: Base) -> PreTrainedModel:
 
 
 def _prompts_of_one_length() -> AbstractContextManager[Any]:
-    """No padding and no packed sequences: what transformers finds in our batches, and cannot find in fake ones.
+    """Tells transformers that prompts have no padding and are not packed, which it cannot find out of fake tensors.
 
     Left to itself it would take them for the general case and make attention masks of T * T entries.
     """
@@ -252,8 +261,13 @@ def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, de
         layer.set_pattern(SparsePattern(n, k, max(round(density * n * k), 1), words, offsets, row_base))
 
 
+<<<<<<< HEAD
 def _position_lists(layer: GatedSparseLinear, device: torch.device) -> Iterator[Tensor]:
     """What is remembered for operators in PyTorch on a CPU while a pattern lives (`rigsa_kernels.format`).
+=======
+def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> Iterator[Tensor]:
+    """The lists that operators in PyTorch keep while a pattern lives; a kernel finds entries without them.
+>>>>>>> house
 
     A kernel on a GPU finds entries without lists.
     """
@@ -265,9 +279,15 @@ def _position_lists(layer: GatedSparseLinear, device: torch.device) -> Iterator[
             yield torch.empty(nnz, dtype=torch.int32)
 
 
+<<<<<<< HEAD
 def _temporary_bytes(device: torch.device, operator: Any, arguments: tuple[Any, ...]) -> int:
     """What an operator takes and gives back: the copies and the product of a values' gradient."""
     if operator is not torch.ops.rigsa.linear_dvalues.default:
+=======
+def _temporary_bytes(operator: Any, arguments: tuple[Any, ...]) -> int:
+    """Bytes that an operator in PyTorch on a CPU takes and gives back: copies and product of a gradient of values."""
+    if operator not in (torch.ops.rigsa.linear_dvalues.default, torch.ops.rigsa.linear_dvalues_.default):
+>>>>>>> house
         return 0
     dy, x, values, _, pattern = arguments[:5]
     n, k = dy.shape[-1], x.shape[-1]

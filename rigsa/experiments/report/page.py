@@ -23,7 +23,7 @@ PAGE_FILE = "report.html"
 TEXT_FILE = "report.md"
 CSV_FILE = "report.csv"
 DEFAULT_OUT = Path("report")
-"""Where a report on several folders goes, in the working directory."""
+"""A report on several folders goes here, in the working directory."""
 _MARK = "<!-- written by rigsa report -->"
 """First line of report.md: what is ours may be written again."""
 
