@@ -10,8 +10,9 @@ are the same, which `Checked` holds so that no other object can take their place
 
 from __future__ import annotations
 
+import itertools
 import operator
-from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -124,6 +125,7 @@ class Checked:
         ]
         self.same_kind = len(set(self.kinds)) == 1
         self.starts, self.ends = self._written(members, columns, addresses)
+        self._apart: list[int] | None = None
 
     def covers(self, objects: list[list[Any]], addresses: list[list[int]] | None) -> bool:
         """Whether these are the objects that have passed, where they were."""
@@ -138,7 +140,7 @@ class Checked:
 
     def _written(
         self, members: Members, columns: list[list[Any]], addresses: list[list[int]] | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[list[int], list[int]]:
         pieces = sorted(
             (start, start + tensor.nbytes, at)
             for column, row in zip(columns, addresses or [], strict=False)
@@ -148,24 +150,28 @@ class Checked:
         if pieces and pieces[0][0] == 0:
             name = members.name(pieces[0][2])
             raise ValueError(f"{name}: expected it and its state in memory, got storage that was freed")
-        for (_, end, at), (following, _, other) in zip(pieces, pieces[1:], strict=False):
+        for (_, end, at), (following, _, other) in itertools.pairwise(pieces):
             if following < end:
                 raise ValueError(
                     f"{members.name(at)}: expected it and its state in memory of their own, "
                     f"got some that overlaps {members.name(other)} or its state"
                 )
-        return _int64([start for start, _, _ in pieces]), _int64([end for _, end, _ in pieces])
+        return [start for start, _, _ in pieces], [end for _, end, _ in pieces]
 
     def overlapping(self, starts: list[int], grads: list[Tensor]) -> list[int]:
         """Which of `grads` lie in memory that the update writes to."""
-        if not self.starts.numel() or not starts:
+        if starts == self._apart:
             return []
-        first = _int64(starts)
-        beyond = first + _int64([grad.nbytes for grad in grads])
-        at = torch.searchsorted(self.ends, first, right=True)  # the first piece that ends beyond the gradient's start
-        inside = at < self.starts.numel()
-        overlaps = (self.starts[at.clamp_max_(self.starts.numel() - 1)] < beyond) & inside & (first < beyond)
-        return cast(list[int], overlaps.nonzero().view(-1).tolist()) if overlaps.any() else []
+        sizes = [grad.nbytes for grad in grads]
+        last = len(self.ends)
+        found = [
+            at
+            for at, (start, size) in enumerate(zip(starts, sizes, strict=True))
+            # The first piece that ends beyond the gradient's start is the only one to look at: pieces do not overlap.
+            if size and (piece := bisect_right(self.ends, start)) < last and self.starts[piece] < start + size
+        ]
+        self._apart = None if found else starts
+        return found
 
 
 def launches_of(members: Members, state: dict[Tensor, dict[str, Any]], remembered: Remembered) -> list[Launch]:
@@ -205,18 +211,24 @@ def launches_of(members: Members, state: dict[Tensor, dict[str, Any]], remembere
     for part in _parts(checked, steps, dtypes):
         first = part[0]
         has_scales = bool(scales) and scales[first] is not None  # all of a part, or none
-        found = [params, grads, exp_avgs, exp_avg_sqs, scales if has_scales else []]
-        where = [addresses[0], grad_addresses, *addresses[1:3], addresses[3] if has_scales else []] if addresses else None
+        where = None
+        if addresses is not None:
+            rows = [addresses[0], grad_addresses, *addresses[1:3], addresses[3] if has_scales else []]
+            where = [pick(row, part) for row in rows]
         launches.append(
             Launch(
-                members.group,
-                steps[first],
-                checked.kinds[first][3],
-                pick(members.owned, part),
-                pick(states, part),
-                pick(checked.numbers, part),
-                *(pick(column, part) for column in found),
-                addresses=[pick(column, part) for column in where] if where else None,
+                options=members.group,
+                step=steps[first],
+                gates=checked.kinds[first][3],
+                owned=pick(members.owned, part),
+                states=pick(states, part),
+                numbers=pick(checked.numbers, part),
+                params=pick(params, part),
+                grads=pick(grads, part),
+                exp_avgs=pick(exp_avgs, part),
+                exp_avg_sqs=pick(exp_avg_sqs, part),
+                scales=pick(scales, part) if has_scales else [],
+                addresses=where,
             )
         )
     return launches
@@ -367,9 +379,14 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.is_contiguous()
 
 
+def _are_plain(column: list[Any]) -> bool:
+    """Whether these are all PyTorch's own kind of tensor: no DTensor, no fake tensor."""
+    return set(map(type, column)) <= {Tensor, torch.nn.Parameter}
+
+
 def _are_in_memory(params: list[Tensor]) -> bool:
     """Whether tensors have addresses: fake tensors and those on "meta" have none."""
-    return set(map(type, params)) <= {Tensor, torch.nn.Parameter} and not any([param.is_meta for param in params])
+    return _are_plain(params) and not any([param.is_meta for param in params])
 
 
 def pick(column: list[T], at: Sequence[int]) -> list[T]:
@@ -379,12 +396,14 @@ def pick(column: list[T], at: Sequence[int]) -> list[T]:
 
 def _local(column: list[Tensor]) -> list[Tensor]:
     """`local_part` of each; `column` itself where there is no DTensor."""
-    return list(map(local_part, column)) if any(hasattr(tensor, "to_local") for tensor in column) else column
+    if _are_plain(column) or not any(hasattr(tensor, "to_local") for tensor in column):
+        return column
+    return list(map(local_part, column))
 
 
 def _local_scales(members: Members, scales: list[Any]) -> list[Any]:
     """The scales of the part of moments that this process holds; empty where no member has any."""
-    if all(one is None for one in scales):
+    if set(map(type, scales)) == {type(None)}:
         return []
     if members.params is members.owned:
         return scales
@@ -396,9 +415,6 @@ def _local_scales(members: Members, scales: list[Any]) -> list[Any]:
 
 def _addresses(column: list[Any]) -> list[int]:
     """Of each tensor; 0 where there is none."""
+    if _are_plain(column):
+        return list(map(Tensor.data_ptr, column))
     return [0 if tensor is None else tensor.data_ptr() for tensor in column]
-
-
-def _int64(numbers: list[int]) -> Tensor:
-    """On the CPU, whatever the default device is."""
-    return torch.frombuffer(array("q", numbers), dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64, device="cpu")

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast, get_args
 
 import torch
@@ -46,8 +47,8 @@ from rigsa_kernels.library import on_first_use
 _update_on_cuda = on_first_use("triton_adamw.update_")
 
 PENDING_BYTES = 4 << 20
-"""Gradients that `stepping_in_backward` collects before it updates. A GPU moves what an update of so many needs in about
-the time that the host takes to launch it, so that neither waits for the other; fewer would be bound by the host."""
+"""Gradients that `stepping_in_backward` collects before it updates. To update so many, a GPU moves some 30 MB, which
+takes it about as long as the host takes to launch the update: fewer would be bound by the host."""
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -156,19 +157,20 @@ class MaskedAdamW(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def step_early(self, params: Iterable[Tensor]) -> None:
-        """The update that `step` would make of `params`, before the others: see `stepping_in_backward`.
+    def step_early(self, positions: Sequence[Sequence[int]]) -> None:
+        """The update that `step` would make of some parameters, before the others: see `stepping_in_backward`.
 
         Only what has a gradient is updated; the gradient is left to the caller. Hooks on steps are not called, as the
         step is not done.
+
+        Args:
+            positions: of the parameters within each group.
 
         Raises:
             ValueError, RuntimeError: as `step`.
         """
         _refuse_capture()
-        wanted = set(params)
-        places = [[at for at, param in enumerate(group["params"]) if param in wanted] for group in self.param_groups]
-        for launch in self._launches(places):
+        for launch in self._launches(positions):
             self._run(launch)
 
     def _check_places(self) -> None:
@@ -209,7 +211,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if _is_for_pytorch(columns):
             steps = [torch.tensor(float(step))] * len(launch.params)
             torch._fused_adamw_(
-                *columns, [], steps,
+                launch.params, launch.grads, launch.exp_avgs, launch.exp_avg_sqs, [], steps,
                 lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
             )  # fmt: skip
         elif launch.addresses is not None and _has_kernels(launch.params[0].device):
@@ -318,19 +320,33 @@ def stepping_in_backward(optimizer: MaskedAdamW) -> Iterator[None]:
     ordinary step, as no parameter's update looks at another's gradient; that is why there can be no clipping, and one
     micro-batch a step only. The `step` that follows updates what is left.
     """
-    pending: dict[Tensor, int] = {}
+    groups = [group["params"] for group in optimizer.param_groups]
+    pending: list[dict[int, int]] = [{} for _ in groups]  # of each group, bytes of the gradient by position
+    held = 0
 
-    def collect(parameter: Tensor) -> None:
-        pending[parameter] = local_part(cast(Tensor, parameter.grad)).nbytes
-        if sum(pending.values()) >= PENDING_BYTES:
-            optimizer.step_early(pending)
-            for updated in pending:
-                updated.grad = None
-            pending.clear()
+    def collect(index: int, at: int, parameter: Tensor) -> None:
+        nonlocal held
+        pending[index][at] = local_part(cast(Tensor, parameter.grad)).nbytes
+        held += pending[index][at]
+        if held >= PENDING_BYTES:
+            optimizer.step_early([sorted(positions) for positions in pending])
+            for params, positions in zip(groups, pending, strict=True):
+                for position in positions:
+                    params[position].grad = None
+            forget()
 
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    hooks = [parameter.register_post_accumulate_grad_hook(collect) for parameter in parameters]
-    hooks.append(optimizer.register_step_post_hook(lambda *_: pending.clear()))
+    def forget(*_: Any) -> None:
+        nonlocal held
+        held = 0
+        for positions in pending:
+            positions.clear()
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(partial(collect, index, at))
+        for index, params in enumerate(groups)
+        for at, parameter in enumerate(params)
+    ]
+    hooks.append(optimizer.register_step_post_hook(forget))
     try:
         yield
     finally:
@@ -441,13 +457,9 @@ def _gates_apart(
     return others + apart
 
 
-def _places(
-    model: nn.Module, groups: list[dict[str, Any]]
-) -> list[tuple[weakref.ref[nn.Module], str, str, int, int]]:
-    """Where `model` holds each parameter of `groups`: layer, attribute, qualified name, number of the group, position."""
-    positions = {
-        param: (index, at) for index, group in enumerate(groups) for at, param in enumerate(group["params"])
-    }
+def _places(model: nn.Module, groups: list[dict[str, Any]]) -> list[tuple[weakref.ref[nn.Module], str, str, int, int]]:
+    """Where `model` holds each parameter of `groups`: layer, attribute, qualified name, group and position."""
+    positions = {param: (index, at) for index, group in enumerate(groups) for at, param in enumerate(group["params"])}
     return [
         (weakref.ref(module), attribute, f"{prefix}.{attribute}".lstrip("."), *positions[param])
         for prefix, module in model.named_modules()

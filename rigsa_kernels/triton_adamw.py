@@ -3,8 +3,8 @@
 The pass is bound by memory, so the kernel is built around its traffic: every value, gradient and moment is read once
 and every value and moment written once, 128 bits at a time. 168 layers are one launch: a table on the device holds a
 row of addresses and sizes for each tensor, and a list says which tensor a chunk of values belongs to. Both depend on
-nothing but the addresses and sizes they hold, so they are remembered by those and cannot go stale; a new one travels
-from pinned memory without a synchronisation.
+nothing but the addresses and sizes they hold, so they are remembered by those (and by the stream that sent them) and
+cannot go stale; a new one travels from pinned memory without a synchronisation.
 
 An address in a table carries no alignment that the compiler knows, so it is promised (`multiple_of`) where the host
 saw it; tensors that are not aligned to 16 bytes go into a launch of their own without the promise. A mask on an unknown
@@ -371,7 +371,7 @@ _TYPES = {
 }
 _Table = tuple[Tensor, Tensor, int, bool]
 """The rows of one launch, the number of the row that each program works on, how many programs there are, and whether
-every address that the flat kernel loads vectors from is aligned."""
+the addresses of vectors, columns 0 to 3, 8 and 9, are aligned (told of the flat kernel alone)."""
 
 
 def _tables(
@@ -414,17 +414,16 @@ def _stream(device: torch.device) -> int:
 def _on_device(content: bytes, device: torch.device, stream: int, flat: bool) -> list[_Table]:
     """The tables of `content`, rows without the first chunk: a pure function of it, so it cannot go stale."""
     rows = torch.frombuffer(bytearray(content), dtype=torch.int64).view(-1, COLUMNS)
-    exists = rows[:, 5] > 0
-    aligned = (rows[:, [0, 1, 2, 3, 8, 9]] % ALIGNMENT == 0).all(1) if flat else torch.ones_like(exists)
     counts = (rows[:, 5] + CHUNK - 1) // CHUNK if flat else (rows[:, 14] + ROWS - 1) // ROWS
+    exists = rows[:, 5] > 0
+    odd = (rows[:, :4] % ALIGNMENT).any(1) | (rows[:, 8:10] % ALIGNMENT).any(1) if flat else ~exists
     tables = []
-    for alignment in (True, False):
-        chosen = exists & (aligned == alignment)
+    for alignment, chosen in ((True, exists & ~odd), (False, exists & odd)):
         if chosen.any():
             table, chunks = rows[chosen], counts[chosen]
             table[:, 7] = chunks.cumsum(0) - chunks
             owners = _owners(tuple(chunks.tolist()), device, stream)
-            tables.append((_sent(table, device), owners, int(chunks.sum()), alignment))
+            tables.append((_sent(table, device), owners, owners.numel(), alignment))
     return tables
 
 
