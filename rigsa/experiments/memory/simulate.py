@@ -164,13 +164,8 @@ class SimulatedModel:
         return optimizer
 
     def _hold(self, optimizer: MaskedAdamW | None) -> LiveMemory:
-<<<<<<< HEAD
-        """What is there before the forward pass, by part."""
-        memory = LiveMemory(partial(_temporary_bytes, self.device))
-=======
         """Start a record with everything that is there before the forward pass, part by part."""
-        memory = LiveMemory(_temporary_bytes if self.device.type == "cpu" else lambda operator, arguments: 0)
->>>>>>> house
+        memory = LiveMemory(partial(_temporary_bytes, self.device))
         memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
         memory.hold("adapter", trained_parameters(self.model).values())
         for layer in gated_linears(self.model).values():
@@ -184,11 +179,7 @@ class SimulatedModel:
         return memory
 
     def _hold_kept(self, memory: LiveMemory) -> None:
-<<<<<<< HEAD
-        """What layers keep over a step on the gemm path: a matrix, or W0 at the free entries."""
-=======
-        """Count the matrices that layers on the gemm path keep over a step."""
->>>>>>> house
+        """Count what layers keep over a step on the gemm path: a matrix, or W0 at the free entries."""
         for layer in gated_linears(self.model).values():
             memory.hold("adapter", layer.kept_tensors())
 
@@ -261,13 +252,8 @@ def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, de
         layer.set_pattern(SparsePattern(n, k, max(round(density * n * k), 1), words, offsets, row_base))
 
 
-<<<<<<< HEAD
 def _position_lists(layer: GatedSparseLinear, device: torch.device) -> Iterator[Tensor]:
-    """What is remembered for operators in PyTorch on a CPU while a pattern lives (`rigsa_kernels.format`).
-=======
-def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> Iterator[Tensor]:
-    """The lists that operators in PyTorch keep while a pattern lives; a kernel finds entries without them.
->>>>>>> house
+    """The lists that operators in PyTorch on a CPU keep while a pattern lives (`rigsa_kernels.format`).
 
     A kernel on a GPU finds entries without lists.
     """
@@ -279,15 +265,9 @@ def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> 
             yield torch.empty(nnz, dtype=torch.int32)
 
 
-<<<<<<< HEAD
 def _temporary_bytes(device: torch.device, operator: Any, arguments: tuple[Any, ...]) -> int:
     """What an operator takes and gives back: the copies and the product of a values' gradient."""
     if operator is not torch.ops.rigsa.linear_dvalues.default:
-=======
-def _temporary_bytes(operator: Any, arguments: tuple[Any, ...]) -> int:
-    """Bytes that an operator in PyTorch on a CPU takes and gives back: copies and product of a gradient of values."""
-    if operator not in (torch.ops.rigsa.linear_dvalues.default, torch.ops.rigsa.linear_dvalues_.default):
->>>>>>> house
         return 0
     dy, x, values, _, pattern = arguments[:5]
     n, k = dy.shape[-1], x.shape[-1]
