@@ -184,6 +184,7 @@ class GatedSparseLinear(nn.Module):
         self._way: _Way | None = None
         self._base_kept: tuple[Snapshot, torch.dtype, list[Tensor]] | None = None
         self._weight_rms: tuple[Snapshot, Tensor] | None = None
+        self._threshold: Tensor | None = None
         self._was_exact: bool | None = None
         # FSDP and functional_call put another tensor in the weight's place for a pass, which must not be written to.
         self._home = weakref.ref(self.weight)
@@ -424,7 +425,7 @@ class GatedSparseLinear(nn.Module):
         """Have `weight` hold the sum. False where another layer writes into it; neither does from then on."""
         own = self.in_place_weight
         if own is not None and not own.check_untouched():
-            own = self.in_place_weight = None
+            own = self.in_place_weight = self._weight_rms = None
         if own is None:
             if not self._claim_weight():
                 return False
@@ -488,9 +489,24 @@ class GatedSparseLinear(nn.Module):
             return self.numerics == "exact"
         if dtype not in HALF_DTYPES:
             return False
-        if (self.rule_device or self.weight.device).type != "cpu" and self.training:
+        if self.training and self.decides_by_optimizer():
             return self.exact_in_training
         return not self.is_safe(dtype).item()
+
+    def decides_by_optimizer(self) -> bool:
+        """Whether `exact_in_training` is what `auto` goes by (`rigsa_kernels.switching`)."""
+        return (self.rule_device or self.weight.device).type != "cpu"
+
+    def composing_norm(self) -> Tensor:
+        """``|alpha|`` times the 2-norm of the values from which composing is safe: a scalar on the layer's device.
+
+        `composed_is_safe` with its root of the count on the other side. It changes with the pattern only.
+        """
+        weight_rms = self._free_weight_rms()
+        if self._threshold is None:
+            root = math.sqrt(max(self.rigsa_values.numel(), 1))
+            self._threshold = torch.finfo(self.dtype).eps * root * weight_rms
+        return self._threshold
 
     def _exact_flag(self, dtype: torch.dtype) -> Tensor:
         """The device's decision, for the fused path: a boolean of shape ``(1,)`` that nobody waits for."""
@@ -506,17 +522,21 @@ class GatedSparseLinear(nn.Module):
         return composed_is_safe(alpha, values, self._free_weight_rms(), dtype)
 
     def _free_weight_rms(self) -> Tensor:
-        """Of W0 at the free entries. It changes with the pattern only, so it is kept."""
-        if self._weight_rms is None:
-            if self.in_place_weight is not None:
-                entries = self.in_place_weight.base_values
-            else:
-                entries = self.frozen_matrix()
-                if self.rigsa_words is not None:
-                    matrix, entries = entries, entries.new_empty(self.rigsa_values.numel())
-                    torch.ops.rigsa.gather_free_([entries], [matrix], self.pattern.tensors)
-            self._weight_rms = rms(entries)
-        return self._weight_rms
+        """Of W0 at the free entries. It changes with the weight and the pattern only, so it is kept."""
+        weight, own = self._trio()[0], self.in_place_weight
+        if self._weight_rms is None or not (own is not None or self._weight_rms[0].is_of(weight)):
+            self._threshold = None
+            self._weight_rms = Snapshot(weight), rms(self._free_weight_entries())
+        return self._weight_rms[1]
+
+    def _free_weight_entries(self) -> Tensor:
+        if self.in_place_weight is not None:
+            return self.in_place_weight.base_values
+        entries = self.frozen_matrix()
+        if self.rigsa_words is not None:
+            matrix, entries = entries, entries.new_empty(self.rigsa_values.numel())
+            torch.ops.rigsa.gather_free_([entries], [matrix], self.pattern.tensors)
+        return entries
 
     def _log_switch(self, exact: bool) -> None:
         if self._was_exact not in (None, exact):
@@ -553,7 +573,7 @@ class GatedSparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold W0 and nothing that was made from it."""
         self.restore_weight()
-        made = ("in_place_weight", "_way", "_base_kept", "_weight_rms", "_home")
+        made = ("in_place_weight", "_way", "_base_kept", "_weight_rms", "_threshold", "_home")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

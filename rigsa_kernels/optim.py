@@ -33,6 +33,7 @@ from torch import Tensor
 
 from rigsa_kernels.adamw import check_options, hyper_parameters, move_codes, random_key
 from rigsa_kernels.format import carry
+from rigsa_kernels.in_place import after_step
 from rigsa_kernels.launches import (
     Launch,
     Members,
@@ -43,6 +44,8 @@ from rigsa_kernels.launches import (
     local_part,
 )
 from rigsa_kernels.library import on_first_use
+from rigsa_kernels.replace import gated_linears
+from rigsa_kernels.switching import Switch
 
 _update_on_cuda = on_first_use("triton_adamw.update_")
 
@@ -117,12 +120,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__init__(groups, defaults | {"state_dtype": state_dtype, "seed": seed})
         self._remembered: Remembered = {}
         self._places = _places(params, self.param_groups) if isinstance(params, nn.Module) else []
+        self._switch = Switch(gated_linears(params).values() if isinstance(params, nn.Module) else [])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, which leave out what is only remembered."""
         super().__setstate__(state)
         self.__dict__.setdefault("_remembered", {})
         self.__dict__.setdefault("_places", [])
+        self.__dict__.setdefault("_switch", Switch([]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any ``torch.optim`` class.
@@ -152,7 +157,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                 loss = closure()
         self._check_places()
         _refuse_capture()
-        for launch in self._launches():
+        launches = self._launches()
+        self._switch.before_step()
+        for launch in launches:
             self._run(launch)
         return loss
 
@@ -170,8 +177,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             ValueError, RuntimeError: as `step`.
         """
         _refuse_capture()
-        for launch in self._launches(positions):
+        launches = self._launches(positions)
+        for launch in launches:
             self._run(launch)
+        after_step(param for launch in launches for param in launch.owned)
 
     def _check_places(self) -> None:
         """Raises ValueError where a layer of the model holds another parameter now than the one given to us."""
@@ -252,6 +261,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         number = list(seeds).index(id(param))
         move_codes(exp_avg, exp_avg_sq, state["scales"], places, number, state["step"], seeds[id(param)])
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in any ``torch.optim`` class, and where layers in 16 bits are `auto` on a GPU, the decisions about them."""
+        state, numerics = super().state_dict(), self._switch.state()
+        return state if numerics is None else state | {"numerics": numerics}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in any ``torch.optim`` class, but what is loaded keeps its dtype, and is checked and copied.
 
@@ -273,6 +287,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         finally:
             hook.remove()
         self.state.update(loaded)
+        self._switch.load(state_dict.get("numerics"))
         self._remembered.clear()
         for group in self.param_groups:  # a state of torch.optim.AdamW has no options of ours
             group |= {name: value for name, value in self.defaults.items() if name not in group}

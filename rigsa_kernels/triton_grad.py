@@ -143,9 +143,7 @@ def linear_dvalues(
     return dvalues, _launch(dy, x, values, alpha, pattern, dvalues)
 
 
-def _launch(
-    dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor], dvalues: Tensor
-) -> Tensor:
+def _launch(dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor], dvalues: Tensor) -> Tensor:
     """One launch; returns dalpha, shape ``(1,)``."""
     dy, x = as_rows(dy), as_rows(x)
     m, n, k = *dy.shape, x.shape[1]
