@@ -1,5 +1,9 @@
 """RIGSA: fine-tune language models with gated sparse adapters, pruned by the lottery-ticket method."""
 
+from rigsa.checkpoints import keep_adapter_in_checkpoints
+from rigsa.errors import RigsaError
+from rigsa.saving import load_adapter, save_adapter
+from rigsa.state import restore_snapshot, snapshot
 from rigsa_kernels import (
     GatedSparseLinear,
     MaskedAdamW,
@@ -11,15 +15,23 @@ from rigsa_kernels import (
     replace_linears,
     restore_linears,
 )
+from rigsa_kernels.replace import after_replacing
+
+after_replacing(keep_adapter_in_checkpoints)
 
 __all__ = [
     "GatedSparseLinear",
     "MaskedAdamW",
+    "RigsaError",
     "SparsePattern",
     "__version__",
     "adapter_summary",
     "gated_linears",
+    "load_adapter",
     "merge_linears",
     "replace_linears",
     "restore_linears",
+    "restore_snapshot",
+    "save_adapter",
+    "snapshot",
 ]
