@@ -1,5 +1,7 @@
 """RIGSA: fine-tune language models with gated sparse adapters, pruned by the lottery-ticket method."""
 
+from typing import TYPE_CHECKING, Any
+
 from rigsa.checkpoints import keep_adapter_in_checkpoints
 from rigsa.errors import RigsaError
 from rigsa.saving import load_adapter, save_adapter
@@ -18,11 +20,28 @@ from rigsa_kernels import (
 )
 from rigsa_kernels.replace import after_replacing
 
+if TYPE_CHECKING:
+    from rigsa.callbacks import AdapterCheckpoints, PruningLevels
+
+_NEED_TRANSFORMERS = {"AdapterCheckpoints": "rigsa.callbacks", "PruningLevels": "rigsa.callbacks"}
+
 after_replacing(keep_adapter_in_checkpoints)
 
+
+def __getattr__(name: str) -> Any:
+    """The names whose modules import transformers, when they are first asked for."""
+    import importlib
+
+    if name not in _NEED_TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_NEED_TRANSFORMERS[name]), name)
+
+
 __all__ = [
+    "AdapterCheckpoints",
     "GatedSparseLinear",
     "MaskedAdamW",
+    "PruningLevels",
     "RigsaError",
     "SparsePattern",
     "__version__",

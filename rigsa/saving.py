@@ -208,6 +208,12 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
         return _read_config(Path(folder))[0]
 
 
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises RigsaError where the files of a saved adapter are missing, or have changed since they were saved."""
+    with _naming(folder):
+        _read_folder(Path(folder), None)
+
+
 def read_patterns(folder: str | os.PathLike[str]) -> dict[str, SparsePattern]:
     """Layer name to the pattern of a saved adapter.
 

@@ -197,7 +197,7 @@ def random_ticket(model: nn.Module, density: float | Mapping[str, int], *, seed:
     """
     layers = adapted_layers(model)
     counts = _counts(layers, density)
-    patterns = {}
+    patterns: dict[str, SparsePattern] = {}
     for name, layer in layers.items():
         device = layer.rigsa_values.device
         patterns |= random_patterns({name: layer.pattern.shape}, {name: counts[name]}, seed=seed, device=device)
@@ -318,8 +318,10 @@ def _check_rewind(layers: Mapping[str, GatedSparseLinear], rewind: str | Snapsho
 
 def _check_inside(patterns: Mapping[str, SparsePattern], rewind: str | Snapshot) -> None:
     """Raises ValueError where a snapshot has no value for an entry."""
-    for name, pattern in patterns.items() if not isinstance(rewind, str) else ():
-        there = rewind[name].pattern  # type: ignore[index]
+    if isinstance(rewind, str):
+        return
+    for name, pattern in patterns.items():
+        there = rewind[name].pattern
         if pattern.shape != there.shape:
             raise ValueError(f"rewind: expected {list(pattern.shape)} for {name}, got {list(there.shape)}")
         if not there.is_dense and bool((pattern.to_mask().cpu() & ~there.to_mask().cpu()).any()):
