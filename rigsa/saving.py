@@ -226,14 +226,23 @@ def read_patterns(folder: str | os.PathLike[str]) -> dict[str, SparsePattern]:
             return {name: _read_pattern(name, layer, file.get_tensor) for name, layer in record.layers.items()}
 
 
-def read_states(folder: str | os.PathLike[str]) -> dict[str, LayerState]:
+def read_states(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, strict: bool = False
+) -> dict[str, LayerState]:
     """A saved adapter as a snapshot, on the CPU (`rigsa.snapshot`).
 
+    Args:
+        folder: what `save_adapter` wrote.
+        model: where it is to be put; checked as `load_adapter` does, and not changed.
+        strict: as in `load_adapter`.
+
     Raises:
-        RigsaError: a file is missing, damaged or not what the record says.
+        RigsaError: a file is missing, damaged or not what the record says, or it does not fit `model`.
     """
     with _naming(folder):
-        record, path = _read_folder(Path(folder), None)
+        record, path = _read_folder(Path(folder), None if model is None else unwrap(model))
+        if model is not None:
+            _check_base(unwrap(model), record, strict)
         with safe_open(path, framework="pt", device="cpu") as file:
             gates = _read_finite(GATES, file.get_tensor)
             shared = [gates[number : number + 1] for number in range(len(gates))]
