@@ -13,15 +13,26 @@ import torch
 import torch.nn as nn
 
 from rigsa_kernels.dispatch import Path
+from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.in_place import Peers, restore
 from rigsa_kernels.init import layer_key
 from rigsa_kernels.linear import ALPHA_INIT, HALF_DTYPES, GatedSparseLinear, Numerics, is_plain_linear
 from rigsa_kernels.nf4 import is_nf4_linear, nf4_base
+from rigsa_kernels.select import drawn, top_k
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
+ChoosePattern = Callable[[str, nn.Linear], SparsePattern]
+"""Where the layer of this name may be non-zero."""
+
+_after_replacing: list[Callable[[nn.Module], object]] = []
+
+
+def after_replacing(hook: Callable[[nn.Module], object]) -> None:
+    """Have ``hook(model)`` called at the end of every `replace_linears`."""
+    _after_replacing.append(hook)
 
 
 def replace_linears(
@@ -31,6 +42,8 @@ def replace_linears(
     exclude: Sequence[str] = (),
     seed: int = 0,
     shared_gate: bool = False,
+    density: float | None = None,
+    pattern: ChoosePattern | None = None,
     alpha_init: float = ALPHA_INIT,
     init_scale: float = 1.0,
     values_dtype: torch.dtype | None = None,
@@ -49,6 +62,9 @@ def replace_linears(
             ``"lin1"`` is not ``"lin10"``), or a predicate ``(name, module) -> bool``.
         exclude: glob patterns to leave out.
         shared_gate: one gate for all layers instead of one each.
+        density: share of each layer's entries that is free, drawn at random from the seed and the layer's name, in
+            (0, 1]; the matrix of a layer is never made then. All entries are free by default.
+        pattern: ``(name, linear)`` to the layer's pattern, in place of `density`.
         seed, alpha_init, init_scale, values_dtype, numerics, force, in_place: see `GatedSparseLinear`. A layer's
             initial values depend on the seed and on its own name only.
 
@@ -56,8 +72,9 @@ def replace_linears(
         `model`.
 
     Raises:
-        ValueError: nothing to replace, a 4-bit layer of a shape that cannot be decoded, or two layers that would draw
-            the same initial values. `model` is unchanged.
+        ValueError: nothing to replace, a 4-bit layer of a shape that cannot be decoded, two layers that would draw
+            the same initial values, or a `density` that is out of range or leaves a layer without a free entry.
+            `model` is unchanged.
     """
     selected, skipped = select_linears(model, include, exclude)
     if not selected:
@@ -70,6 +87,8 @@ def replace_linears(
     for linear in selected.values():
         if is_nf4_linear(linear):
             nf4_base(linear.weight)  # refuses a shape that cannot be decoded
+    if density is not None:
+        pattern = _random_patterns(selected, density, pattern, seed)
     model.requires_grad_(False)
     alpha, peers = None, Peers()
     for name, linear in selected.items():
@@ -77,6 +96,7 @@ def replace_linears(
             linear,
             seed=seed,
             key=keys[name],
+            pattern=pattern(name, linear) if pattern else None,
             alpha=alpha,
             alpha_init=alpha_init,
             init_scale=init_scale,
@@ -93,7 +113,29 @@ def replace_linears(
         _warn_of_the_dead_zone(gated_linears(model).values(), alpha_init)
     for name, reason in skipped:
         logger.info("left alone: %s (%s)", name, reason)
+    for hook in _after_replacing:
+        hook(model)
     return model
+
+
+def _random_patterns(
+    layers: Mapping[str, nn.Linear], density: float, pattern: ChoosePattern | None, seed: int
+) -> ChoosePattern:
+    """``round(density * N * K)`` entries of each layer, drawn from (`seed`, name) when they are asked for."""
+    if pattern is not None:
+        raise ValueError("density: expected none beside a pattern, got both")
+    if not 0 < density <= 1:
+        raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
+    kept = {name: round(density * layer.out_features * layer.in_features) for name, layer in layers.items()}
+    if empty := [name for name, number in kept.items() if number == 0]:
+        raise ValueError(f"density: {density} leaves {len(empty)} layers empty ({empty[0]}, ...); keep more")
+
+    def draw(name: str, linear: nn.Linear) -> SparsePattern:
+        shape = (linear.out_features, linear.in_features)
+        entries = drawn(shape, seed=seed, key=layer_key(name), device=linear.weight.device)
+        return top_k({name: entries}, {name: kept[name]})[name]
+
+    return draw
 
 
 def _warn_of_the_dead_zone(layers: Iterable[GatedSparseLinear], alpha_init: float) -> None:
