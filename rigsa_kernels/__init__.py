@@ -3,9 +3,10 @@
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.init import layer_key, uniform_init
 from rigsa_kernels.linear import GatedSparseLinear, composed_is_safe
+from rigsa_kernels.merging import merge_linears, rounding_losses, unmerge_linears
 from rigsa_kernels.ops import gated_linear
 from rigsa_kernels.optim import MaskedAdamW
-from rigsa_kernels.replace import adapter_summary, gated_linears, merge_linears, replace_linears, restore_linears
+from rigsa_kernels.replace import adapter_summary, gated_linears, left_out, replace_linears, restore_linears
 
 __version__ = "0.1.0"
 
@@ -18,8 +19,11 @@ __all__ = [
     "gated_linear",
     "gated_linears",
     "layer_key",
+    "left_out",
     "merge_linears",
     "replace_linears",
     "restore_linears",
+    "rounding_losses",
     "uniform_init",
+    "unmerge_linears",
 ]

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "rigsa_kernels": [
         "format", "nf4", "library", "init", "select", "reference", "adamw", "dispatch", "triton_common",
-        "triton_linear", "triton_grad", "triton_adamw", "triton_select", "ops", "linear", "replace", "optim",
-        "offline", "sass", "inspect", "testing",
+        "triton_linear", "triton_grad", "triton_adamw", "triton_select", "ops", "linear", "hooks", "selection",
+        "replace", "merging", "optim", "offline", "sass", "inspect", "testing",
     ],
     "rigsa": [
         "errors", "files", "memory", "hardware", "live_memory", "criteria", "masks", "config", "distributed",

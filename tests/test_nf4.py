@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import quantize_nf4
 
-from rigsa_kernels import SparsePattern, gated_linears, merge_linears, replace_linears, restore_linears
+from rigsa_kernels import SparsePattern, gated_linears, merge_linears, replace_linears, restore_linears, unmerge_linears
 from rigsa_kernels.nf4 import dequantize, is_nf4_linear, load_scales, nf4_base, num_weights, scales_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -75,6 +75,22 @@ def test_merging_into_four_bits_is_refused():
     assert len(gated_linears(model)) == 2
     with pytest.raises(ValueError, match="merged: W0 is in four bits"):
         model[0].merged()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dequantised_merge_is_a_plain_layer_in_the_dtype_of_the_products(packed):
+    model = replace_linears(nn.Sequential(quantized()), numerics="composed", alpha_init=0.5)
+    if packed:
+        model[0].set_pattern(SparsePattern.from_mask(torch.rand(48, 64) < 0.3))
+    gated, x = model[0], torch.randn(7, 64).bfloat16()
+    want, total = model(x), gated.frozen_matrix().float() + 0.5 * gated.delta()
+    merge_linears(model, dequantize=True, keep_adapter=True)
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.dtype == torch.bfloat16
+    torch.testing.assert_close(model[0].weight.float(), total, rtol=2**-8, atol=0)
+    torch.testing.assert_close(model(x), want)
+    assert unmerge_linears(model)[0] is gated
+    assert torch.equal(model(x), want)
 
 
 def test_what_is_not_nf4_is_left_alone():
