@@ -19,7 +19,7 @@ from benchmarks.models import base_model, check_model, prompts
 from benchmarks.providers import FULL, TRAINEES, share
 from benchmarks.race import Contestant
 from benchmarks.shapes import MODELS_AT_ONCE, STEPS, Batch
-from rigsa.evaluate import answer_logits
+from rigsa.experiments.tasks.evaluation import answer_logits
 
 
 def questions(level: str) -> list[Batch]:

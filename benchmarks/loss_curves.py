@@ -14,11 +14,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from rigsa.config import CONFIG_FILE, flag
 from rigsa.errors import RigsaError
+from rigsa.experiments.config import CONFIG_FILE, flag
 from rigsa.files import read_json, write_atomically
 
-LOG_FILE = Path("level_0", "log.jsonl")  # of `rigsa.train`, whose import takes seconds
+LOG_FILE = Path("level_0", "log.jsonl")  # of `rigsa.experiments.train`, whose import takes seconds
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 """Okabe & Ito (2008): told apart with any colour vision."""
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 from benchmarks.checks import assert_within
 from benchmarks.providers import Trainee, model_linears
 from benchmarks.shapes import Batch
-from rigsa.evaluate import answer_logits
-from rigsa.model import model_shape, spare_the_head
+from rigsa.experiments.model import model_shape, spare_the_head
+from rigsa.experiments.tasks.evaluation import answer_logits
 
 
 @lru_cache(maxsize=1)

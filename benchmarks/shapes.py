@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rigsa.hardware import usual_dtype
-from rigsa.model import SMOLLM2
+from rigsa.experiments.hardware import usual_dtype
+from rigsa.experiments.model import SMOLLM2
 
 LEVELS = ("smoke", "core", "full")
 TICKET = 0.0346

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rigsa.config import METHODS, PLANNED, PRESETS, Config, check_folder, flag, reads, save
 from rigsa.errors import RigsaError
+from rigsa.experiments.config import METHODS, PLANNED, PRESETS, Config, check_folder, flag, reads, save
 from rigsa.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from rigsa.experiment import Experiment
-    from rigsa.memory_plan import LevelPlan, Target
-    from rigsa.textual_mnist import Images
+    from rigsa.experiments.experiment import Experiment
+    from rigsa.experiments.memory.plan import LevelPlan, Target
+    from rigsa.experiments.tasks.textual_mnist import Images
 
 SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
 CHAT = "talk to the adapted model of a run, and show it images of digits"
@@ -190,12 +190,13 @@ def run_method(options: argparse.Namespace) -> None:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return
     quiet_libraries()
-    from rigsa import distributed, source_tasks
-    from rigsa.experiment import Experiment
-    from rigsa.methods import RUNNERS
-    from rigsa.model import resolve_device
-    from rigsa.plan import describe
-    from rigsa.random_mask import matched_ticket
+    from rigsa.experiments import distributed
+    from rigsa.experiments.experiment import Experiment
+    from rigsa.experiments.methods.random_mask import matched_ticket
+    from rigsa.experiments.methods.registry import RUNNERS
+    from rigsa.experiments.model import resolve_device
+    from rigsa.experiments.run_plan import describe
+    from rigsa.experiments.tasks import source_tasks
 
     distributed.join(on_cpu=resolve_device(config.device).type == "cpu")
     distributed.check(config)
@@ -218,8 +219,8 @@ def run_method(options: argparse.Namespace) -> None:
 
 def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelPlan]:
     """The plan of every level; none of a method without plans. Raises RigsaError where one does not fit."""
-    from rigsa import distributed
-    from rigsa.memory_plan import Target, require_fit
+    from rigsa.experiments import distributed
+    from rigsa.experiments.memory.plan import Target, require_fit
 
     config, device = experiment.config, experiment.model.device
     if config.method not in PLANNED:
@@ -233,9 +234,9 @@ def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelP
 
 def densities_to_train(target: Target) -> dict[int, float]:
     """Level to density: expected for pruning, known for a random mask."""
-    from rigsa.experiment import METRICS_FILE, level_folder
-    from rigsa.memory_plan import expected_densities
-    from rigsa.random_mask import matched_ticket
+    from rigsa.experiments.experiment import METRICS_FILE, level_folder
+    from rigsa.experiments.memory.plan import expected_densities
+    from rigsa.experiments.methods.random_mask import matched_ticket
 
     config = target.config
     if config.method != "random-mask" or config.density:
@@ -253,9 +254,9 @@ def memory_of(device: torch.device, given: float | None) -> float:
 
 def run_plan(options: argparse.Namespace) -> None:
     quiet_libraries()
-    from rigsa.memory_plan import SAME_SIGN_SHARE, Target, expected_densities
-    from rigsa.memory_report import memory_report
-    from rigsa.model import model_shape
+    from rigsa.experiments.memory.plan import SAME_SIGN_SHARE, Target, expected_densities
+    from rigsa.experiments.memory.report import memory_report
+    from rigsa.experiments.model import model_shape
 
     config = configure(options, device="cuda")
     for name in ("gpu_memory", "tokens"):
@@ -273,8 +274,8 @@ def run_plan(options: argparse.Namespace) -> None:
 
 
 def run_sweep(options: argparse.Namespace) -> None:
-    from rigsa import sweep
-    from rigsa.sweep_plan import Shard, plan_sweep
+    from rigsa.experiments import sweep
+    from rigsa.experiments.sweep_plan import Shard, plan_sweep
 
     plan = plan_sweep(
         options.methods, options.seeds, options.vary, preset=options.preset, options=given_fields(options),
@@ -296,7 +297,7 @@ def run_report(options: argparse.Namespace) -> None:
 
 def print_report(runs: Sequence[Path], out: Path | None, images: Images | None = None) -> None:
     """Write the report, and show its table and where it is. `images` are at hand at the end of a run."""
-    from rigsa.html_report import write_report
+    from rigsa.experiments.report.page import write_report
 
     table, page = write_report(runs, out, images)
     print(f"\n{table}\n\nreport: {page}")
@@ -304,9 +305,9 @@ def print_report(runs: Sequence[Path], out: Path | None, images: Images | None =
 
 def run_chat(options: argparse.Namespace) -> None:
     quiet_libraries()
-    from rigsa import chat, distributed
-    from rigsa.config import load
-    from rigsa.model import resolve_device
+    from rigsa.experiments import chat, distributed
+    from rigsa.experiments.config import load
+    from rigsa.experiments.model import resolve_device
 
     distributed.join(on_cpu=resolve_device(load(options.run).device).type == "cpu")
     chat.run_chat(options.run, options.level, options.max_new_tokens)

@@ -33,17 +33,6 @@ M = TypeVar("M", bound=nn.Module)
 VALUES_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES_IN_SUMMARY = 8
 
-__all__ = [
-    "Selection",
-    "adapter_summary",
-    "gated_linears",
-    "left_out",
-    "replace_linears",
-    "restore_linears",
-    "select_linears",
-    "swap_modules",
-]
-
 
 def replace_linears(
     model: M,

@@ -3,8 +3,8 @@
 Inside `interpreting` every ``kernel[grid](...)`` goes to Triton's interpreter instead of a GPU, on CPU tensors. Three
 things are put right or added on the way:
 
-- bfloat16. The stock interpreter multiplies, compares and rounds bit patterns (tests/test_interpreter.py keeps a
-  canary); here products of bfloat16 are those of their float32 values and casts round to nearest even. Other bfloat16
+- bfloat16. The stock interpreter multiplies, compares and rounds bit patterns (tests/kernels/test_interpreter.py keeps
+  a canary); here products of bfloat16 are those of their float32 values and casts round to nearest even. Other bfloat16
   arithmetic is not defined here, which suits the kernels: they widen to float32 right after a load.
 - Memory. A load or store outside every tensor the launch was given, an address written twice by one store, an address
   that one program writes and another reads or writes, and a floating-point atomic are errors. (Addresses are compared

@@ -1,62 +1,95 @@
-"""The house has one direction: a file imports only files that stand above it in its package's list."""
+"""The house has one direction: a file imports from its own floor or from one below, and never in a circle."""
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = {
-    "rigsa_kernels": [
-        "format", "nf4", "library", "init", "select", "reference", "adamw", "dispatch", "triton_common",
-        "triton_linear", "triton_grad", "triton_adamw", "triton_select", "ops", "linear", "hooks", "selection",
-        "replace", "merging", "optim", "offline", "sass", "inspect", "testing",
-    ],
-    "rigsa": [
-        "errors", "files", "memory", "hardware", "live_memory", "criteria", "masks", "config", "distributed",
-        "textual_mnist", "model", "attach", "adapter", "source_tasks", "drift", "evaluate", "train", "experiment",
-        "ticket", "rewinding", "early_bird", "imp", "random_mask", "lt_sft", "gradient_masks", "super_mask", "spiel",
-        "baselines", "methods", "simulate", "memory_plan", "memory_report", "plan", "statistics", "paper_numbers",
-        "report", "tables", "figures", "html_report", "sweep_plan", "sweep", "chat", "run",
-    ],
-}  # fmt: skip
+RIG = "rigsa/experiments"
+FLOORS = {
+    "kernels": ["rigsa_kernels/*"],
+    "library": ["rigsa/*"],
+    "settings": [f"{RIG}/{name}" for name in ("config", "hardware", "peak_memory", "distributed")],
+    "model": [f"{RIG}/{name}" for name in ("model", "attach", "adapter")],
+    "tasks": [f"{RIG}/tasks/*", f"{RIG}/tasks/lm_eval_tasks/*"],
+    "training": [f"{RIG}/{name}" for name in ("train", "experiment")],
+    "methods": [f"{RIG}/methods/*"],
+    "memory": [f"{RIG}/memory/*"],
+    "report": [f"{RIG}/report/*"],
+    "commands": [f"{RIG}/*", "rigsa/run"],
+    "kernel tools": [f"rigsa_kernels/{name}" for name in ("offline", "sass", "inspect", "testing")],
+}
+"""From the lowest floor to the highest. A file that is named belongs where it is named, any other where its folder is.
+
+Nothing but tests and benchmarks stands on the kernel tools.
+"""
 
 
-def imports(path: Path) -> list[str]:
+def floor_of(path: str) -> str | None:
+    """The floor of a file or folder without suffix, relative to the root; None where the table has none."""
+    for wanted in (path, f"{path.rpartition('/')[0]}/*"):
+        for floor, patterns in FLOORS.items():
+            if wanted in patterns:
+                return floor
+    return None
+
+
+FILES = {
+    str(path.relative_to(ROOT).with_suffix("")): path
+    for package in ("rigsa_kernels", "rigsa")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def modules(path: Path) -> list[str]:
+    """What a file imports, anywhere in it: a name that a package gives may be a module of that package, too."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            found.append(node.module or "")
+            assert node.level == 0, f"{path} has a relative import"
+            found.extend([node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)])
         elif isinstance(node, ast.Import):
             found.extend(alias.name for alias in node.names)
     return found
 
 
-@pytest.mark.parametrize("package", ORDER)
-def test_every_file_has_its_place(package):
-    files = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
-    assert files == set(ORDER[package])
+def own_imports(file: str) -> set[str]:
+    """The files of the two packages that a file imports. A package's own name is its `__init__` file."""
+    found = set()
+    for module in modules(FILES[file]):
+        path = module.replace(".", "/")
+        found |= {path, f"{path}/__init__"} & FILES.keys()
+    return found - {f"{file.rpartition('/')[0]}/__init__"} - {file}
 
 
-@pytest.mark.parametrize(("package", "stem"), [(package, stem) for package, stems in ORDER.items() for stem in stems])
-def test_arrows_go_one_way(package, stem):
-    above = ORDER[package][: ORDER[package].index(stem)]
-    for module in imports(ROOT / package / f"{stem}.py"):
-        if module.startswith(f"{package}."):
-            assert module.split(".")[1] in above, f"{package}/{stem}.py imports {module}"
-        if package == "rigsa_kernels":
-            assert module.split(".")[0] != "rigsa", f"{package}/{stem}.py imports {module}"
+def test_every_file_has_a_floor_and_the_table_names_no_other():
+    assert [file for file in FILES if floor_of(file) is None] == []
+    named = {pattern for patterns in FLOORS.values() for pattern in patterns}
+    folders = {f"{file.rpartition('/')[0]}/*" for file in FILES}
+    assert named - folders - FILES.keys() == set()
 
 
-TOOLS = {"offline", "sass", "inspect", "testing"}
-"""Need triton, and numpy for the interpreter; nothing that a user's program imports imports them."""
+@pytest.mark.parametrize("file", FILES)
+def test_imports_come_from_below(file):
+    height = list(FLOORS).index(floor_of(file))
+    for imported in own_imports(file):
+        floor = floor_of(imported)
+        assert list(FLOORS).index(floor) <= height, f"{file}.py ({floor_of(file)}) imports {imported}.py ({floor})"
+        assert (floor == "kernel tools") <= (floor_of(file) == "kernel tools"), f"{file}.py imports {imported}.py"
+        assert file.startswith("rigsa/") or imported.startswith("rigsa_kernels/"), f"{file}.py imports {imported}.py"
+
+
+def test_no_import_goes_in_a_circle():
+    graphlib.TopologicalSorter({file: own_imports(file) for file in FILES}).prepare()
 
 
 def test_kernels_need_torch_and_the_standard_library_only():
     """Triton beside it for the files that hold kernels, which are imported when the first one is launched."""
     for path in (ROOT / "rigsa_kernels").glob("*.py"):
-        outside = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names)
-        needs_triton = path.stem.startswith("triton_") or path.stem in TOOLS
+        outside = {module.split(".")[0] for module in modules(path)} - set(sys.stdlib_module_names)
+        needs_triton = path.stem.startswith("triton_") or f"rigsa_kernels/{path.stem}" in FLOORS["kernel tools"]
         allowed = {"torch", "rigsa_kernels"} | ({"triton"} if needs_triton else set())
         assert outside <= allowed | ({"numpy"} if path.stem == "testing" else set()), path

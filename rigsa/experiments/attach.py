@@ -1,0 +1,81 @@
+"""What a method trains, put on a base model: a gated sparse difference, an adapter of PEFT, or one beside the other."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from rigsa.errors import RigsaError
+from rigsa.experiments.config import GATED, LOW_RANK, ON_PEFT, Config
+from rigsa_kernels import gated_linears, replace_linears
+from rigsa_kernels.selection import select_linears
+
+
+def attach(model: PreTrainedModel, config: Config) -> None:
+    """What ``config.method`` trains, on every linear layer but the head, in place; RoSA's is of both kinds."""
+    if config.method in (*ON_PEFT, *LOW_RANK):
+        attach_peft(model, config)
+    if config.method in GATED:
+        attach_adapter(model, config)
+    checkpoint_activations(model, config)
+
+
+def checkpoint_activations(model: PreTrainedModel, config: Config) -> None:
+    """As configured."""
+    if config.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def attach_adapter(model: PreTrainedModel, config: Config) -> None:
+    """Level 0: a dense difference on every frozen linear layer but the head, as configured.
+
+    What is trained in `model` already, a low-rank difference beside, stays so.
+    """
+    replace_linears(
+        model,
+        seed=config.seed,
+        shared_gate=config.gate == "model",
+        alpha_init=config.alpha_init,
+        init_scale=config.init_scale,
+        values_dtype=getattr(torch, config.values_dtype),
+        numerics=config.numerics,
+    )
+    if config.gate == "none":
+        for layer in gated_linears(model).values():
+            layer.rigsa_alpha.requires_grad_(False)
+
+
+def attach_peft(model: PreTrainedModel, config: Config) -> None:
+    """Inject the adapter of ``config.method``, LoRA (also RoSA's) or SHiRA. Only its own parameters are trained.
+
+    The base is what `rigsa.experiments.model.load_model` made of it: LoRA on one in 4 bits is QLoRA. SHiRA draws its
+    mask from the run's seed, the same for all layers of one shape: that is how PEFT does it.
+
+    Raises:
+        RigsaError: peft is not installed, or the rank is too large for a layer.
+    """
+    try:
+        from peft import LoraConfig, PeftConfig, ShiraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise RigsaError(f"{config.method}: needs peft ({error}); pip install peft") from error
+    layers = select_linears(model, "*", ())[0]
+    adapter: PeftConfig
+    if config.method == "shira":
+        for name, layer in layers.items():
+            largest = layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
+            if config.rank > largest:
+                raise RigsaError(f"--rank: expected at most {largest} (the weights of {name}), got {config.rank}")
+        adapter = ShiraConfig(r=config.rank, random_seed=config.seed, target_modules=list(layers))
+    else:
+        adapter = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by r, whatever its type
+            lora_dropout=config.lora_dropout,
+            target_modules=list(layers),
+        )
+    set_seed(config.seed % 2**32)
+    model.requires_grad_(False)
+    inject_adapter_in_model(adapter, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, config.values_dtype))

@@ -1,0 +1,227 @@
+"""What every method shares: the model, the data, the run folder, and how a level is trained, measured and recorded.
+
+A run folder::
+
+    config.json                 the resolved configuration, written first
+    base/metrics.json           the untrained model
+    base/replies.json           its own replies to the prompts that drift is measured on
+    level_K/mask.safetensors    the ticket (no file at level 0, which is dense)
+    level_K/pruning.json        how the ticket was chosen
+    level_K/adapter.safetensors trained values and gates
+    level_K/log.jsonl           training log
+    level_K/metrics.json        accuracies, losses, densities
+    level_K/resources.json      steps, seconds, peak memory, machine and versions
+    level_K/done                written last
+    report.html, .md, .csv      and figures as PNG: drawn from the above at the end, and by `rigsa report`
+
+Two runs with one configuration on one device share every bit but resources.json and the seconds in reports, however
+often they were interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+from rigsa.errors import RigsaError
+from rigsa.experiments.adapter import (
+    ADAPTER_FILE,
+    MASK_FILE,
+    base_fingerprint,
+    load_adapter,
+    load_masks,
+    save_masks,
+    trained_parameters,
+)
+from rigsa.experiments.attach import attach
+from rigsa.experiments.config import FROM_GRADIENTS, Config
+from rigsa.experiments.distributed import is_sharded, main_first, wait_for_all
+from rigsa.experiments.model import load_model, resolve_device
+from rigsa.experiments.tasks import source_tasks
+from rigsa.experiments.tasks.drift import drift, replies
+from rigsa.experiments.tasks.evaluation import evaluate
+from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts, Splits, load_splits
+from rigsa.experiments.train import RESOURCES_FILE, read_log, remove_checkpoints, steps_per_level, train_level
+from rigsa.files import is_done, mark_done, read_json, write_json
+from rigsa_kernels import SparsePattern, gated_linears
+from rigsa_kernels.selection import select_linears
+
+METRICS_FILE = "metrics.json"
+REPLIES_FILE = "replies.json"
+EARLY_BIRD_FILE = "early_bird.json"
+PRUNING_FILE = "pruning.json"
+BASE = "base"
+
+
+def level_folder(run: Path, level: int) -> Path:
+    return run / f"level_{level}"
+
+
+@dataclass
+class Experiment:
+    """A run in progress."""
+
+    config: Config
+    run: Path
+    model: PreTrainedModel
+    prompts: Prompts
+    splits: Splits
+    num_weights: int
+    """In the linear layers that are adapted."""
+
+    @classmethod
+    def prepare(cls, config: Config, run: Path) -> Experiment:
+        """Load data and model. Raises RigsaError where one of them does not fit."""
+        splits = load_splits(config.data)
+        splits = Splits(
+            splits.train.first(config.train_images), splits.validation, splits.test.first(config.test_images)
+        )
+        steps = steps_per_level(config, len(splits.train))
+        if config.rewind_step >= steps:
+            raise RigsaError(
+                f"--rewind-step: expected less than the {steps} steps of a level, got {config.rewind_step}"
+            )
+        if config.method in FROM_GRADIENTS and config.mask_images > len(splits.train):
+            raise RigsaError(
+                f"--mask-images: there are only {len(splits.train)} training images, got {config.mask_images}"
+            )
+        model, tokenizer = load_model(config, resolve_device(config.device))
+        prompts = Prompts(tokenizer, config.system_prompt)
+        set_seed(config.seed % 2**32)
+        layers, _ = select_linears(model, "*", ())
+        num_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+        return cls(config, run, model, prompts, splits, num_weights)
+
+    def attach(self) -> None:
+        """What the method trains."""
+        attach(self.model, self.config)
+
+    def reload(self, level: int) -> None:
+        """A whole model in place of one that training left in shards, with the adapter that training wrote."""
+        self.model, _ = load_model(self.config, resolve_device(self.config.device))
+        self.attach()
+        self.restore(level)
+
+    def adopt(self, patterns: dict[str, SparsePattern]) -> None:
+        """Every layer takes its pattern, rewinds and closes its gate."""
+        for name, layer in gated_linears(self.model).items():
+            layer.set_pattern(patterns[name])
+
+    def restore(self, level: int) -> None:
+        """The trained adapter of a finished level."""
+        folder = level_folder(self.run, level)
+        if (folder / MASK_FILE).exists():
+            self.adopt(load_masks(self.model, folder / MASK_FILE))
+        load_adapter(self.model, folder / ADAPTER_FILE)
+
+    def save_ticket(self, level: int, patterns: dict[str, SparsePattern], pruning: dict[str, Any]) -> None:
+        folder = level_folder(self.run, level)
+        write_json(folder / PRUNING_FILE, pruning)
+        save_masks(patterns, folder / MASK_FILE, base_fingerprint(self.model))
+
+    def test(self, label: str) -> dict[str, Any]:
+        """What was learned and what was forgotten.
+
+        Accuracy and loss on the test images per number of examples and on the validation images; the source tasks that
+        the configuration names.
+        """
+        self.model.eval()
+        config = self.config
+        results: dict[str, Any] = {
+            "test": {
+                f"{shots}-shot": self._evaluate(self.splits.test, shots, f"{label}: test, {shots}-shot")
+                for shots in config.shots
+            },
+            "validation": self._evaluate(self.splits.validation, config.shots[0], f"{label}: validation"),
+        }
+        if config.tasks:
+            results["source"] = source_tasks.measure(
+                self.model,
+                self.prompts.tokenizer,
+                config.tasks,
+                data_dir=config.data_dir,
+                limit=config.limit,
+                batch_size=config.eval_batch_size,
+                system_prompt=config.system_prompt,
+                label=label,
+            )
+        return results
+
+    def drift(self) -> dict[str, Any]:
+        """How far the adapter has moved the model from its base's own replies."""
+        self.model.eval()
+        return drift(self.model, read_json(self.run / BASE / REPLIES_FILE))
+
+    def _evaluate(self, images: Images, shots: int, label: str) -> dict[str, Any]:
+        dataset = PromptDataset(images, self.prompts, self._examples(shots))
+        return evaluate(self.model, dataset, self.config.eval_batch_size, label)
+
+    def _examples(self, shots: int) -> Images | None:
+        """The same training images before every test image."""
+        if shots == 0:
+            return None
+        return self.splits.train.take(
+            np.random.default_rng(self.config.seed).permutation(len(self.splits.train))[:shots]
+        )
+
+    def measure_base(self) -> dict[str, Any]:
+        """The untrained model's results, once."""
+        folder = self.run / BASE
+        with main_first():
+            if not is_done(folder):
+                if self.config.drift:
+                    spoken = replies(self.model, self.prompts.tokenizer, self.config.system_prompt)
+                    write_json(folder / REPLIES_FILE, spoken)
+                metrics = {"tokenizer": self.prompts.fingerprint(), **self.test("untrained")}
+                write_json(folder / METRICS_FILE, metrics)
+                mark_done(folder)
+        return read_json(folder / METRICS_FILE)
+
+    def run_level(self, level: int, callbacks: Sequence[TrainerCallback] = (), first_step: int = 0) -> dict[str, Any]:
+        """Train the adapter as it stands, test it, write everything down, the marker last. Returns the metrics.
+
+        `callbacks` and `first_step` are for `train_level`.
+        """
+        folder, label = level_folder(self.run, level), f"level {level}"
+        wait_for_all()  # until every process has seen that this level is not done
+        dataset = PromptDataset(self.splits.train, self.prompts)
+        train_level(self.model, dataset, self.config, folder, label, callbacks, first_step)
+        if is_sharded(self.model):
+            self.reload(level)
+        with main_first():
+            if not is_done(folder):
+                metrics = {"level": level, **self._adapter_metrics(), "pruning": self._pruning(folder)}
+                metrics["steps"] = read_json(folder / RESOURCES_FILE)["steps"]
+                if (folder / EARLY_BIRD_FILE).exists():
+                    metrics["early_bird"] = read_json(folder / EARLY_BIRD_FILE)
+                metrics |= {"train_loss": read_log(folder)[-1]["loss"], **self.test(label)}
+                if self.config.drift:
+                    metrics["drift"] = self.drift()
+                write_json(folder / METRICS_FILE, metrics)
+                mark_done(folder)
+                remove_checkpoints(folder)
+        return read_json(folder / METRICS_FILE)
+
+    def _adapter_metrics(self) -> dict[str, Any]:
+        """Sizes of what is trained, in all and, for gated sparse layers, layer by layer."""
+        layers = gated_linears(self.model)
+        trained = {id(parameter): parameter.numel() for parameter in trained_parameters(self.model).values()}
+        free = sum(layer.rigsa_values.numel() for layer in layers.values())
+        metrics: dict[str, Any] = {"free": free, "trainable": sum(trained.values()), "weights": self.num_weights}
+        metrics["density"] = (free or metrics["trainable"]) / self.num_weights
+        if layers:
+            metrics["layer_density"] = {name: layer.pattern.density for name, layer in layers.items()}
+        if layers and self.config.gate != "none":
+            gates = torch.cat([layer.rigsa_alpha.detach() for layer in layers.values()]).abs()
+            metrics["mean_abs_alpha"] = gates.mean().item()
+        return metrics
+
+    @staticmethod
+    def _pruning(folder: Path) -> dict[str, Any]:
+        return read_json(folder / PRUNING_FILE) if (folder / PRUNING_FILE).exists() else {}

@@ -1,0 +1,323 @@
+"""One training step of a configuration on tensors that have sizes and no data: the real modules, loss and optimiser.
+
+Fake tensors say they are on the CPU, as PyTorch needs a GPU to pretend to be on one; layers and operators then do what
+they would do on the device that is planned for. Nothing here was compared with a GPU's own count.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+
+from rigsa.experiments.adapter import trained_parameters
+from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
+from rigsa.experiments.config import GATED, LOW_RANK, Config
+from rigsa.experiments.memory.live_memory import LiveMemory, Usage
+from rigsa.experiments.methods.gradient_masks import score_entries
+from rigsa.experiments.model import spare_the_head
+from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
+from rigsa.experiments.train import make_optimizer, stepping_in_backward
+from rigsa_kernels import GatedSparseLinear, MaskedAdamW, gated_linears
+from rigsa_kernels.dispatch import choose_path
+from rigsa_kernels.format import WORD_BITS, SparsePattern
+from rigsa_kernels.linear import HALF_DTYPES
+from rigsa_kernels.nf4 import RUN
+from rigsa_kernels.ops import gated_linear
+from rigsa_kernels.optim import StateDtype
+from rigsa_kernels.reference import sampled_grad_bytes, samples
+from rigsa_kernels.selection import select_linears
+
+MANY_TOKENS = 1 << 10
+NF4_BLOCK = 64
+"""Weights that share a scale, as bitsandbytes has it by default."""
+
+
+class SimulatedLinear(GatedSparseLinear):
+    """A layer of fake CPU tensors that goes the way it would go on `device`."""
+
+    device: torch.device
+    lists: tuple[Tensor, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (self.out_features, self.in_features)
+        tokens = x.numel() // self.in_features
+        if choose_path(self.device, self.dtype, shape, tokens, nf4=self.is_nf4) == "gemm":
+            return super().forward(x)
+        return gated_linear(
+            x, self._base(self.dtype), self.bias, self.rigsa_values, self.rigsa_alpha, self.pattern,
+            exact=self._exact_flag(self.dtype),
+        )  # fmt: skip
+
+    def _is_exact(self, dtype: torch.dtype) -> bool:
+        """Where the values would decide, on a CPU: composed, which keeps the larger matrix."""
+        if self.numerics == "auto":
+            return dtype in HALF_DTYPES and self.device.type == "cuda"
+        return super()._is_exact(dtype)
+
+    def _make_operand(self, dtype: torch.dtype) -> tuple[bool, Tensor]:
+        exact = self._is_exact(dtype)
+        if exact and self.pattern.is_dense and self.rigsa_values.dtype == dtype:
+            return exact, self.rigsa_values.detach()
+        return exact, torch.empty(self.out_features, self.in_features, dtype=dtype)
+
+    # Fake tensors have no address; nothing moves a simulated weight, and only versions tell a moved value.
+    _weight_version = (0, 0)
+
+    def _versions(self) -> tuple[int, ...]:
+        return self.rigsa_values._version, self.rigsa_alpha._version
+
+
+class SimulatedNF4Linear(nn.Linear):
+    """A frozen layer whose weight has the sizes of bitsandbytes' NF4: it is decoded whole for each product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _NF4Product.apply(x, self.out_features))
+
+
+class _NF4Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, out_features):  # type: ignore[no-untyped-def]
+        ctx.shape = (out_features, x.shape[-1])
+        return x @ x.new_empty(ctx.shape).t()
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return dy @ dy.new_empty(ctx.shape), None
+
+
+class SimulatedModel:
+    """The model of a configuration at one density, ready to train, with sizes and no data.
+
+    Args:
+        shape: the base model's configuration (`rigsa.experiments.model.model_shape`).
+        config: of the run.
+        device: that is planned for.
+        density: of every gated layer; 1 for the dense level.
+    """
+
+    def __init__(self, shape: PretrainedConfig, config: Config, device: torch.device, density: float) -> None:
+        self.config, self.device = config, device
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        model = _on_meta(shape, config)
+        layers = select_linears(model, "*", ())[0].values()
+        self.num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+        model.requires_grad_(False)
+        if config.method in LOW_RANK:
+            attach_peft(model, config)  # here, as PEFT moves modules, which fake tensors do not allow
+        with self._fake:
+            self.model = cast(PreTrainedModel, model.to_empty(device="cpu"))
+            self.model.tie_weights()
+            spare_the_head(self.model)
+            if config.quantize == "nf4":
+                for linear in layers:
+                    _quantize(linear)
+            if config.method in GATED:
+                # "composed" would ask the values whether it is wise
+                attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
+            checkpoint_activations(self.model, config)
+            for layer in gated_linears(self.model).values():
+                _simulate(layer, config, device, density)
+
+    def trained_share(self) -> float:
+        """Numbers that are trained, as a share of the weights of the layers that have an adapter."""
+        return sum(parameter.numel() for parameter in trained_parameters(self.model).values()) / self.num_weights
+
+    def training_step(self, tokens: int, micro_batch: int, *, accumulates: bool) -> Usage:
+        """The last micro-batch of a step after the first: forward, backward, clipping, update.
+
+        Args:
+            tokens: of a prompt.
+            micro_batch: prompts.
+            accumulates: the step has micro-batches before this one, so gradients are there from the start.
+        """
+        model, config = self.model.train(), self.config
+        with self._fake:
+            self._forget()
+            optimizer = self._optimizer(config)
+            parameters = _parameters(optimizer)
+            if accumulates:
+                _fill_gradients(parameters)
+            memory = self._hold(optimizer)
+            hooks = [
+                parameter.register_post_accumulate_grad_hook(lambda p: memory.hold("gradients", [p.grad]))
+                for parameter in parameters
+            ]
+            stepping = stepping_in_backward(optimizer) if config.step_in_backward else nullcontext()
+            with memory, stepping, _prompts_of_one_length():
+                loss = training_loss(model, _batch(tokens, micro_batch), config.loss)
+                self._hold_kept(memory)
+                memory.hold_rest("activations")
+                loss.backward()
+                if config.max_grad_norm:
+                    nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimizer.step()
+            for hook in hooks:
+                hook.remove()
+            optimizer.zero_grad()
+        return memory.usage()
+
+    def scoring_pass(self, tokens: int, images: int) -> Usage:
+        """One gradient of so many images, and the scores from it (`rigsa.experiments.methods.gradient_masks`)."""
+        with self._fake:
+            self._forget()
+            memory = self._hold(None)
+            with memory, _prompts_of_one_length():
+                score_entries(self.model, self.config, [_batch(tokens, images)])
+        return memory.usage()
+
+    def test_pass(self, tokens: int, batch: int) -> Usage:
+        """One batch of prompts through the trained adapter, without gradients."""
+        with self._fake, torch.no_grad():
+            self._forget()
+            memory = self._hold(None)
+            with memory, _prompts_of_one_length():
+                answer_logits(self.model.eval(), _batch(tokens, batch))
+                self._hold_kept(memory)
+        return memory.usage()
+
+    def moment_bytes(self, state_dtype: StateDtype) -> int:
+        """What the optimiser would hold with moments of that dtype."""
+        with self._fake:
+            memory = LiveMemory()
+            memory.hold("optimiser", _state(self._optimizer(dataclasses.replace(self.config, state_dtype=state_dtype))))
+        return memory.usage().peak
+
+    def _optimizer(self, config: Config) -> MaskedAdamW:
+        """As every step but the first finds it: with its moments."""
+        optimizer = make_optimizer(self.model, config)
+        _fill_gradients(_parameters(optimizer))
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+    def _forget(self) -> None:
+        for layer in gated_linears(self.model).values():
+            layer._forget()
+
+    def _hold(self, optimizer: MaskedAdamW | None) -> LiveMemory:
+        """What is there before the forward pass, by part."""
+        memory = LiveMemory(_temporary_bytes if self.device.type == "cpu" else lambda operator, arguments: 0)
+        memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
+        memory.hold("adapter", trained_parameters(self.model).values())
+        for layer in gated_linears(self.model).values():
+            memory.hold("adapter", (layer.rigsa_alpha, *layer.pattern.tensors))  # a gate that is not trained, too
+            memory.hold("adapter", cast(SimulatedLinear, layer).lists)
+            if layer.is_nf4:
+                memory.hold("weights", layer._base(layer.dtype))
+        if optimizer is not None:
+            memory.hold("optimiser", _state(optimizer))
+            memory.hold("gradients", [p.grad for p in _parameters(optimizer) if p.grad is not None])
+        return memory
+
+    def _hold_kept(self, memory: LiveMemory) -> None:
+        """The matrices that layers keep over a step on the gemm path."""
+        for layer in gated_linears(self.model).values():
+            if "operand" in layer._kept:
+                _, (_, matrix) = layer._kept["operand"]
+                memory.hold("adapter", [matrix])
+
+
+def nf4_holds(shape: PretrainedConfig, config: Config) -> bool:
+    """Whether every layer to adapt has rows that NF4 kernels can decode."""
+    layers, _ = select_linears(_on_meta(shape, config), "*", ())
+    return all(layer.in_features % RUN == 0 for layer in layers.values())
+
+
+def _on_meta(shape: PretrainedConfig, config: Config) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(shape), attn_implementation=config.attention, dtype=getattr(torch, config.dtype)
+        )
+
+
+def _prompts_of_one_length() -> AbstractContextManager[Any]:
+    """No padding and no packed sequences: what transformers finds in our batches, and cannot find in fake ones.
+
+    Left to itself it would take them for the general case and make attention masks of T * T entries.
+    """
+    return mock.patch.multiple(
+        masking_utils,
+        is_tracing=lambda tensor=None: False,
+        find_packed_sequence_indices=lambda position_ids: None,
+        fast_all=lambda mask: True,
+    )
+
+
+def _parameters(optimizer: MaskedAdamW) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _state(optimizer: MaskedAdamW) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _fill_gradients(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+
+
+def _batch(tokens: int, prompts: int) -> dict[str, Tensor]:
+    ids = torch.empty(prompts, tokens, dtype=torch.int64)
+    return {"input_ids": ids, "answer": torch.empty(prompts, dtype=torch.int64)}
+
+
+def _quantize(linear: nn.Linear) -> None:
+    """Give `linear` a weight with the sizes of bitsandbytes' NF4."""
+    shape, dtype = tuple(linear.weight.shape), linear.weight.dtype
+    linear.__class__ = SimulatedNF4Linear
+    codes = torch.empty(linear.weight.numel() // 2, 1, dtype=torch.uint8)
+    linear.weight = nn.Parameter(codes, requires_grad=False)
+    linear.weight.quant_state = types.SimpleNamespace(  # type: ignore[attr-defined]
+        quant_type="nf4", shape=shape, dtype=dtype, blocksize=NF4_BLOCK, nested=False,
+        absmax=torch.empty(codes.numel() * 2 // NF4_BLOCK), code=torch.empty(16),
+    )  # fmt: skip
+
+
+def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, density: float) -> None:
+    """Turn a dense layer of fake tensors into a `SimulatedLinear` of that density."""
+    layer.__class__ = SimulatedLinear
+    simulated = cast(SimulatedLinear, layer)
+    simulated.device, simulated.numerics = device, config.numerics
+    if density == 1:
+        return
+    n, k = layer.out_features, layer.in_features
+    words = torch.empty(-(-k // WORD_BITS), n, dtype=torch.int32)
+    offsets, row_base = torch.empty_like(words, dtype=torch.int16), torch.empty(n, dtype=torch.int32)
+    nnz = max(round(density * n * k), 1)
+    simulated.set_pattern(SparsePattern(n, k, nnz, words, offsets, row_base))
+    simulated.lists = tuple(_pattern_lists(layer, device, nnz))
+
+
+def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> Iterator[Tensor]:
+    """What is remembered for operators in PyTorch while a pattern lives; a kernel finds entries without.
+
+    Positions (`rigsa_kernels.format`), and where products are composed the frozen weight there.
+    """
+    n, k = layer.out_features, layer.in_features
+    gemm = choose_path(device, layer.dtype, (n, k), MANY_TOKENS, nf4=layer.is_nf4) == "gemm"
+    if gemm or device.type == "cpu":
+        yield torch.empty(nnz, dtype=torch.int64)
+    if gemm and not layer._is_exact(layer.dtype):
+        yield torch.empty(nnz, dtype=layer.dtype)
+    if device.type == "cpu" and samples(nnz, (n, k), layer.dtype):
+        yield torch.empty(n + 1, dtype=torch.int32)
+        yield torch.empty(nnz, dtype=torch.int32)
+
+
+def _temporary_bytes(operator: Any, arguments: tuple[Any, ...]) -> int:
+    """What an operator in PyTorch on a CPU takes and gives back: the copies and the product of a values' gradient."""
+    if operator not in (torch.ops.rigsa.linear_dvalues.default, torch.ops.rigsa.linear_dvalues_.default):
+        return 0
+    dy, x, values, _, pattern = arguments[:5]
+    n, k = dy.shape[-1], x.shape[-1]
+    return sampled_grad_bytes(x.numel() // k, (n, k), x.dtype, values.numel() if pattern else None)

@@ -1,0 +1,407 @@
+"""The figures of a report, in the paper's arrangement, each with its title, its caption and a text in its place."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from rigsa.experiments.config import Config, reads
+from rigsa.experiments.report.runs import Measure, Report, Setting, trainable
+from rigsa.experiments.report.statistics import Estimate, estimate, group
+from rigsa.experiments.tasks.textual_mnist import Images, image_text
+
+STYLE: Any = {
+    "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "lines.linewidth": 1.4,
+    "lines.markersize": 6, "legend.frameon": False, "legend.handlelength": 3.2, "text.color": "#1a1a1a",
+    "axes.labelcolor": "#1a1a1a", "axes.edgecolor": "#555555",
+    "svg.fonttype": "none", "svg.hashsalt": "rigsa",  # text stays text; equal figures have equal identifiers
+}  # fmt: skip
+_BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _RED, _PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+"""Okabe & Ito, less yellow, which is lost on white: told apart by the colour-blind."""
+_LOOKS: dict[str, tuple[str, str, Any]] = {
+    "imp": (_BLUE, "o", "solid"),
+    "random-mask": (_RED, "s", (0, (5, 2))),
+    "lt-sft": (_GREEN, "^", (0, (1, 1))),
+    "sift": (_PURPLE, "v", (0, (5, 1, 1, 1))),
+    "fisher": (_ORANGE, "D", (0, (3, 1, 1, 1, 1, 1))),
+    "sam": (_SKY, "P", (0, (8, 2))),
+    "super": (_BLACK, "X", (0, (1, 3))),
+    "rosa": (_RED, "*", (0, (8, 2, 1, 2))),
+    "spiel": (_GREEN, "h", (0, (2, 2))),
+    "full": (_BLACK, "p", (0, (10, 3))),
+    "lora": (_ORANGE, "<", (0, (4, 4))),
+    "qlora": (_PURPLE, ">", (0, (6, 2, 2, 2))),
+    "shira": (_SKY, "d", (0, (2, 1, 2, 4))),
+}
+"""Colour, marker and line of each method; the last two tell them apart in black and white."""
+_FILLS = ("full", "none", "left", "right", "top", "bottom")
+"""Of the markers of several settings of one method."""
+BY_LEVEL = ("imp", "random-mask")
+BASE_LINES = ("--", ":")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure and what is said about it."""
+
+    file: str
+    title: str
+    caption: str
+    alt: str
+    figure: Figure
+
+    def svg(self) -> str:
+        """The same text for the same data, whenever it is drawn."""
+        buffer = io.StringIO()
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return buffer.getvalue()
+
+    def save_png(self, path: Path) -> None:
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(path, format="png", dpi=150)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The axes of one measure; the `lowest` of a column carry the labels of its horizontal axis."""
+
+    axes: Axes
+    measure: Measure
+    lowest: bool
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that belong on one line: the levels of imp, the ranks of a low-rank method, or one setting alone."""
+
+    label: str
+    look: dict[str, Any]
+    points: list[tuple[Setting, int]]
+
+    def values(self, measure: Measure) -> list[tuple[Setting, int, Estimate]]:
+        """The points where it was measured."""
+        found = [(setting, level, setting.estimate(measure, level)) for setting, level in self.points]
+        return [(setting, level, value) for setting, level, value in found if value is not None]
+
+
+def look(method: str, variant: int = 0) -> dict[str, Any]:
+    """Matplotlib's options for the line of a method; `variant` numbers several settings of it."""
+    color, marker, line = _LOOKS[method]
+    return {"color": color, "marker": marker, "linestyle": line, "fillstyle": _FILLS[variant % len(_FILLS)]}
+
+
+def example_figure(images: Images) -> Drawing:
+    """Figure 1: an image beside the text that the model reads."""
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(7, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        levels, label = images.levels[0], int(images.labels[0])
+        height, width = levels.shape
+        left.imshow(levels, cmap="gray", vmin=0, vmax=9)
+        left.set(title=f"an image of the digit {label}")
+        right.set(title="its text", xlim=(0, width), ylim=(height, 0), aspect="equal")
+        for axes in (left, right):
+            axes.axis("off")
+        size = min(14.0, 7.5 * 28 / height)
+        for row, line in enumerate(image_text(levels).split("\n")):
+            right.text(width / 2, row + 0.5, line, family="monospace", size=size, ha="center", va="center")
+    return Drawing(
+        "figure_1.png",
+        "Figure 1. Textual MNIST",
+        "Each pixel becomes one digit from 0 to 9 and each row one line; the model answers with one token.",
+        f"On the left a handwritten {label} of {height} by {width} grey pixels, on the right the same image as "
+        f"{height} lines of {width} digits.",
+        figure,
+    )
+
+
+def level_figure(report: Report) -> Drawing:
+    """Figure 2: the target task, the source tasks and drift by level; methods without levels stand to the right."""
+    series = [one for one in all_series(report) if one.points[0][0].config.method in BY_LEVEL]
+    others = [setting for setting in report.settings if setting.config.method not in BY_LEVEL]
+    last = max((level for one in series for _, level in one.points), default=-1)
+    with matplotlib.rc_context(STYLE):
+        figure, panels = _panels(report, width=max(3.6, 1.2 + 0.2 * (last + 1 + len(others))))
+        for panel in panels:
+            axes, measure = panel.axes, panel.measure
+            for index, one in enumerate(series):
+                shift = 0.1 * (index - (len(series) - 1) / 2) if len(one.points) == 1 else 0.0
+                points = [(level + shift, value) for _, level, value in one.values(measure)]
+                _plot(axes, points, one.look, one.label)
+            places = [(last + 1 + index, setting) for index, setting in enumerate(others)]
+            for place, setting in places:
+                value = setting.estimate(measure, setting.final)
+                _plot(axes, [] if value is None else [(place, value)], _look_of(report, setting), None)
+            if series and others:
+                axes.axvline(last + 0.5, color="0.6", linewidth=0.8)
+            name = "level {}" if others else "{}"
+            ticks = [(level, name.format(level)) for level in range(last + 1)] + [(at, one.label) for at, one in places]
+            axes.set_xticks([at for at, _ in ticks], [text for _, text in ticks] if panel.lowest else [])
+            axes.tick_params(axis="x", rotation=90 if others else 0)
+            axes.set(xlim=(-0.5, max(last + len(others) + 0.5, 0.5)))
+            axes.set_xlabel("level (0 is dense)" if panel.lowest and not others else "")
+        _legend(figure, panels)
+    caption = "Level 0 is dense, each level after it a sparser ticket."
+    if others:
+        caption += " To the right of the line: methods that have no such levels, at the end of training."
+    return Drawing(
+        "figure_2.png",
+        "Figure 2. What is learned and what is forgotten, by level",
+        f"{caption} {_interval_note(report)}",
+        _alt(report, f"{len(panels)} panel{'s' * (len(panels) > 1)} by level", series, others),
+        figure,
+    )
+
+
+def rank_figure(report: Report) -> Drawing | None:
+    """Figure 3: the same by rank, with the final level of imp and of the random mask as lines; None without ranks."""
+    ranked = [one for one in all_series(report) if _has_rank(one.points[0][0].config)]
+    if not ranked:
+        return None
+    fixed = [setting for setting in report.settings if setting.config.method in BY_LEVEL]
+    ranks = sorted({setting.config.rank for one in ranked for setting, _ in one.points})
+    with matplotlib.rc_context(STYLE):
+        figure, panels = _panels(report, width=4.0)
+        for panel in panels:
+            axes, measure = panel.axes, panel.measure
+            for setting in fixed:
+                value = setting.estimate(measure, setting.final)
+                _line_across(axes, value, _look_of(report, setting), f"{setting.label}, final level")
+            for index, one in enumerate(ranked):
+                shift = 2 ** (0.12 * (index - (len(ranked) - 1) / 2))
+                points = [(setting.config.rank * shift, value) for setting, _, value in one.values(measure)]
+                _plot(axes, points, one.look, one.label, band=False)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ranks, [str(rank) for rank in ranks])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set(xlabel="rank (log scale)" if panel.lowest else "", xlim=(ranks[0] / 1.5, ranks[-1] * 1.5))
+        _legend(figure, panels)
+    return Drawing(
+        "figure_3.png",
+        "Figure 3. The same by rank",
+        f"Lines across are the final levels of methods without a rank. {_interval_note(report)}",
+        _alt(report, f"{len(panels)} panel{'s' * (len(panels) > 1)} by rank", ranked, fixed),
+        figure,
+    )
+
+
+def size_figure(report: Report) -> Drawing:
+    """Figure 4: accuracy on the target task by trained numbers."""
+    series = all_series(report)
+    measure = report.accuracies[0]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, max(3.8, 0.19 * len(series) + 1)), layout="constrained")
+        axes = figure.subplots()
+        for one in series:
+            _plot(axes, _by(one, measure, "trained numbers"), one.look, one.label)
+        _baselines(axes, report, measure)
+        axes.set(xscale="log", xlabel="trained numbers (log scale)", ylabel="test accuracy (%)", ylim=(0, 102))
+        _tick(axes, [at for one in series for at, _ in _by(one, measure, "trained numbers")])
+        figure.legend(loc="outside right upper")
+    return Drawing(
+        "figure_4.png",
+        "Figure 4. Accuracy by number of trained parameters",
+        f"{measure.name} accuracy on the target task; lines join levels or ranks. {_interval_note(report)}",
+        _alt(report, "Target accuracy by trained numbers on a logarithmic axis", series, []),
+        figure,
+    )
+
+
+def density_figure(report: Report) -> Drawing:
+    """Figure 5: accuracy on the target task by level and by density."""
+    series = all_series(report)
+    measure = report.accuracies[0]
+    levelled = [one for one in series if one.points[0][0].config.method in BY_LEVEL]
+    with matplotlib.rc_context(STYLE):
+        legend_rows = -(-(len(series) + 2) // 4)
+        figure = Figure(figsize=(9, 3.4 + 0.2 * legend_rows), layout="constrained")
+        by_level, by_density = figure.subplots(1, 2, sharey=True)
+        for one in levelled:
+            _plot(by_level, [(level, value) for _, level, value in one.values(measure)], one.look, None)
+        for one in series:
+            _plot(by_density, _by(one, measure, "density"), one.look, one.label)
+        _baselines(by_level, report, measure, labelled=False)
+        _baselines(by_density, report, measure)
+        by_level.set(xlabel="level (0 is dense)", ylabel="test accuracy (%)", ylim=(0, 102))
+        by_level.xaxis.set_major_locator(MaxNLocator(integer=True))
+        by_density.set(xlabel="density (% of adapted weights, log scale)", xscale="log")
+        _tick(by_density, [at for one in series for at, _ in _by(one, measure, "density")])
+        by_density.invert_xaxis()
+        figure.legend(loc="outside lower center", ncols=4)
+        config = report.config
+        figure.suptitle(f"Textual MNIST, {measure.name}: {config.model} on {config.data}", fontsize=11)
+    return Drawing(
+        "figure.png",
+        "Figure 5. Accuracy by level and by density",
+        f"Density: trained entries, for low rank trained numbers, as a share of the adapted weights. "
+        f"{_interval_note(report)}",
+        _alt(report, "Target accuracy by level, and by density on a logarithmic axis", series, []),
+        figure,
+    )
+
+
+def drawings(report: Report, images: Images | None) -> list[Drawing]:
+    """Every figure that the data allow; `images` are for Figure 1."""
+    first = [] if images is None else [example_figure(images)]
+    third = rank_figure(report)
+    return [
+        *first, level_figure(report), *([] if third is None else [third]), size_figure(report), density_figure(report),
+    ]  # fmt: skip
+
+
+def all_series(report: Report) -> list[Series]:
+    """Every setting once: levels of a setting on one line, and settings that differ in nothing but the rank.
+
+    The setting that others are compared with comes first, and so has the plain look of its method.
+    """
+    groups = group([setting.config for setting in report.settings], ignore=("rank",))
+    groups.sort(key=lambda one: report.reference not in [report.settings[index] for index in one.members])
+    seen: dict[str, int] = {}
+    series = []
+    for one in groups:
+        settings = [report.settings[index] for index in one.members]
+        settings.sort(key=lambda setting: setting.config.rank)
+        method = settings[0].config.method
+        variant = seen.get(method, 0)
+        seen[method] = variant + 1
+        points = [
+            (setting, level)
+            for setting in settings
+            for level in (setting.levels if method in BY_LEVEL else [setting.final])
+        ]
+        label = settings[0].label if len(settings) == 1 else one.label
+        series.append(Series(label, look(method, variant), points))
+    return series
+
+
+def _look_of(report: Report, setting: Setting) -> dict[str, Any]:
+    """That of its series."""
+    return next(one.look for one in all_series(report) if any(member is setting for member, _ in one.points))
+
+
+def _has_rank(config: Config) -> bool:
+    return reads(config.method, Config.__dataclass_fields__["rank"])
+
+
+def _by(series: Series, measure: Measure, what: str) -> list[tuple[float, Estimate]]:
+    """Points by density, in per cent, or by trained numbers, each a mean over seeds."""
+    points = []
+    for setting, level, value in series.values(measure):
+        found = setting.at(level).values()
+        sizes = [float(trainable(one)) if what == "trained numbers" else 100 * one["density"] for one in found]
+        points.append((estimate(sizes).mean, value))
+    return points
+
+
+def _tick(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis at the values themselves, less those too close to be written side by side."""
+    apart = (max(values) / min(values)) ** 0.1
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or value > kept[-1] * max(apart, 1.0001):
+            kept.append(value)
+    axes.set_xticks(kept, [_short(value) for value in kept])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _short(value: float) -> str:
+    """Three digits: 63.9, 305k, 45.7M."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def _panels(report: Report, width: float) -> tuple[Figure, list[Panel]]:
+    """One panel a measure, two in a row, each with its title, axis and untrained model."""
+    measures = [report.accuracies[0], *report.sources, *report.drifts]
+    columns = min(2, len(measures))
+    rows = -(-len(measures) // columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(max(5.0, columns * width), 3.0 * rows + 0.6), layout=layout)
+    panels = []
+    for index, measure in enumerate(measures):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        name = f"Textual MNIST, {measure.name}" if index == 0 else measure.name
+        axes.set(title=name, ylabel="accuracy (%)" if measure.unit == "%" else measure.unit)
+        if index == 0:
+            axes.set_ylim(0, 102)
+        _baselines(axes, report, measure)
+        panels.append(Panel(axes, measure, lowest=index + columns >= len(measures)))
+    return figure, panels
+
+
+def _baselines(axes: Axes, report: Report, measure: Measure, labelled: bool = True) -> None:
+    for base, line in zip(report.bases(), BASE_LINES, strict=False):
+        before = report.before(measure, base)
+        if before is not None:
+            label = base if labelled else None
+            axes.axhline(before.mean, color="0.35", linestyle=line, linewidth=1, label=label, zorder=1)
+
+
+def _plot(
+    axes: Axes, points: Sequence[tuple[float, Estimate]], look: dict[str, Any], label: str | None, band: bool = True
+) -> None:
+    """A line through the means; intervals as a band, or as bars where there is one point or `band` is off."""
+    if not points:
+        return
+    points = sorted(points, key=lambda point: point[0])
+    x, y = [at for at, _ in points], [value.mean for _, value in points]
+    halves = [value.half or 0.0 for _, value in points]
+    axes.plot(x, y, label=label, **look)
+    if band and len(points) > 1 and any(halves):
+        low, high = [a - b for a, b in zip(y, halves, strict=True)], [a + b for a, b in zip(y, halves, strict=True)]
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    elif any(halves):
+        axes.errorbar(x, y, yerr=halves, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1)
+
+
+def _line_across(axes: Axes, value: Estimate | None, look: dict[str, Any], label: str) -> None:
+    """With its marker at both ends."""
+    if value is None:
+        return
+    axes.axhline(value.mean, label=label, clip_on=False, **look)
+    if value.half:
+        axes.axhspan(value.mean - value.half, value.mean + value.half, color=look["color"], alpha=0.1, linewidth=0)
+
+
+def _legend(figure: Figure, panels: Sequence[Panel]) -> None:
+    """In the place of the missing panel, where the last row has one, else below."""
+    handles, labels = panels[0].axes.get_legend_handles_labels()
+    if len(panels) > 1 and len(panels) % 2:
+        spare = figure.add_subplot((len(panels) + 1) // 2, 2, len(panels) + 1)
+        spare.axis("off")
+        spare.legend(handles, labels, loc="lower center" if len(labels) > 8 else "center")
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+
+
+def _interval_note(report: Report) -> str:
+    if any(len(setting.runs) > 1 for setting in report.settings):
+        return "Means over seeds; bands and bars are 95 % t intervals, and a setting with one seed has none."
+    return "One seed each, so there are no intervals."
+
+
+def _alt(report: Report, what: str, series: Sequence[Series], others: Sequence[Setting]) -> str:
+    """The headline numbers in words; the rest is in the tables."""
+    measure = report.accuracies[0]
+    base = report.before(measure, next(iter(report.bases())))
+    parts = [f"untrained {measure.text(base)} %"]
+    for one in series:
+        values = [measure.text(value) for _, _, value in one.values(measure)]
+        parts.append(f"{one.label} {' to '.join(dict.fromkeys((values[0], values[-1])))} %")
+    parts += [f"{one.label} {measure.text(one.estimate(measure, one.final))} %" for one in others]
+    return f"{what}. Target accuracy: {'; '.join(parts)}. The tables hold every number."

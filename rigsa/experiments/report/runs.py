@@ -1,0 +1,310 @@
+"""Run folders as data: what a report compares, and whether it may. No model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rigsa.errors import RigsaError
+from rigsa.experiments.config import CONFIG_FILE, FAILED_FILE, PRESETS, Config, arguments_of, flag, load, reads
+from rigsa.experiments.experiment import BASE, METRICS_FILE
+from rigsa.experiments.report import paper_numbers
+from rigsa.experiments.report.statistics import Estimate, estimate, group
+from rigsa.experiments.train import RESOURCES_FILE
+from rigsa.files import is_done, read_json
+
+TASKS = {"piqa": "PIQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8k"}
+SAME = ("model", "data", "test_images", "eval_shots", "system_prompt")
+"""Fields in which the runs of one report agree; those that measured source tasks agree in `SAME_TASKS` too."""
+SAME_TASKS = ("limit", "data_dir")
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds: its configuration, the untrained model's metrics and those of the finished levels."""
+
+    path: Path
+    config: Config
+    base: Metrics
+    levels: list[Metrics]
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Raises RigsaError where `path` is no run folder or is damaged. `levels` may be empty."""
+        config = load(path)
+        folders = [folder for folder in path.glob("level_*") if is_done(folder)]
+        levels = [_metrics(folder / METRICS_FILE, config) | read_json(folder / RESOURCES_FILE) for folder in folders]
+        levels.sort(key=lambda metrics: metrics["level"])
+        return cls(path, config, _metrics(path / BASE / METRICS_FILE, config) if levels else {}, levels)
+
+    def level(self, number: int) -> Metrics | None:
+        return next((metrics for metrics in self.levels if metrics["level"] == number), None)
+
+    @property
+    def base_name(self) -> str:
+        return "untrained" if self.config.quantize == "none" else "untrained, 4 bits"
+
+
+def _metrics(path: Path, config: Config) -> Metrics:
+    metrics = read_json(path)
+    names = [f"{number}-shot" for number in config.shots]
+    if not isinstance(metrics, dict) or any(accuracy(name).of(metrics) is None for name in names):
+        raise RigsaError(f"{path} is damaged (no accuracy for {', '.join(names)}); delete its folder and run again")
+    return metrics
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that every level may have: where it stands in the metrics, and how it is written."""
+
+    name: str
+    keys: tuple[str, ...]
+    unit: str
+    decimals: int
+
+    def of(self, metrics: Metrics | None) -> float | None:
+        """None where it was not measured."""
+        value: Any = metrics
+        for key in self.keys:
+            if not isinstance(value, dict) or key not in value:
+                return None
+            value = value[key]
+        return float(value)
+
+    def before(self, run: Run) -> float | None:
+        """The untrained model's. It has not drifted: drift is measured from it."""
+        return 0.0 if self.keys[0] == "drift" else self.of(run.base)
+
+    def text(self, value: Estimate | None) -> str:
+        """``93.33 ± 1.20``, or the mean alone where there is no interval."""
+        if value is None:
+            return ""
+        half = "" if value.half is None else f" ± {value.half:.{self.decimals}f}"
+        return f"{value.mean:.{self.decimals}f}{half}"
+
+
+def accuracy(shots: str) -> Measure:
+    """On the target task, with so many examples: ``0-shot``."""
+    return Measure(shots, ("test", shots, "accuracy"), "%", 2)
+
+
+DRIFT = Measure("drift", ("drift", "kl"), "nats per token", 4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in nothing but the seed, in the order of their seeds."""
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def config(self) -> Config:
+        return self.runs[0].config
+
+    @property
+    def levels(self) -> list[int]:
+        return sorted({metrics["level"] for run in self.runs for metrics in run.levels})
+
+    @property
+    def final(self) -> int:
+        """The last level that any of its runs has finished; runs that have not do not count towards final numbers."""
+        return self.levels[-1]
+
+    def at(self, level: int) -> dict[int, Metrics]:
+        """Seed to metrics."""
+        return {run.config.seed: found for run in self.runs if (found := run.level(level)) is not None}
+
+    def values(self, measure: Measure, level: int) -> dict[int, float]:
+        """Seed to value."""
+        found = {seed: measure.of(metrics) for seed, metrics in self.at(level).items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def estimate(self, measure: Measure, level: int) -> Estimate | None:
+        values = list(self.values(measure, level).values())
+        return estimate(values) if values else None
+
+    def change(self, measure: Measure, level: int) -> Estimate | None:
+        """From the untrained model of the same run."""
+        before = {run.config.seed: measure.before(run) for run in self.runs}
+        changes = [value - start for seed, value in self.values(measure, level).items()
+                   if (start := before[seed]) is not None]  # fmt: skip
+        return estimate(changes) if changes else None
+
+
+def trainable(metrics: Metrics) -> int:
+    """Trained numbers. Runs of earlier versions recorded the free entries alone, without the gates."""
+    return metrics["trainable"] if "trainable" in metrics else metrics["free"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Comparable runs, grouped; `notes` says what is missing from them, `failed` names folders and their messages."""
+
+    runs: list[Run]
+    settings: list[Setting]
+    notes: list[str]
+    failed: list[tuple[Path, str]]
+
+    @property
+    def config(self) -> Config:
+        """Of any of the runs, for the fields in which they agree."""
+        return self.runs[0].config
+
+    @property
+    def accuracies(self) -> list[Measure]:
+        """Accuracy on the target task per number of examples; the first is the headline."""
+        return [accuracy(f"{number}-shot") for number in self.config.shots]
+
+    @property
+    def loss(self) -> Measure:
+        return Measure("test loss", ("test", f"{self.config.shots[0]}-shot", "loss"), "nats", 3)
+
+    @property
+    def sources(self) -> list[Measure]:
+        """Those source tasks that any run has measured."""
+        measures = [Measure(name, ("source", task, "score"), "%", 2) for task, name in TASKS.items()]
+        return [measure for measure in measures if self._measured(measure)]
+
+    @property
+    def drifts(self) -> list[Measure]:
+        """Drift, or nothing where no run has measured it."""
+        return [DRIFT] if self._measured(DRIFT) else []
+
+    def _measured(self, measure: Measure) -> bool:
+        return any(measure.of(metrics) is not None for run in self.runs for metrics in (run.base, *run.levels))
+
+    @property
+    def reference(self) -> Setting | None:
+        """What the others are compared with: imp, and of several the one closest to a preset."""
+        found = [setting for setting in self.settings if setting.config.method == "imp"]
+        return min(found, key=lambda setting: len(nearest_preset(setting.config)[1]), default=None)
+
+    @property
+    def has_paper(self) -> bool:
+        return self.config.model == paper_numbers.MODEL
+
+    def bases(self) -> dict[str, dict[int, Run]]:
+        """Name of an untrained model to seed to a run that measured it."""
+        found: dict[str, dict[int, Run]] = {}
+        for run in self.runs:
+            found.setdefault(run.base_name, {}).setdefault(run.config.seed, run)
+        return dict(sorted(found.items()))
+
+    def before(self, measure: Measure, base: str) -> Estimate | None:
+        """The untrained model's value: one where all seeds agree, else the mean over seeds."""
+        runs = [run for run in self.runs if run.base_name == base and measure.before(run) is not None]
+        values = {run.config.seed: measure.before(run) for run in runs}
+        known = [value for value in values.values() if value is not None]
+        if not known:
+            return None
+        return estimate(known[:1] if len(set(known)) == 1 else known)
+
+
+def read_report(paths: Sequence[Path]) -> Report:
+    """Read run folders, and folders of them.
+
+    Raises:
+        RigsaError: a path is not there or holds no run, a folder is damaged, no run has a finished level, or the runs
+            cannot stand in one report.
+    """
+    folders = list({folder.resolve(): folder for path in paths for folder in run_folders(path)}.values())
+    failed = [(folder, _failure(folder / FAILED_FILE)) for folder in folders if (folder / FAILED_FILE).exists()]
+    rest = [Run.read(folder) for folder in folders if not (folder / FAILED_FILE).exists()]
+    runs = [run for run in rest if run.levels]
+    notes = [f"{run.path} has no finished level yet; run its command again to go on" for run in rest if not run.levels]
+    if not runs:
+        raise RigsaError("; ".join(notes + [f"{folder} failed: {message}" for folder, message in failed]))
+    check_comparable(runs)
+    groups = group([run.config for run in runs])
+    settings = [Setting(one.label, [runs[index] for index in one.members]) for one in groups]
+    check_distinct(settings)
+    return Report(runs, settings, notes + [note for setting in settings for note in _unfinished(setting)], failed)
+
+
+def run_folders(path: Path) -> list[Path]:
+    """`path` itself where it is a run folder, else those one and two folders below. Raises RigsaError for none."""
+    if not path.is_dir():
+        raise RigsaError(f"{path}: no such run folder")
+    if _is_run(path):
+        return [path]
+    found = sorted(folder for pattern in ("*", "*/*") for folder in path.glob(pattern) if _is_run(folder))
+    if not found:
+        raise RigsaError(f"{path} is no run folder (it has no {CONFIG_FILE}) and holds none")
+    return found
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() or (folder / FAILED_FILE).is_file()
+
+
+def _failure(path: Path) -> str:
+    record = read_json(path)
+    if not isinstance(record, dict) or "message" not in record:
+        raise RigsaError(f"{path} is damaged (no message in it); delete it and run again")
+    return str(record["message"])
+
+
+def _unfinished(setting: Setting) -> Iterator[str]:
+    for run in setting.runs:
+        last = run.levels[-1]["level"]
+        if run.config.method == "imp" and last < run.config.prunings:
+            yield f"{run.path} has finished level {last} of {run.config.prunings}; run its command again to go on"
+        if last < setting.final:
+            yield f"{run.path} does not count towards the final numbers of {setting.label}, level {setting.final}"
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Raises RigsaError where the runs differ in the model, its tokenizer, the data or how they were tested."""
+    _check_same(runs, SAME)
+    _check_same([run for run in runs if run.config.tasks], SAME_TASKS)
+    known = [run for run in runs if "tokenizer" in run.base]
+    for run in known[1:]:
+        here, there = known[0].base["tokenizer"], run.base["tokenizer"]
+        if here != there:
+            raise RigsaError(
+                f"{known[0].path} and {run.path} cannot stand in one report: mixed tokenizers between runs "
+                f"({here} and {there})"
+            )
+
+
+def _check_same(runs: Sequence[Run], names: Sequence[str]) -> None:
+    for name in names:
+        for run in runs[1:]:
+            here, there = getattr(runs[0].config, name), getattr(run.config, name)
+            if here != there:
+                paths = f"{runs[0].path} and {run.path}"
+                raise RigsaError(f"{paths} cannot stand in one report: --{flag(name)} is {here!r} and {there!r}")
+
+
+def check_distinct(settings: Sequence[Setting]) -> None:
+    """Raises RigsaError where a seed of a setting is there twice: it would count as two."""
+    for setting in settings:
+        for one, other in zip(setting.runs, setting.runs[1:], strict=False):
+            if one.config.seed == other.config.seed:
+                raise RigsaError(
+                    f"{one.path} and {other.path} are the same run, {setting.label} with seed {one.config.seed}; "
+                    "give one of them"
+                )
+
+
+def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
+    """The preset with the fewest differences, and these: field to value. Of equals the first, quickstart leading."""
+    fields = [field for field in dataclasses.fields(Config) if field.name != "method" and reads(config.method, field)]
+    found = []
+    for name in ("quickstart", *PRESETS):
+        preset = PRESETS[name](config.method, config.device)
+        names = [field.name for field in fields if getattr(config, field.name) != getattr(preset, field.name)]
+        found.append((name, {name: getattr(config, name) for name in names}))
+    return min(found, key=lambda item: len(item[1].keys() - {"seed"}))
+
+
+def command_of(config: Config) -> str:
+    """The command that makes this configuration: a preset and the options that differ from it, quoted for a shell."""
+    preset, _ = nearest_preset(config)
+    return shlex.join(["python", "-m", "rigsa.run", config.method, "--preset", preset, *arguments_of(config, preset)])

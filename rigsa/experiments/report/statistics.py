@@ -1,0 +1,123 @@
+"""Several seeds: means with t intervals, paired comparisons, and which runs share a setting. Pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from rigsa.experiments.config import METHODS, Config, reads
+
+CONFIDENCE = 0.95
+MEASURING = ("drift", "source_tasks", "data_dir", "limit")
+"""Fields that say what is measured: they change no trained number, so they do not part settings."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` values and half the width of its 95 % t interval; none from one value."""
+
+    mean: float
+    half: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The mean difference over `difference.n` common seeds and the two-sided p of the paired t test; none below two."""
+
+    difference: Estimate
+    p: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Configurations that differ in nothing but the seed: positions in the given list, by seed."""
+
+    label: str
+    members: tuple[int, ...]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95 % interval of Student's t with ``len(values) - 1`` degrees of freedom. Raises ValueError for none."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("values: expected at least one, got none")
+    mean = float(np.mean(values))
+    if n == 1:
+        return Estimate(mean, None, 1)
+    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * _standard_error(values), n)
+
+
+def compare(values: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
+    """`values` minus `reference`, both seed to value, over the seeds they share; None where they share none."""
+    seeds = sorted(values.keys() & reference.keys())
+    if not seeds:
+        return None
+    differences = [values[seed] - reference[seed] for seed in seeds]
+    difference = estimate(differences)
+    if difference.n == 1:
+        return Comparison(difference, None)
+    error = _standard_error(differences)
+    if error == 0:  # the statistic is 0/0 or infinite
+        return Comparison(difference, 1.0 if difference.mean == 0 else 0.0)
+    return Comparison(difference, float(2 * stats.t.sf(abs(difference.mean) / error, difference.n - 1)))
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def group(configs: Sequence[Config], ignore: Collection[str] = ()) -> list[Group]:
+    """Settings in the order of `METHODS`, then of the values they differ in.
+
+    A label is the method and, where it has several settings, what they differ in: ``lora (rank 8)``.
+
+    Args:
+        configs: of the runs.
+        ignore: fields that part no settings either; what they hold does not matter.
+    """
+    members: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+    for index, config in enumerate(configs):
+        members.setdefault(tuple(_setting(config, ignore).items()), []).append(index)
+    found = []
+    for key, indices in members.items():
+        setting = dict(key)
+        alike = [dict(other) for other in members if dict(other)["method"] == setting["method"]]
+        differing = {name: value for name, value in setting.items() if len({other[name] for other in alike}) > 1}
+        order = (list(METHODS).index(setting["method"]), tuple(differing.values()))
+        seeds = tuple(sorted(indices, key=lambda index: configs[index].seed))
+        found.append((order, Group(_label(setting["method"], differing), seeds)))
+    return [one for _, one in sorted(found, key=lambda item: item[0])]
+
+
+def _setting(config: Config, ignore: Collection[str]) -> dict[str, Any]:
+    """The fields that the method reads, without the seed, also where it stands in the path of the matched run."""
+    setting = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if reads(config.method, field) and field.name not in ("seed", *MEASURING, *ignore)
+    }
+    if "match" in setting:
+        setting["match"] = re.sub(r"[-_.]?seed[-_=]?\d+", "", setting["match"])
+    return setting
+
+
+def _label(method: str, differing: Mapping[str, Any]) -> str:
+    parts = [f"{name.replace('_', ' ')} {_shown(name, value)}" for name, value in differing.items()]
+    return f"{method} ({', '.join(parts)})" if parts else method
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return Path(value).name or "none" if name == "match" else str(value) or "none"

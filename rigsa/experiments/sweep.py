@@ -1,0 +1,296 @@
+"""Methods x seeds x settings: a queue of run folders that goes on where it stopped.
+
+::
+
+    python -m rigsa.run sweep --methods imp,random-mask,lora --seeds 0,1,2 --vary lora:rank=1,4,8,16 --out runs/sweep
+
+A sweep folder::
+
+    sweep.json          the plan of the last command
+    NAME/               a run folder (`rigsa.experiments.experiment`), and in it:
+    NAME/run.log        what the run printed, every attempt
+    NAME/failed.json    exit code and last lines, while the last attempt failed
+    NAME/done           written last
+    report.md, ...      written when every run is done
+
+Each run is a process of its own, so that one that crashes does not end the others. The same command goes on: it skips
+runs that are done and tries failed ones again. A command with more methods, seeds or values adds runs; one that would
+change a run that is there is refused, and runs that it leaves out stay as they are.
+
+The cluster's scheduler does the scheduling. An array job starts one shard a task, each on the GPU that it was given::
+
+    #SBATCH --array=1-8 --gpus=1
+    python -m rigsa.run sweep --methods imp,random-mask --seeds 0,1,2,3 --out runs/sweep --shard $SLURM_ARRAY_TASK_ID/8
+
+Shards start and end at any time; the last one to finish writes the report. Where several GPUs are on one machine, start
+a shard for each with its own CUDA_VISIBLE_DEVICES.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rigsa.errors import RigsaError
+from rigsa.experiments.config import CONFIG_FILE, FAILED_FILE, Config, arguments_of, check_folder, load
+from rigsa.experiments.sweep_plan import WHOLE, Job, Plan, Shard
+from rigsa.files import is_done, mark_done, write_json
+
+SWEEP_FILE = "sweep.json"
+LOG_FILE = "run.log"
+LOCK_FILE = ".lock"
+TRACES = {CONFIG_FILE, FAILED_FILE, LOG_FILE}
+"""All that a run leaves which failed before it measured anything: another configuration may take its place."""
+
+BASE_FIELDS = (
+    "model", "data", "device", "dtype", "quantize", "attention", "system_prompt", "test_images", "eval_shots",
+    "eval_batch_size", "drift", "source_tasks", "data_dir", "limit",
+)  # fmt: skip
+"""What the untrained model's results depend on, whatever the method."""
+EXAMPLE_FIELDS = ("seed", "train_images")
+"""And these where test prompts hold examples, which are drawn from the training images."""
+
+GRACE = 60.0
+"""Seconds that an interrupted run has to end by itself."""
+MESSAGE_LINES = 10
+
+Runner = Callable[[Sequence[str], BinaryIO], int]
+"""Run a command, its output into an open file. Returns the exit code, ``-n`` after signal n."""
+
+
+def command_of(job: Job, plan: Plan, extra: Sequence[str] = ()) -> list[str]:
+    """What runs `job` in a process of its own."""
+    options = ["--preset", plan.preset, *arguments_of(job.config, plan.preset), *extra]
+    return [sys.executable, "-m", "rigsa.run", job.config.method, *options, "--out", str(plan.folder(job))]
+
+
+def run_logged(command: Sequence[str], log: BinaryIO) -> int:
+    """The `Runner` of a sweep. An interrupt is passed on to the run, and raised again once that has ended."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=True,  # a terminal's Ctrl-C must not reach the run twice
+        env={"TQDM_MININTERVAL": "60"} | os.environ,  # a progress bar a minute is enough for a file
+    )  # fmt: skip
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(GRACE)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.kill()  # no loss: a run goes on from its last checkpoint
+            process.wait()
+        raise
+
+
+def run_sweep(
+    plan: Plan,
+    report: Callable[[list[Path], Path], object],
+    *,
+    shard: Shard = WHOLE,
+    extra: Sequence[str] = (),
+    run: Runner = run_logged,
+) -> None:
+    """Run the jobs of a shard that are not done, one after another, and report the whole sweep once all are.
+
+    Args:
+        plan: from `plan_sweep`.
+        report: called with the run folders of all shards and the sweep folder.
+        shard: which jobs.
+        extra: further options of every run.
+        run: how a command is run.
+
+    Raises:
+        RigsaError: before anything is written, where a folder holds something else; at the end, where runs did not
+            finish.
+        KeyboardInterrupt: after the current run was interrupted and has ended.
+    """
+    jobs = shard.of(plan.jobs)
+    _check_folders(plan, jobs)
+    with _locked(plan.out / LOCK_FILE, wait=True):
+        write_json(plan.out / SWEEP_FILE, plan.record())
+    unfinished: dict[str, str] = {}
+    with _terminable():
+        for number, job in enumerate(jobs, 1):
+            print(f"[{number}/{len(jobs)}] {job.name}: ", end="", flush=True)
+            with _locked(plan.folder(job) / LOG_FILE) as log:
+                reason = _attempt(job, plan, extra, run, log, unfinished)
+            if reason:
+                unfinished[job.name] = reason
+            print(reason or "{test accuracy} at level {level}, {seconds} s".format(**_result(plan.folder(job))))
+    if jobs:
+        print(f"\n{_table(plan, jobs, unfinished)}")
+    if unfinished:
+        raise RigsaError(
+            f"{len(unfinished)} of {len(jobs)} runs did not finish: {', '.join(unfinished)}. The same command tries "
+            f"them again; `rigsa report {plan.out}` shows the others."
+        )
+    with _locked(plan.out / LOCK_FILE, wait=True):
+        if all(is_done(plan.folder(job)) for job in plan.jobs):
+            report([plan.folder(job) for job in plan.jobs], plan.out)
+
+
+def print_commands(plan: Plan, shard: Shard, extra: Sequence[str] = ()) -> None:
+    """What `run_sweep` would run, one command a line. Raises RigsaError where it would refuse to."""
+    jobs = shard.of(plan.jobs)
+    _check_folders(plan, jobs)
+    for job in jobs:
+        print(shlex.join(command_of(job, plan, extra)))
+
+
+def _check_folders(plan: Plan, jobs: list[Job]) -> None:
+    """Only this shard's: another one may be about to write its first file."""
+    if plan.out.exists() and not plan.out.is_dir():
+        raise RigsaError(f"{plan.out} is a file; choose another --out")
+    others = [path for path in plan.out.glob("*") if not path.name.startswith(".")]
+    if others and not (plan.out / SWEEP_FILE).exists():
+        raise RigsaError(f"{plan.out} is not a sweep folder and not empty; choose another one with --out")
+    for job in jobs:
+        folder = plan.folder(job)
+        if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= TRACES:
+            check_folder(job.config, folder)
+
+
+def _attempt(
+    job: Job, plan: Plan, extra: Sequence[str], run: Runner, log: BinaryIO | None, unfinished: dict[str, str]
+) -> str:
+    """Run a job unless it is done. Returns why it is not finished, '' where it is."""
+    folder = plan.folder(job)
+    if log is None:
+        return "skipped, as another process is running it"
+    if is_done(folder):
+        return ""
+    if job.depends_on in unfinished:
+        return f"skipped, as {job.depends_on} did not finish"
+    (folder / FAILED_FILE).unlink(missing_ok=True)
+    write_json(folder / CONFIG_FILE, dataclasses.asdict(job.config))
+    share_base(job, plan)
+    command = command_of(job, plan, extra)
+    log.write(f"$ {shlex.join(command)}\n".encode())
+    log.flush()
+    start = log.tell()
+    code = run(command, log)
+    if code == 0:
+        mark_done(folder)
+        return ""
+    with (folder / LOG_FILE).open("rb") as printed:
+        printed.seek(start)
+        message = last_words(printed.read().decode(errors="replace"))
+    write_json(folder / FAILED_FILE, {"exit_code": code, "message": message})
+    lines = [f"failed, {describe_exit(code)}; see {folder / LOG_FILE}", *message.splitlines()]
+    return "\n    ".join(lines)
+
+
+def describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def last_words(text: str) -> str:
+    """The error that ended a run's output, or its last lines; without progress bars."""
+    lines = [line.rstrip() for line in text[max(text.rfind("rigsa: "), 0) :].splitlines()]
+    return "\n".join([line for line in lines if line and "%|" not in line][-MESSAGE_LINES:])
+
+
+def share_base(job: Job, plan: Plan) -> None:
+    """Copy the untrained model's results from a run that measured the same thing, if one has."""
+    from rigsa.experiments.experiment import BASE
+
+    mine = plan.folder(job) / BASE
+    if is_done(mine):
+        return
+    for other in plan.jobs:
+        theirs = plan.folder(other) / BASE
+        if is_done(theirs) and _measured(load(plan.folder(other))) == _measured(job.config):
+            partial = plan.folder(job) / f".{BASE}.part"
+            try:
+                for folder in (partial, mine):
+                    shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(theirs, partial)
+                partial.rename(mine)
+            except OSError as error:
+                raise RigsaError(f"cannot copy {theirs} to {mine}: {error}") from error
+            return
+
+
+def _measured(config: Config) -> dict[str, Any]:
+    """What the untrained model's results depend on."""
+    names = (*BASE_FIELDS, *EXAMPLE_FIELDS) if any(config.shots) else BASE_FIELDS
+    return {name: getattr(config, name) for name in names}
+
+
+def _result(folder: Path) -> dict[str, str]:
+    """Of a finished run: its last level and headline test accuracy, and the seconds that all levels trained."""
+    from rigsa.experiments.report.runs import Run
+
+    run = Run.read(folder)
+    last = run.levels[-1]
+    return {
+        "level": str(last["level"]),
+        "test accuracy": f"{last['test'][f'{run.config.shots[0]}-shot']['accuracy']:.2f} %",
+        "seconds": f"{sum(level['train_seconds'] for level in run.levels):.0f}",
+    }
+
+
+def _table(plan: Plan, jobs: list[Job], unfinished: dict[str, str]) -> str:
+    """A line a run, columns padded."""
+    rows = [["run", "level", "test accuracy", "seconds"]]
+    for job in jobs:
+        if job.name in unfinished:
+            rows.append([job.name, unfinished[job.name].split(",")[0], "", ""])
+        else:
+            rows.append([job.name, *_result(plan.folder(job)).values()])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = False) -> Iterator[BinaryIO | None]:
+    """`path` open to append, for this process and those it starts alone; None where another has it and `wait` is off.
+
+    The lock belongs to the open file. So a run that outlives its sweep keeps its log, and nothing else starts it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise RigsaError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        except OSError as error:
+            raise RigsaError(
+                f"{path} cannot be locked ({error.strerror}); choose an --out on a file system with locks"
+            ) from error
+        yield file
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, of a scheduler's time limit, and SIGHUP, of a closed terminal, end a sweep as Ctrl-C does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""What a run trains on, and what its models are measured by."""

@@ -1,0 +1,447 @@
+"""One level: train the adapter that `model` carries, on transformers.Trainer, from the last checkpoint if there is one.
+
+The Trainer's checkpoints hold the adapter alone, and count only once they carry a marker, so a process killed at any
+moment resumes to the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from accelerate.utils import save_fsdp_optimizer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import RandomSampler
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
+
+from rigsa.errors import RigsaError
+from rigsa.experiments.adapter import (
+    ADAPTER_FILE,
+    MASK_FILE,
+    base_fingerprint,
+    load_adapter,
+    load_masks,
+    save_adapter,
+    save_masks,
+    trained_parameters,
+)
+from rigsa.experiments.config import Config
+from rigsa.experiments.distributed import (
+    accumulation_steps,
+    is_main,
+    is_sharded,
+    is_sharding,
+    main_first,
+    num_processes,
+    wait_for_all,
+    whole,
+)
+from rigsa.experiments.hardware import hardware, versions
+from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
+from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
+from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
+from rigsa.files import is_done, mark_done, read_json, write_json, write_text
+from rigsa_kernels import MaskedAdamW, gated_linears
+from rigsa_kernels.optim import local_part
+from rigsa_kernels.reference import NonFiniteGateError
+
+LOG_FILE = "log.jsonl"
+RESOURCES_FILE = "resources.json"
+CHECKPOINTS = "checkpoints"
+_STATE_FILE = "trainer_state.json"
+_LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+
+
+def steps_per_epoch(config: Config, num_images: int) -> int:
+    """Optimiser steps of one pass over the images; a last incomplete batch is dropped.
+
+    Raises:
+        RigsaError: there are fewer images than one batch needs.
+    """
+    if num_images < config.batch_size:
+        raise RigsaError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
+    return num_images // config.batch_size
+
+
+def steps_per_level(config: Config, num_images: int) -> int:
+    """Optimiser steps of one level. Raises RigsaError as `steps_per_epoch`."""
+    steps = config.epochs * steps_per_epoch(config, num_images)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+class PatternMover(TrainerCallback):
+    """A callback that moves patterns while the model trains, so that masks have to be saved with the values.
+
+    It moves them in `on_step_end`, before a checkpoint of that step is written.
+    """
+
+
+class EndsEarly(TrainerCallback):
+    """A callback that may end a level before its last step."""
+
+    def ended_at(self) -> int | None:
+        """The step at which it did, as it has written down before any checkpoint of that step."""
+        raise NotImplementedError
+
+
+def train_level(
+    model: nn.Module,
+    dataset: PromptDataset,
+    config: Config,
+    folder: Path,
+    label: str,
+    callbacks: Sequence[TrainerCallback] = (),
+    first_step: int = 0,
+) -> None:
+    """Train, then write the adapter, the resources used and, last, the log; where they are, load the adapter instead.
+
+    On several processes all of them train, and the main one writes. Under FSDP `model` is left in shards.
+
+    Args:
+        model: with the adapter at its start.
+        dataset: training images.
+        config: of the run.
+        folder: of the level.
+        label: of the progress bar.
+        callbacks: more of them; where there is a `PatternMover`, the level's mask is written before the adapter.
+        first_step: of the schedule; only the steps from there on are made.
+
+    Raises:
+        RigsaError: the loss or a value became non-finite (step and layer are named), or a file cannot be written.
+    """
+    moving = any(isinstance(callback, PatternMover) for callback in callbacks)
+    if (folder / LOG_FILE).exists():
+        load_trained(model, folder, moving)
+        return
+    reset_peak_memory()
+    with main_first():
+        checkpoint = latest_checkpoint(folder / CHECKPOINTS)
+    if checkpoint is not None:
+        check_processes(checkpoint)
+        load_trained(model, checkpoint, moving)
+    steps = steps_per_level(config, len(dataset)) - first_step
+    watch = ProgressAndTime(label)
+    trainer = LevelTrainer(
+        config=config,
+        moving=moving,
+        first_step=first_step,
+        model=model,
+        args=training_arguments(config, steps, folder / CHECKPOINTS),
+        train_dataset=dataset,
+        data_collator=partial(collate, pad_id=dataset.prompts.pad_id),
+        callbacks=[watch, MarkCheckpoint(), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    ended = [callback.ended_at() for callback in callbacks if isinstance(callback, EndsEarly)]
+    if checkpoint is not None and checkpoint_step(checkpoint) in (steps, *ended):
+        trainer.state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
+        states = read_json(checkpoint / _STATE_FILE)["stateful_callbacks"]
+        watch.before = states[ProgressAndTime.__name__]["attributes"]["before"]
+    else:
+        optimizer = trainer.create_optimizer()
+        with stepping_in_backward(optimizer) if config.step_in_backward else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with whole(model), main_first():
+        if not (folder / LOG_FILE).exists():
+            save_trained(model, folder, moving)
+            used = {"train_seconds": watch.seconds, "peak_memory_bytes": peak_memory()}
+            made_on = {"hardware": hardware(), "versions": versions()}
+            write_json(folder / RESOURCES_FILE, {"steps": trainer.state.global_step, **used, **made_on})
+            lines = [{name: entry[name] for name in _LOGGED} for entry in trainer.state.log_history if "loss" in entry]
+            write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def save_trained(model: nn.Module, folder: Path, moving: bool) -> None:
+    """The adapter and, before it, the masks if they were `moving`."""
+    if moving:
+        patterns = {name: layer.pattern for name, layer in gated_linears(model).items()}
+        save_masks(patterns, folder / MASK_FILE, base_fingerprint(model))
+    save_adapter(model, folder / ADAPTER_FILE)
+
+
+def load_trained(model: nn.Module, folder: Path, moving: bool) -> None:
+    """What `save_trained` wrote. Raises RigsaError where a file is missing or does not fit."""
+    if moving:
+        patterns = load_masks(model, folder / MASK_FILE)
+        for name, layer in gated_linears(model).items():
+            layer.set_pattern(patterns[name])
+    load_adapter(model, folder / ADAPTER_FILE)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The training log of a level: step, epoch, loss (mean since the line before), learning_rate, grad_norm."""
+    return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+
+
+def remove_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
+    return MaskedAdamW(
+        model,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        alpha_lr=config.alpha_learning_rate,
+        alpha_weight_decay=config.alpha_weight_decay,
+        state_dtype=config.state_dtype,
+        seed=config.seed,
+    )
+
+
+@contextlib.contextmanager
+def stepping_in_backward(optimizer: MaskedAdamW) -> Iterator[None]:
+    """Inside, `backward` updates each parameter as soon as its gradient is complete, and frees the gradient.
+
+    Gradients then take the memory of one layer. The bits are those of an ordinary step, as no parameter's update looks
+    at another's gradient; that is why there can be no clipping, and one micro-batch a step only. The `step` that
+    follows finds nothing left to do.
+    """
+
+    def update(parameter: Tensor) -> None:
+        optimizer.step()  # of those that have a gradient: this one
+        parameter.grad = None
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    hooks = [parameter.register_post_accumulate_grad_hook(update) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:  # the gates live on in the next level, which has an optimiser of its own
+            hook.remove()
+
+
+def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps(config),
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed % 2**32,
+        use_cpu=config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()),
+        ddp_find_unused_parameters=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.checkpoint_steps,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process, one GPU: without this a lone process would split batches over all it sees
+    return arguments
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest finished checkpoint. Unfinished ones, which a killed process left, are deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
+    for checkpoint in found:
+        if not is_done(checkpoint):
+            shutil.rmtree(checkpoint)
+    finished = [checkpoint for checkpoint in found if checkpoint.exists()]
+    return finished[-1] if finished else None
+
+
+def check_processes(checkpoint: Path) -> None:
+    """Raises RigsaError where another number of processes made `checkpoint`: sums would be rounded differently."""
+    then = len(list(checkpoint.glob("rng_state*.pth")))
+    if then != num_processes():
+        raise RigsaError(f"{checkpoint} was made by {then} processes; expected as many to go on, got {num_processes()}")
+
+
+class LevelTrainer(Trainer):
+    """Our loss, adapter-only checkpoints, and a stop at the first non-finite number."""
+
+    model: nn.Module
+    train_dataset: PromptDataset
+    loss_is_scaled_for_ga = False  # ours is a mean per micro-batch, for the Trainer to divide
+
+    def __init__(self, *, config: Config, moving: bool, first_step: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config, self.moving, self.first_step = config, moving, first_step
+
+    def create_optimizer(self, model: nn.Module | None = None) -> MaskedAdamW:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model, self.config)
+        return cast(MaskedAdamW, self.optimizer)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """The Trainer's linear one, from `first_step` on."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.create_optimizer()
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # or PyTorch will not start in the middle
+            self.lr_scheduler = get_linear_schedule_with_warmup(
+                optimizer, self.config.warmup_steps, num_training_steps + self.first_step, self.first_step - 1
+            )
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """Whole batches only. What is left would make a smaller step, and processes could not share it evenly."""
+        count = steps_per_epoch(self.config, len(self.train_dataset)) * self.config.batch_size
+        return RandomSampler(self.train_dataset, num_samples=count)
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        keep_out_of_ddp(model)
+        if is_sharding():
+            release_origins(model)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        try:
+            loss = training_loss(model, inputs, self.config.loss)
+        except NonFiniteGateError as error:
+            self._stop_at_non_finite(str(error), None)
+        # Reading the loss costs nothing on a CPU; on a GPU it would stop every step: there save_model and the log tell.
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            self._stop_at_non_finite(f"the loss is {loss.item()}", inputs)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self._stop_at_non_finite(f"the loss is {logs['loss']}", None)
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with whole(self.model):
+            if first_non_finite_parameter(self.model):
+                self._stop_at_non_finite("a trained value is not finite", None)
+            if is_main():
+                save_trained(self.model, Path(str(output_dir)), self.moving)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # how torch.save reports a full disk
+            reason = str(error).strip().splitlines()[0]
+            raise RigsaError(f"cannot write a checkpoint ({reason}). What was saved before is untouched.") from error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The Trainer would save the model's shards, too, most of which are the frozen weights.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if is_main():
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: `train_level` has loaded the adapter, while no tensor was in shards yet."""
+
+    def _stop_at_non_finite(self, what: str, inputs: dict[str, Tensor] | None) -> NoReturn:
+        layer = first_non_finite_parameter(self.model) or (inputs and first_non_finite_output(self.model, inputs))
+        raise RigsaError(
+            f"training diverged at step {self.state.global_step + 1}: {what}; first in {layer or 'no trained layer'}. "
+            "What was saved before is kept. Try a lower --learning-rate or --alpha-learning-rate, or --dtype float32 "
+            "(in another --out folder)."
+        )
+
+
+def keep_out_of_ddp(model: nn.Module) -> None:
+    """Have DDP send trained parameters only: every process has loaded the frozen ones and the patterns already.
+
+    DDP would broadcast all of them once, buffers before each forward pass, and neither gloo nor NCCL sends int16.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
+
+
+def release_origins(model: nn.Module) -> None:
+    """Forget the layers that were adapted: they would keep the frozen weights whole beside their shards."""
+    for layer in gated_linears(model).values():
+        (linear,) = layer._origin
+        linear.weight = linear.bias = None  # type: ignore[assignment]
+
+
+def first_non_finite_parameter(model: nn.Module) -> str | None:
+    """Name of the first trained parameter that is not all finite, as far as this process holds it."""
+    for name, parameter in trained_parameters(model).items():
+        if not local_part(parameter).isfinite().all():
+            return name
+    return None
+
+
+@torch.no_grad()
+def first_non_finite_output(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+    """Name of the first trained layer whose output is not all finite, by one more forward pass."""
+    found: list[str] = []
+    layers = {name.rpartition(".")[0]: None for name in trained_parameters(model)}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _args, output, name=name: None if output.isfinite().all() else found.append(name)
+        )
+        for name in layers
+    ]
+    answer_logits(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else None
+
+
+class MarkCheckpoint(TrainerCallback):
+    """Writes the marker of a checkpoint after everything else of it."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        wait_for_all()  # each process saves its random state
+        if is_main():
+            mark_done(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+
+class ProgressAndTime(TrainerCallback, ExportableState):
+    """A progress bar with loss and ETA, and the seconds spent, carried over a resume through the checkpoint."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.before, self.start = label, 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"label": self.label}, "attributes": {"before": self.seconds}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step", disable=not is_main()
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if "loss" in state.log_history[-1]:
+            self.bar.set_postfix_str(f"loss {state.log_history[-1]['loss']:.3f}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.close()

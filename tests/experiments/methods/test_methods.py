@@ -1,0 +1,216 @@
+"""Every method on a model of 40 kB: the masks they choose, what they train, and that runs repeat to the bit."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Subset
+
+from rigsa.experiments.adapter import adapter_off, load_masks, trained_parameters
+from rigsa.experiments.config import GATED, METHODS, arguments_of, smoke
+from rigsa.experiments.experiment import Experiment
+from rigsa.experiments.methods.gradient_masks import SCORES, mask_batches, score_entries
+from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
+from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
+from rigsa.experiments.train import make_optimizer
+from rigsa.run import main
+from rigsa_kernels import gated_linears
+from rigsa_kernels.selection import select_linears
+from tests.conftest import make_llama
+
+DENSITY = 0.1
+OPTIONS = {
+    "dtype": "float32", "device": "cpu", "test_images": 20, "epochs": 1, "train_images": 40, "max_steps": 4,
+    "eval_shots": "0", "micro_batch_size": 2,
+}  # fmt: skip
+
+
+def config_of(method: str, model: Path, **options: object):
+    own = {"density": DENSITY, "mask_images": 6, "rank": 3, "reselect_steps": 2}
+    base = smoke(method)
+    read = {field.name for field in dataclasses.fields(base) if method in field.metadata["only"]}
+    if method == "random-mask":
+        read.discard("match")
+    chosen = {name: value for name, value in own.items() if name in read}
+    return dataclasses.replace(base, model=str(model), **OPTIONS | chosen | options)
+
+
+def experiment(method: str, model: Path, run: Path, **options: object) -> Experiment:
+    prepared = Experiment.prepare(config_of(method, model, **options), run)
+    prepared.attach()
+    return prepared
+
+
+def command(config, out: Path) -> list[str]:
+    return [config.method, "--preset", "smoke", "--out", str(out), *arguments_of(config, "smoke")]
+
+
+def images_of(prepared: Experiment, size: int) -> DataLoader:
+    """The images that choose the mask, found here once more."""
+    dataset = PromptDataset(prepared.splits.train, prepared.prompts)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(prepared.config.seed))
+    chosen = Subset(dataset, order[: prepared.config.mask_images].tolist())
+    return DataLoader(chosen, size, collate_fn=lambda samples: collate(samples, prepared.prompts.pad_id))
+
+
+def gradients_of_plain_weights(prepared: Experiment, size: int) -> dict[str, list[torch.Tensor]]:
+    """By batch, in float64, on a model that nothing was attached to."""
+    plain = make_llama().double()
+    layers = select_linears(plain, "*", ())[0]
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    for batch in images_of(prepared, size):
+        plain.zero_grad()
+        training_loss(plain, batch, "answer").backward()
+        for name, layer in layers.items():
+            found[name].append(layer.weight.grad.clone())
+    return found
+
+
+def by_definition(method: str, gradients: list[torch.Tensor]) -> torch.Tensor:
+    mean, square = torch.stack(gradients).mean(0), torch.stack(gradients).square().mean(0)
+    return {"sift": mean.abs(), "fisher": square, "rosa": square, "sam": mean**2 / (square + square.mean())}[method]
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_gradient_scores_are_those_of_their_definition(method, small_model_folder, tmp_path):
+    prepared = experiment(method, small_model_folder, tmp_path)
+    gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "sam") else 2)
+    scores = score_entries(prepared.model, prepared.config, mask_batches(prepared))
+    assert {name.removesuffix(".base_layer") for name in scores} == gradients.keys()
+    for name, score in scores.items():
+        want = by_definition(method, gradients[name.removesuffix(".base_layer")])
+        torch.testing.assert_close(score.double(), want, rtol=1e-4, atol=1e-5 * want.max().item())
+    assert all(parameter.grad is None for parameter in prepared.model.parameters())
+
+
+@pytest.fixture(scope="module")
+def finished(small_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of every method but imp, which tests/experiments/test_run.py has."""
+    folder = tmp_path_factory.mktemp("methods")
+    runs = {method: folder / method for method in METHODS if method not in ("imp", "qlora")}
+    for method, out in runs.items():
+        assert main(command(config_of(method, small_model_folder), out)) == 0
+    return runs
+
+
+def last_level(run: Path) -> Path:
+    return max(run.glob("level_*"))
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("imp", "qlora")])
+def test_sizes_are_what_was_asked_for(method, finished):
+    metrics = json.loads((last_level(finished[method]) / "metrics.json").read_text())
+    layers = select_linears(make_llama(), "*", ())[0].values()
+    low_rank = sum(3 * (layer.in_features + layer.out_features) for layer in layers)
+    sparse = sum(round(DENSITY * layer.weight.numel()) for layer in layers)
+    gates = {"random-mask": len(layers)}.get(method, 0)
+    want = {"full": 15_360, "lora": low_rank, "shira": low_rank, "rosa": sparse + low_rank}.get(method, sparse + gates)
+    assert metrics["trainable"] == want
+    assert metrics["weights"] == 15_360
+    assert metrics["steps"] == 4
+    assert metrics["drift"]["kl"] > 0
+
+
+@pytest.mark.parametrize("method", ["sift", "rosa", "lora", "shira"])
+def test_same_command_gives_the_same_bits(method, finished, small_model_folder, tmp_path):
+    assert main(command(config_of(method, small_model_folder), tmp_path / "again")) == 0
+    for name in ("adapter.safetensors", "metrics.json", "log.jsonl"):
+        again = last_level(tmp_path / "again") / name
+        assert again.read_bytes() == (last_level(finished[method]) / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["lt-sft", "rosa", "lora", "shira"])
+def test_saved_adapter_gives_the_trained_model_back(method, finished, small_model_folder):
+    level = last_level(finished[method])
+    restored = experiment(method, small_model_folder, finished[method])
+    restored.restore(int(level.name.rpartition("_")[2]))
+    metrics = json.loads((level / "metrics.json").read_text())
+    assert restored.test("again")["test"] == metrics["test"]
+    assert restored.drift() == metrics["drift"]
+    saved = load_file(level / "adapter.safetensors")
+    assert saved.keys() == trained_parameters(restored.model).keys()
+
+
+def test_lottery_ticket_keeps_what_changed_most(finished, small_model_folder):
+    prepared = experiment("lt-sft", small_model_folder, finished["lt-sft"])
+    masks = load_masks(prepared.model, finished["lt-sft"] / "level_1" / "mask.safetensors")
+    changes = load_file(finished["lt-sft"] / "level_0" / "adapter.safetensors")
+    for name, pattern in masks.items():
+        change, mask = changes[f"{name}.rigsa_values"].abs(), pattern.to_mask()
+        assert pattern.nnz == round(DENSITY * change.numel())
+        assert change[mask].min() >= change[~mask].max()
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+def test_super_mask_follows_the_pretrained_magnitudes(which, finished, small_model_folder, tmp_path):
+    run = finished["super"]
+    if which == "smallest":
+        run = tmp_path / "smallest"
+        assert main(command(config_of("super", small_model_folder, super_rank="smallest"), run)) == 0
+    prepared = experiment("super", small_model_folder, run)
+    for name, pattern in load_masks(prepared.model, run / "level_1" / "mask.safetensors").items():
+        magnitude, mask = prepared.model.get_submodule(name).weight.abs(), pattern.to_mask()
+        kept, left = magnitude[mask], magnitude[~mask]
+        assert kept.min() >= left.max() if which == "largest" else kept.max() <= left.min()
+
+
+def test_full_fine_tuning_is_adamw_on_the_weights(small_model_folder, tmp_path):
+    """Three steps of a dense difference with a gate of 1 beside three of torch's AdamW on the weights themselves."""
+    prepared = experiment("full", small_model_folder, tmp_path)
+    plain = make_llama()
+    layers = select_linears(plain, "*", ())[0]
+    plain.requires_grad_(False)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    config = prepared.config
+    theirs = torch.optim.AdamW(
+        [layer.weight for layer in layers.values()], config.learning_rate, (config.beta1, config.beta2), config.eps, 0.0
+    )
+    ours = make_optimizer(prepared.model, config)
+    for batch in images_of(dataclasses.replace(prepared, config=config_of("sift", small_model_folder)), 2):
+        for model, optimizer in ((plain, theirs), (prepared.model, ours)):
+            training_loss(model, batch, "answer").backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, layer in gated_linears(prepared.model).items():
+        moved, wanted = layer.weight + layer.delta(), layers[name].weight
+        # AdamW divides by the gradient's size, so an entry whose gradient is all rounding may go its own way
+        different = ~torch.isclose(moved, wanted, rtol=1e-5, atol=1e-6)
+        assert different.float().mean() < 0.01
+        assert (wanted - layer.weight).abs().max() > config.learning_rate
+
+
+@pytest.mark.parametrize("method", ["full", "sift", "rosa", "lora", "shira"])
+def test_what_is_attached_changes_nothing_at_the_start_and_can_be_switched_off(method, small_model_folder, tmp_path):
+    prepared = Experiment.prepare(config_of(method, small_model_folder), tmp_path)
+    batch = next(iter(images_of(dataclasses.replace(prepared, config=config_of("sift", small_model_folder)), 3)))
+    with torch.no_grad():
+        wanted = answer_logits(prepared.model, batch)
+        prepared.attach()
+        assert torch.equal(answer_logits(prepared.model, batch), wanted)
+        for parameter in trained_parameters(prepared.model).values():
+            parameter.add_(0.1)
+        assert not torch.equal(answer_logits(prepared.model, batch), wanted)
+        with adapter_off(prepared.model):
+            assert torch.equal(answer_logits(prepared.model, batch), wanted)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("sift", ["--mask-images", "41"], "--mask-images: there are only 40 training images, got 41"),
+        ("sift", ["--density", "0.0001"], "--density 0.0001: "),
+        ("shira", ["--rank", "17"], "--rank: expected at most 16"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_named(method, options, message, small_model_folder, tmp_path, capsys):
+    assert main([*command(config_of(method, small_model_folder), tmp_path / "run"), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_gated_methods_are_those_that_train_gated_layers(finished):
+    for method, run in finished.items():
+        assert ("layer_density" in json.loads((last_level(run) / "metrics.json").read_text())) == (method in GATED)

@@ -1,0 +1,233 @@
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rigsa.errors import RigsaError
+from rigsa.experiments import hardware, run_plan
+from rigsa.experiments.config import (
+    FROM_ZERO,
+    METHODS,
+    PRESETS,
+    Config,
+    arguments_of,
+    check_folder,
+    load,
+    paper,
+    reads,
+    save,
+)
+from rigsa.experiments.methods.registry import RUNNERS
+from rigsa.experiments.sweep_plan import plan_sweep
+from rigsa.experiments.train import steps_per_level
+from rigsa.run import build_parser, configure, main, resolve
+
+
+def parse(*arguments: str) -> Config:
+    return resolve(build_parser().parse_args(arguments))
+
+
+def test_paper_preset_is_the_papers_configuration_field_for_field():
+    assert dataclasses.asdict(paper()) == {
+        "method": "imp", "seed": 0,
+        "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "data": "mnist", "device": "auto", "dtype": "bfloat16",
+        "quantize": "none", "attention": "sdpa", "system_prompt": "default",
+        "gate": "layer", "alpha_init": 1e-6, "init_scale": 1.0, "values_dtype": "bfloat16", "state_dtype": "bfloat16",
+        "numerics": "auto",
+        "prunings": 4, "keep_fraction": 0.8, "criterion": "rigsa", "rewind": "init",
+        "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
+        "match": "", "density": 0.0,
+        "mask_images": 64, "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
+        "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
+        "loss": "answer", "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
+        "checkpointing": False, "step_in_backward": False,
+        "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,
+        "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
+        "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
+        "drift": True, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
+        "logging_steps": 10, "checkpoint_steps": 100,
+    }  # fmt: skip
+
+
+def test_low_rank_paper_preset_is_table_4():
+    config = paper("qlora")
+    table = {"quantize": "nf4", "rank": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "learning_rate": 2e-4}
+    table |= {"warmup_steps": 1000, "weight_decay": 0.1, "batch_size": 16, "epochs": 4}
+    assert {name: getattr(config, name) for name in table} == table
+    assert dataclasses.replace(config, method="lora", quantize="none") == paper("lora")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_every_preset_and_its_options(method, preset):
+    config = parse(method, "--preset", preset, *(["--match", "runs/x"] if method == "random-mask" else []))
+    assert config.method == method
+    for field in dataclasses.fields(Config):
+        if field.name != "method" and not reads(method, field):
+            assert getattr(config, field.name) == getattr(PRESETS[preset](method), field.name)
+    assert (config.gate == "none") == (config.init_scale == 0) == (method in FROM_ZERO)
+
+
+def test_every_method_of_the_help_runs():
+    assert RUNNERS.keys() == METHODS.keys()
+
+
+def test_paper_preset_makes_the_papers_steps():
+    """59,400 images in batches of 16 (PAPER, 4.4)."""
+    assert steps_per_level(paper(), 59_400) == 3_712
+
+
+def test_paper_preset_prints_without_a_model(capsys):
+    assert main(["imp", "--preset", "paper", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out) == dataclasses.asdict(paper())
+
+
+def test_bare_command_is_the_quickstart():
+    assert parse("imp") == PRESETS["quickstart"]("imp")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_quickstart_takes_the_faster_dtype_of_its_device(fast, monkeypatch):
+    monkeypatch.setattr(hardware.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast, raising=False)
+    monkeypatch.setattr(hardware.torch.backends.mkldnn, "is_available", lambda: True)
+    usual = "bfloat16" if fast else "float32"
+    for preset in ("quickstart", "smoke"):
+        assert parse("imp", "--preset", preset, "--device", "cpu").dtype == usual
+        assert PRESETS[preset]("imp", "cuda").dtype == "bfloat16"
+    assert parse("imp", "--device", "cpu", "--dtype", "bfloat16").dtype == "bfloat16"
+    assert parse("imp", "--preset", "paper", "--device", "cpu").dtype == "bfloat16"
+    for options in ({}, {"device": "cuda"}):
+        monkeypatch.setattr(hardware.torch.cuda, "is_available", lambda: True)
+        (job,) = plan_sweep("imp", "0", [], preset="smoke", options=options, out=Path("runs/x")).jobs
+        assert job.config.dtype == "bfloat16"
+    (job,) = plan_sweep("imp", "0", [], preset="smoke", options={"device": "cpu"}, out=Path("runs/x")).jobs
+    assert job.config.dtype == usual
+    assert arguments_of(job.config, "smoke") == ["--device=cpu"]
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"), [([], "bfloat16"), (["--device", "auto"], "bfloat16"), (["--device", "cpu"], "float32")]
+)
+def test_a_plan_for_a_gpu_has_its_dtype_wherever_it_is_made(given, dtype, monkeypatch):
+    monkeypatch.setattr(hardware, "has_bfloat16_products", lambda device: device == "cuda")
+    options = build_parser().parse_args(["plan", "--preset", "quickstart", *given])
+    assert configure(options, device="cuda").dtype == dtype
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_who_asks_for_slow_products_is_told(fast, monkeypatch):
+    monkeypatch.setattr(run_plan, "has_bfloat16_products", lambda device: fast)
+    for dtype in ("bfloat16", "float32"):
+        experiment = SimpleNamespace(config=Config(dtype=dtype), model=SimpleNamespace(device=torch.device("cpu")))
+        assert ("--dtype float32" in run_plan._slow(experiment)) == (dtype == "bfloat16" and not fast)
+
+
+@pytest.mark.parametrize(
+    "field", [field for field in dataclasses.fields(Config) if field.name != "method"], ids=lambda f: f.name
+)
+def test_every_field_can_be_overridden(field):
+    other = {"float32": "bfloat16", "bfloat16": "float32", "auto": "exact", "layer": "global", "answer": "all"}
+    other |= {"largest": "smallest", "rigsa": "movement", "init": "random_reinit"}
+    value = {str: other.get(field.default, "0,1,2"), int: 10, float: 0.5, bool: True}[type(field.default)]
+    value = {"micro_batch_size": 8, "device": "cpu", "gate": "model", "quantize": "nf4"}.get(field.name, value)
+    needs = {"step_in_backward": ["--max-grad-norm", "0", "--micro-batch-size", "16"]}.get(field.name, [])
+    method = (field.metadata["only"] or ("imp",))[0]
+    option = f"--{field.name.replace('_', '-')}"
+    value = not field.default if type(field.default) is bool else value
+    given = [option if value else f"--no-{option[2:]}"] if type(value) is bool else [option, str(value)]
+    config = parse(method, "--preset", "paper", *given, *needs)
+    assert getattr(config, field.name) == value
+
+
+def test_numbers_of_steps_are_capped_and_need_a_batch():
+    assert steps_per_level(dataclasses.replace(paper(), max_steps=7), 59_400) == 7
+    assert steps_per_level(dataclasses.replace(paper(), epochs=2), 40) == 4
+    with pytest.raises(RigsaError, match="--batch-size 16: there are only 15 training images"):
+        steps_per_level(paper(), 15)
+
+
+@pytest.mark.parametrize("argument", ["--learning-rat=1", "--match=runs/x", "--turbo", "--levels=3"])
+def test_unknown_options_are_refused(argument, capsys):
+    """--match belongs to random-mask, so imp does not know it either."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["imp", argument])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep-fraction", "1.5"], "--keep-fraction: expected more than 0 and at most 1, got 1.5"),
+        (["--micro-batch-size", "5"], "--micro-batch-size: expected a divisor of the batch size 8, got 5"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a positive number, got nan"),
+        (["--checkpoint-steps", "15"], "--checkpoint-steps: expected a multiple of the 10 logging steps, got 15"),
+        (["--eval-shots", "0;5"], "--eval-shots: expected numbers separated by commas, got 0;5"),
+        (["--seed", "-1"], "--seed: expected 0 to"),
+        (["--step-in-backward"], "--step-in-backward: no whole gradient ever exists to be clipped or added to"),
+        (
+            ["--step-in-backward", "--max-grad-norm", "0", "--micro-batch-size", "4"],
+            "and --micro-batch-size 8 (the batch",
+        ),
+        (["--init-scale", "0", "--alpha-init", "0"], "--init-scale 0 and --alpha-init 0: no gradient ever leaves zero"),
+        (["--beta2", "1"], "--beta2: expected 0 or more and less than 1, got 1.0"),
+    ],
+)
+def test_values_out_of_range_are_named(arguments, message, capsys):
+    assert main(["imp", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("sift", ["--density", "0"], "--density: expected more than 0 for sift, got 0.0"),
+        ("qlora", ["--quantize", "none"], "--quantize: expected nf4 for qlora, got none"),
+        ("lora", ["--quantize", "nf4"], "--quantize: expected none for lora, got nf4"),
+        ("full", ["--quantize", "nf4"], "--quantize: expected none for full, got nf4"),
+        ("lora", ["--rank", "0"], "--rank: expected 1 or more, got 0"),
+        ("lora", ["--lora-dropout", "1"], "--lora-dropout: expected 0 or more and less than 1, got 1.0"),
+        ("spiel", ["--reselect-share", "1"], "--reselect-share: expected more than 0 and less than 1, got 1.0"),
+    ],
+)
+def test_what_a_method_needs_is_named(method, arguments, message, capsys):
+    assert main([method, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_folder_of_another_configuration_is_refused_with_the_difference(tmp_path):
+    config = paper()
+    check_folder(config, tmp_path / "new")
+    save(config, tmp_path)
+    check_folder(config, tmp_path)
+    assert load(tmp_path) == config
+    with pytest.raises(RigsaError, match=r"another configuration(.|\n)*--seed: 0 there, 1 now"):
+        check_folder(dataclasses.replace(config, seed=1), tmp_path)
+
+
+def test_folders_that_are_no_run_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RigsaError, match="is not a run folder and not empty"):
+        check_folder(paper(), tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RigsaError, match=r"config.json is damaged \(not JSON"):
+        check_folder(paper(), tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    for read in (load, lambda folder: check_folder(paper(), folder)):
+        with pytest.raises(RigsaError, match=r"config.json is damaged \(expected a JSON object, got \[1\]\)"):
+            read(tmp_path)
+    (tmp_path / "config.json").write_text('{"eval_shots": 5}')
+    with pytest.raises(RigsaError, match="--eval-shots: expected a str, got 5"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"turbo": 1}')
+    with pytest.raises(RigsaError, match="does not fit this version of rigsa"):
+        load(tmp_path)
+
+
+def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():
+    assert parse("random-mask", "--seed", "3").match == "runs/imp-quickstart-seed3"
+    assert parse("random-mask", "--density", "0.1").match == ""
+    with pytest.raises(RigsaError, match="give one of them"):
+        parse("random-mask", "--density", "0.1", "--match", "x")
