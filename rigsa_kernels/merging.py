@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rigsa_kernels.hooks import TABLES, carry_hooks
 from rigsa_kernels.linear import GatedSparseLinear
+from rigsa_kernels.parametrized import GatedSparseWeight, attach, detach
 from rigsa_kernels.reference import add_scaled
 from rigsa_kernels.replace import check_replaceable, gated_linears, swap_modules
 from rigsa_kernels.selection import BASE_OF_PEFT, NAMES_IN_ERRORS
@@ -115,7 +116,10 @@ def merge_linears(model: M, *, keep_adapter: bool = False, dequantize: bool = Fa
     del gated
     while jobs:  # one by one, so that a layer's frozen weight can go before the next layer's merged one comes
         job = jobs.pop()
-        swap_modules(model, {job.place: _merged(job, keep_adapter)})
+        if isinstance(job.gated, GatedSparseWeight):
+            _merge_weight(job.gated, _weight(job), keep_adapter)
+        else:
+            swap_modules(model, {job.place: _merged(job, keep_adapter)})
     return model
 
 
@@ -125,14 +129,22 @@ def unmerge_linears(model: M) -> M:
     Raises:
         ValueError: no layer remembers an adapter, or a merged weight has been written to since. `model` is unchanged.
     """
-    layers = {name: module for name, module in model.named_modules() if _kept(module) is not None}
+    layers = {name: module for name, module in model.named_modules() if _kept(module)}
     if not layers:
         raise ValueError("model: expected layers that merge_linears(model, keep_adapter=True) made, found none")
     check_replaceable(layers)
-    for name, linear in layers.items():
-        if not _is_as_merged(cast(nn.Linear, linear)):
+    for name, module in layers.items():
+        if not all(_is_as_merged(module, kept) for kept in _kept(module)):
             raise ValueError(f"model: the weight of {name} has been written to since it was merged, so W0 is lost")
-    swap_modules(model, {name: _unmerged(cast(nn.Linear, linear)) for name, linear in layers.items()})
+    for name, module in layers.items():
+        for kept in _kept(module):
+            _write_back(module, kept)
+            if isinstance(kept.gated, GatedSparseWeight):
+                attach(kept.gated)
+            else:
+                carry_hooks(module, kept.layer)
+                swap_modules(model, {name: kept.layer.train(module.training)})
+        del module.__dict__["_rigsa_kept"]
     return model
 
 
@@ -225,34 +237,57 @@ def _merged(job: _Job, keep_adapter: bool) -> nn.Linear:
             entries = layer.pattern.gather(layer.frozen_matrix())
             layer.weight = linear.weight
             layer.restored()  # the layer that was adapted lets go of W0, too
-        linear._rigsa_kept = (_Kept(job.outer, layer, entries),)  # type: ignore[assignment]  # not a submodule
+        _keep(linear, _Kept(job.outer, layer, entries))
     return linear.train(job.outer.training)
 
 
-def _kept(module: nn.Module) -> _Kept | None:
-    return cast(tuple[_Kept | None], module.__dict__.get("_rigsa_kept", (None,)))[0]
+@torch.no_grad()
+def _merge_weight(layer: GatedSparseWeight, merged: Tensor, keep_adapter: bool) -> None:
+    detach(layer, merged)
+    if keep_adapter:
+        entries = None
+        if not layer.pattern.is_dense:
+            entries = layer.pattern.gather(layer.frozen_matrix())
+            layer.adopt(layer.place.get_parameter(layer.name))
+        _keep(layer.place, _Kept(layer.place, layer, entries))
+
+
+def _keep(module: nn.Module, kept: _Kept) -> None:
+    module.__dict__["_rigsa_kept"] = (*_kept(module), kept)  # in a tuple, or it would be a submodule
+
+
+def _kept(module: nn.Module) -> tuple[_Kept, ...]:
+    return cast(tuple[_Kept, ...], module.__dict__.get("_rigsa_kept", ()))
+
+
+def _merged_weight(module: nn.Module, kept: _Kept) -> Tensor:
+    name = kept.gated.name if isinstance(kept.gated, GatedSparseWeight) else "weight"
+    return module.get_parameter(name).view(kept.gated.pattern.shape)
 
 
 @torch.no_grad()
-def _is_as_merged(linear: nn.Linear) -> bool:
-    kept = cast(_Kept, _kept(linear))
+def _is_as_merged(module: nn.Module, kept: _Kept) -> bool:
     if kept.entries is None:
         return True  # W0 is kept whole
-    merged = add_scaled(kept.entries, kept.gated.rigsa_values, kept.gated.rigsa_alpha).to(linear.weight)
-    return torch.equal(kept.gated.pattern.to(linear.weight.device).gather(linear.weight), merged)
+    weight = _merged_weight(module, kept)
+    merged = add_scaled(kept.entries, kept.gated.rigsa_values, kept.gated.rigsa_alpha).to(weight)
+    return torch.equal(kept.gated.pattern.to(weight.device).gather(weight), merged)
 
 
 @torch.no_grad()
-def _unmerged(linear: nn.Linear) -> nn.Module:
-    kept = cast(_Kept, _kept(linear))
-    if kept.entries is not None:
-        weight = linear.weight
-        pattern = kept.gated.pattern.to(weight.device)
-        weight.masked_scatter_(pattern.to_mask(), kept.entries.to(weight))
-        kept.gated.weight, kept.gated.bias = weight, linear.bias
-        kept.gated.to(weight.device)
-    carry_hooks(linear, kept.layer)
-    return kept.layer.train(linear.training)
+def _write_back(module: nn.Module, kept: _Kept) -> None:
+    """W0 at the free entries of the merged weight, which is W0 elsewhere."""
+    if kept.entries is None:
+        return
+    weight = _merged_weight(module, kept)
+    pattern = kept.gated.pattern.to(weight.device)
+    weight.masked_scatter_(pattern.to_mask(), kept.entries.to(weight))
+    if isinstance(kept.gated, GatedSparseWeight):
+        kept.gated.adopt(module.get_parameter(kept.gated.name))
+    else:
+        linear = cast(nn.Linear, module)
+        kept.gated.weight, kept.gated.bias = linear.weight, linear.bias
+    kept.gated.to(weight.device)
 
 
 def _names(some: Sequence[str], layers: Mapping[str, object]) -> str:

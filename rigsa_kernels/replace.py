@@ -8,7 +8,7 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
@@ -18,13 +18,16 @@ from rigsa_kernels.format import MAX_IN_FEATURES
 from rigsa_kernels.hooks import carry_hooks, has_own_forward
 from rigsa_kernels.init import check_stream, layer_key
 from rigsa_kernels.linear import ALPHA_INIT, HALF_DTYPES, GatedSparseLinear, Numerics
+from rigsa_kernels.parametrized import GatedSparseWeight, attach, detach
 from rigsa_kernels.selection import (
     Selection,
+    Weight,
     adapters_of_peft,
     check_modules_to_save,
     check_selection,
     matches,
     select_linears,
+    select_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ def replace_linears(
     *,
     exclude: Sequence[str] = (),
     modules_to_save: Sequence[str] = (),
+    by_weight: Selection = (),
     seed: int = 0,
     shared_gate: bool = False,
     alpha_init: float = ALPHA_INIT,
@@ -55,6 +59,10 @@ def replace_linears(
     `forward` of the instance's own, and the adapters that PEFT has put into the model, which stay trainable. Hooks go
     with the layer. What was replaced is logged at INFO, and `adapter_summary` says it at any time.
 
+    Weights that code reads where there is no layer that it calls get their difference there (`GatedSparseWeight`):
+    experts that are one parameter of three dimensions, GPT-2's ``Conv1D``, ``nn.MultiheadAttention``, and layers that
+    are known to be read by the module around them. `verify_adapted` finds any other.
+
     A second call adds layers: what is trainable in a model that has gated layers already stays so.
 
     Args:
@@ -63,6 +71,7 @@ def replace_linears(
             ``"lin1"`` is not ``"lin10"``), or a predicate ``(name, module) -> bool``.
         exclude: glob patterns to leave out.
         modules_to_save: glob patterns of modules that are trained as they are, such as a new classifier.
+        by_weight: which of the selected linear layers are read, not called.
         shared_gate: one gate for all layers of this call instead of one each.
         seed, alpha_init, init_scale, values_dtype, numerics, force: see `GatedSparseLinear`. A layer's initial
             values depend on the seed and on its own name only.
@@ -83,40 +92,25 @@ def replace_linears(
             "replaced inside itself; pass nn.Sequential(model)"
         )
     check_modules_to_save(model, modules_to_save)
-    selected, skipped = select_linears(model, include, exclude, modules_to_save)
+    linears, skipped = select_linears(model, include, exclude, modules_to_save)
+    weights, others = select_weights(model, linears, include, exclude, modules_to_save, by_weight)
+    linears = {name: linear for name, linear in linears.items() if name not in {*weights, *(one for one, _ in others)}}
+    skipped += others
     before = gated_linears(model)
-    check_selection(model, include, selected, [*skipped, *((name, "it is adapted already") for name in before)])
-    keys = _stream_keys(selected, before)
-    _check_layers(selected, shared_gate)
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    alpha, gated = None, dict[str, GatedSparseLinear]()
-    try:
-        for name, linear in selected.items():
-            try:
-                gated[name] = GatedSparseLinear(
-                    linear,
-                    seed=seed,
-                    key=keys[name],
-                    alpha=alpha,
-                    alpha_init=alpha_init,
-                    init_scale=init_scale,
-                    values_dtype=values_dtype,
-                    numerics=numerics,
-                    force=force,
-                )
-            except ValueError as error:
-                raise ValueError(f"{error} (in {name})") from error
-            alpha = gated[name].rigsa_alpha if shared_gate else None
-    except BaseException:
-        for parameter, flag in requires_grad:
-            parameter.requires_grad_(flag)
-        raise
+    check_selection(include, [*linears, *weights], [*skipped, *((name, "it is adapted already") for name in before)])
+    keys = _stream_keys([*linears, *weights], before)
+    _check_weights(linears, weights, shared_gate)
+    options: dict[str, Any] = {"seed": seed, "alpha_init": alpha_init, "init_scale": init_scale}
+    options |= {"values_dtype": values_dtype, "numerics": numerics, "force": force}
+    gated = _build(model, linears, weights, keys, shared_gate, options)
     if not before:
         _freeze(model)
-    for name, layer in gated.items():
-        carry_hooks(selected[name], layer)
-        layer.train(selected[name].training)
-    swap_modules(model, gated)
+    for name, linear in linears.items():
+        carry_hooks(linear, gated[name])
+        gated[name].train(linear.training)
+    swap_modules(model, {name: gated[name] for name in linears})
+    for name, weight in weights.items():
+        attach(cast(GatedSparseWeight, gated[name].train(weight.owner.training)))
     _train(model, modules_to_save)
     logger.info("%s", adapter_summary(model))
     if numerics == "composed" and init_scale:
@@ -135,9 +129,9 @@ def _check_options(seed: int, init_scale: float, values_dtype: torch.dtype | Non
         raise ValueError(f"values_dtype: expected one of {expected}, got {values_dtype}")
 
 
-def _stream_keys(selected: Mapping[str, nn.Module], before: Mapping[str, GatedSparseLinear]) -> dict[str, int]:
+def _stream_keys(names: Sequence[str], before: Mapping[str, GatedSparseLinear]) -> dict[str, int]:
     """Each layer's number in the random stream, checked against those of the layers that were adapted before."""
-    keys = {name: layer_key(name) for name in selected}
+    keys = {name: layer_key(name) for name in names}
     every = keys | {name: layer.key for name, layer in before.items()}
     uses = Counter(every.values())
     twice = [name for name, key in every.items() if uses[key] > 1 and key in keys.values()]
@@ -146,16 +140,48 @@ def _stream_keys(selected: Mapping[str, nn.Module], before: Mapping[str, GatedSp
     return keys
 
 
-def _check_layers(selected: Mapping[str, nn.Linear], shared_gate: bool) -> None:
-    for name, linear in selected.items():
-        if linear.in_features > MAX_IN_FEATURES:
+def _check_weights(linears: Mapping[str, nn.Linear], weights: Mapping[str, Weight], shared_gate: bool) -> None:
+    columns = {name: linear.in_features for name, linear in linears.items()}
+    columns |= {name: weight.parameter.shape[-1] for name, weight in weights.items()}
+    for name, number in columns.items():
+        if number > MAX_IN_FEATURES:
             raise ValueError(
                 f"model: expected layers of at most {MAX_IN_FEATURES} columns, as offsets within a row have 16 bits, "
-                f"got {name} with {linear.in_features}; exclude it"
+                f"got {name} with {number}; exclude it"
             )
-    devices = {linear.weight.device for linear in selected.values()}
+    devices = {linear.weight.device for linear in linears.values()}
+    devices |= {weight.parameter.device for weight in weights.values()}
     if shared_gate and len(devices) > 1:
         raise ValueError(f"shared_gate: expected all layers on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+def _build(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    weights: Mapping[str, Weight],
+    keys: Mapping[str, int],
+    shared_gate: bool,
+    options: dict[str, Any],
+) -> dict[str, GatedSparseLinear]:
+    """The gated layers of all names, not yet in the model, whose parameters are as they were where one is refused."""
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gated, alpha = dict[str, GatedSparseLinear](), None
+    name = ""
+    try:
+        for name, linear in linears.items():
+            gated[name] = GatedSparseLinear(linear, key=keys[name], alpha=alpha, **options)
+            alpha = gated[name].rigsa_alpha if shared_gate else None
+        for name, weight in weights.items():
+            owner, fan_in = weight.owner, weight.fan_in
+            gated[name] = GatedSparseWeight(owner, weight.name, fan_in=fan_in, key=keys[name], alpha=alpha, **options)
+            alpha = gated[name].rigsa_alpha if shared_gate else None
+    except Exception as error:
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)
+        if isinstance(error, ValueError):
+            raise ValueError(f"{error} (in {name})") from error
+        raise
+    return gated
 
 
 def _freeze(model: nn.Module) -> None:
@@ -194,9 +220,13 @@ def restore_linears(model: M) -> M:
     """
     layers = gated_linears(model)
     check_replaceable(layers)
-    linears = {name: gated.restored() for name, gated in layers.items()}
-    for name, linear in linears.items():
-        carry_hooks(layers[name], linear)
+    linears = {}
+    for name, gated in layers.items():
+        if isinstance(gated, GatedSparseWeight):
+            detach(gated)
+        else:
+            linears[name] = gated.restored()
+            carry_hooks(gated, linears[name])
     swap_modules(model, linears)
     return model
 

@@ -1,10 +1,11 @@
-"""Which layers of a model get an adapter, and for each of the others the reason why not."""
+"""Which layers and parameters of a model get an adapter, and for each of the others the reason why not."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn as nn
@@ -16,6 +17,18 @@ from rigsa_kernels.nf4 import is_nf4_linear
 Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
 BASE_OF_PEFT = "base_layer"
 """What PEFT calls the layer that one of its own is put around; all others below that one are an adapter's."""
+READ_BY_THE_PARENT: tuple[tuple[type[nn.Module] | str, tuple[str, ...]], ...] = (
+    (nn.MultiheadAttention, ("out_proj",)),
+    (nn.TransformerEncoderLayer, ("linear1", "linear2")),
+    ("MambaMixer", ("x_proj", "dt_proj", "out_proj")),
+    ("Mamba2Mixer", ("out_proj",)),
+    ("BambaMixer", ("out_proj",)),
+    ("WavLMAttention", ("out_proj",)),
+)
+"""Linear layers whose weight is read by the module around them, a class or the ending of its name, in some way that it
+may take."""
+READ_BY_THEMSELVES = {nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")}
+"""Matrices that are a module's own parameters."""
 NAMES_IN_ERRORS = 5
 NOT_SELECTED = "not selected"
 
@@ -58,13 +71,99 @@ def select_linears(
     return selected, skipped
 
 
-def check_selection(
-    model: nn.Module, include: Selection, selected: dict[str, nn.Linear], skipped: list[tuple[str, str]]
-) -> None:
-    """Raises ValueError where nothing is selected, or a pattern of `include` names no linear layer at all."""
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that gets an adapter where code reads it (`rigsa_kernels.parametrized`).
+
+    Attributes:
+        owner: the module that has it.
+        name: of the parameter.
+        fan_in: inputs of each output.
+    """
+
+    owner: nn.Module
+    name: str
+    fan_in: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.owner.get_parameter(self.name)
+
+
+def select_weights(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    include: Selection,
+    exclude: Sequence[str],
+    modules_to_save: Sequence[str] = (),
+    by_weight: Selection = (),
+) -> tuple[dict[str, Weight], list[tuple[str, str]]]:
+    """``(to adapt, left alone with the reason)`` among the parameters that code reads: experts and projections of
+    ``nn.MultiheadAttention``, GPT-2's ``Conv1D``, and those of `linears` that are read or that `by_weight` names.
+
+    A weight has the name of its layer, any other parameter its own.
+    """
+    read = _read_by_the_parent(model)
+    by_name = {name: linear for name, linear in linears.items() if name in read or matches(name, linear, by_weight)}
+    selected = {
+        name: Weight(linear, "weight", linear.in_features)
+        for name, linear in by_name.items()
+        if not is_nf4_linear(linear)
+    }
+    skipped = [(name, "its weight is read, and it is in four bits") for name in by_name if name not in selected]
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    of_peft, saved = adapters_of_peft(model), _below(model, modules_to_save)
+    for module_name, module in model.named_modules():
+        for weight in _own_matrices(module):
+            name = f"{module_name}.{weight.name}".removeprefix(".").removesuffix(".weight")
+            if of_peft(name) or module_name in saved:
+                continue
+            if not matches(name, module, include) or matches(name, module, exclude):
+                skipped.append((name, NOT_SELECTED))
+            elif uses[id(weight.parameter)] > 1:
+                skipped.append((name, "it is tied to another module's"))
+            elif not weight.parameter.is_floating_point() or not weight.parameter.numel():
+                skipped.append((name, f"{weight.parameter.dtype} {list(weight.parameter.shape)} cannot be adapted"))
+            else:
+                selected[name] = weight
+    return selected, skipped
+
+
+def adaptable(model: nn.Module) -> dict[str, int]:
+    """Name to number of weights of every layer and parameter that `replace_linears` would adapt by itself."""
+    linears, _ = select_linears(model, "*", ())
+    weights, _ = select_weights(model, linears, "*", ())
+    found = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
+    return found | {name: weight.parameter.numel() for name, weight in weights.items()}
+
+
+def _own_matrices(module: nn.Module) -> Iterator[Weight]:
+    names = [name for kind, names in READ_BY_THEMSELVES.items() if isinstance(module, kind) for name in names]
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if name in names:
+            yield Weight(module, name, parameter.shape[-1])
+        elif parameter.dim() == 3 and parameter.shape[0] == getattr(module, "num_experts", None):
+            yield Weight(module, name, parameter.shape[1 if getattr(module, "is_transposed", False) else 2])
+        elif name == "weight" and type(module).__name__ == "Conv1D" and parameter.dim() == 2:
+            yield Weight(module, name, parameter.shape[0])  # transformers' weight is [in, out]
+
+
+def _read_by_the_parent(model: nn.Module) -> set[str]:
+    found = set()
+    for name, module in model.named_modules():
+        for kind, children in READ_BY_THE_PARENT:
+            is_kind = type(module).__name__.endswith(kind) if isinstance(kind, str) else isinstance(module, kind)
+            found |= {f"{name}.{child}".removeprefix(".") for child in children} if is_kind else set()
+    return found
+
+
+def check_selection(include: Selection, selected: Sequence[str], skipped: Sequence[tuple[str, str]]) -> None:
+    """Raises ValueError where nothing is selected, or a pattern of `include` names nothing that could be."""
     names = [*selected, *(name for name, _ in skipped)]
     if not names:
-        raise ValueError(f"model: expected linear layers to adapt; {type(model).__name__} has no nn.Linear")
+        raise ValueError("model: expected linear layers to adapt; it has no nn.Linear")
     patterns = [] if callable(include) else [include] if isinstance(include, str) else include
     unknown = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
     if unknown:

@@ -50,7 +50,7 @@ from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts
 from rigsa.experiments.train import RESOURCES_FILE, read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa.files import is_done, mark_done, read_json, write_json
 from rigsa_kernels import SparsePattern, gated_linears
-from rigsa_kernels.selection import select_linears
+from rigsa_kernels.selection import adaptable
 
 METRICS_FILE = "metrics.json"
 REPLIES_FILE = "replies.json"
@@ -94,9 +94,7 @@ class Experiment:
         model, tokenizer = load_model(config, resolve_device(config.device))
         prompts = Prompts(tokenizer, config.system_prompt)
         set_seed(config.seed % 2**32)
-        layers, _ = select_linears(model, "*", ())
-        num_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-        return cls(config, run, model, prompts, splits, num_weights)
+        return cls(config, run, model, prompts, splits, sum(adaptable(model).values()))
 
     def attach(self) -> None:
         """What the method trains."""
