@@ -46,11 +46,13 @@ class _Kept:
         layer: the module that stood in the model. Its frozen weight is gone if `entries` is not None.
         gated: the gated layer in it, or itself.
         entries: the weight's values at the free entries before the merge.
+        merged: and after it.
     """
 
     layer: nn.Module
     gated: GatedSparseLinear
-    entries: Tensor | None
+    entries: Tensor | None = None
+    merged: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,8 @@ def _check_finite(jobs: Sequence[_Job]) -> None:
 def _weight(job: _Job) -> Tensor:
     """``W0 + alpha * D``, with PEFT's half, rounded once to the layer's dtype."""
     layer, low_rank = job.gated, job.low_rank()
+    if low_rank is None and not layer.is_nf4:
+        return cast(Tensor, layer.merged().weight.detach())  # the bits of composing
     base = layer.frozen_matrix()
     if low_rank is not None:
         base = base.to(torch.promote_types(base.dtype, torch.float32)) + low_rank
@@ -232,12 +236,13 @@ def _merged(job: _Job, keep_adapter: bool) -> nn.Linear:
     linear.bias = layer.bias  # type: ignore[assignment]  # a frozen parameter, or None
     carry_hooks(job.outer, linear)
     if keep_adapter:
-        entries = None
+        kept = _Kept(job.outer, layer)
         if job.outer is layer and not layer.is_nf4 and not layer.pattern.is_dense:
-            entries = layer.pattern.gather(layer.frozen_matrix())
-            layer.weight = linear.weight
+            kept = _kept_entries(job.outer, layer, linear.weight)
+            layer.weight = cast(nn.Parameter, linear.weight)
             layer.restored()  # the layer that was adapted lets go of W0, too
-        _keep(linear, _Kept(job.outer, layer, entries))
+            layer.to(linear.weight.device)  # and this one of what it has made from W0
+        _keep(linear, kept)
     return linear.train(job.outer.training)
 
 
@@ -245,11 +250,16 @@ def _merged(job: _Job, keep_adapter: bool) -> nn.Linear:
 def _merge_weight(layer: GatedSparseWeight, merged: Tensor, keep_adapter: bool) -> None:
     detach(layer, merged)
     if keep_adapter:
-        entries = None
+        kept = _Kept(layer.place, layer)
         if not layer.pattern.is_dense:
-            entries = layer.pattern.gather(layer.frozen_matrix())
+            kept = _kept_entries(layer.place, layer, merged)
             layer.adopt(layer.place.get_parameter(layer.name))
-        _keep(layer.place, _Kept(layer.place, layer, entries))
+        _keep(layer.place, kept)
+
+
+def _kept_entries(outer: nn.Module, layer: GatedSparseLinear, merged: Tensor) -> _Kept:
+    gather = layer.pattern.gather
+    return _Kept(outer, layer, gather(layer.frozen_matrix()), gather(merged.detach()))
 
 
 def _keep(module: nn.Module, kept: _Kept) -> None:
@@ -267,11 +277,10 @@ def _merged_weight(module: nn.Module, kept: _Kept) -> Tensor:
 
 @torch.no_grad()
 def _is_as_merged(module: nn.Module, kept: _Kept) -> bool:
-    if kept.entries is None:
+    if kept.merged is None:
         return True  # W0 is kept whole
     weight = _merged_weight(module, kept)
-    merged = add_scaled(kept.entries, kept.gated.rigsa_values, kept.gated.rigsa_alpha).to(weight)
-    return torch.equal(kept.gated.pattern.to(weight.device).gather(weight), merged)
+    return torch.equal(kept.gated.pattern.to(weight.device).gather(weight), kept.merged.to(weight))
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class GatedSparseWeight(GatedSparseLinear):
         linear = nn.Linear(columns, weight.numel() // columns, bias=False, device="meta")
         linear.weight = nn.Parameter(weight.detach().reshape(-1, columns), requires_grad=False)
         scale = options.pop("init_scale", 1.0) * math.sqrt(columns / fan_in)
-        super().__init__(linear, init_scale=scale, **options)
+        super().__init__(linear, init_scale=scale, **options | {"numerics": "composed", "force": "gemm"})
         self.name, self.weight_shape, self.order = name, weight.shape, [name]
         self._owner = (owner, weight)  # in a tuple, or they would be a submodule and a parameter
 
@@ -105,10 +105,7 @@ class GatedSparseWeight(GatedSparseLinear):
         self._owner = (self.place, parameter)
         self.weight = nn.Parameter(parameter.detach().view(-1, self.in_features), requires_grad=False)
         self.restored()  # the layer behind lets go of the one before
-
-    def merging_loses(self) -> bool:
-        """False: the weight is rounded in every call already."""
-        return False
+        self.to(parameter.device)  # and this one of what it has made from that
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
         super()._save_to_state_dict(destination, prefix, keep_vars)

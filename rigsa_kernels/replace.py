@@ -113,8 +113,8 @@ def replace_linears(
         attach(cast(GatedSparseWeight, gated[name].train(weight.owner.training)))
     _train(model, modules_to_save)
     logger.info("%s", adapter_summary(model))
-    if numerics == "composed" and init_scale:
-        _warn_of_the_dead_zone(gated.values(), alpha_init)
+    if init_scale:
+        _warn_of_the_dead_zone([layer for layer in gated.values() if layer.numerics == "composed"], alpha_init)
     for name, reason in skipped:
         logger.info("left alone: %s (%s)", name, reason)
     return model
@@ -203,8 +203,9 @@ def _warn_of_the_dead_zone(layers: Iterable[GatedSparseLinear], alpha_init: floa
     lost = [threshold for threshold in thresholds if abs(alpha_init) < threshold]
     if lost:
         logger.warning(
-            "numerics='composed': %d of %d layers start with gates at %.0e, and 16-bit rounding takes most of an "
-            "adapter away until its gate reaches about %.0e (the median layer); 'auto' switches there by itself",
+            "composed: %d of %d layers start with gates at %.0e, and 16-bit rounding takes most of an adapter away "
+            "until its gate reaches about %.0e (the median layer); numerics='auto' switches there by itself, but for "
+            "weights that code reads; alpha_init opens gates further",
             len(lost), len(thresholds), alpha_init, statistics.median(lost),
         )  # fmt: skip
 

@@ -294,6 +294,16 @@ def test_two_products_cannot_be_taken_where_a_weight_is_read():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("dtype", "alpha", "warned"), [
+    (torch.bfloat16, 1e-6, True), (torch.bfloat16, 1.0, False), (torch.float32, 1e-6, False),
+])  # fmt: skip
+def test_rounding_an_adapter_away_where_a_weight_is_read_is_warned_about(caplog, dtype, alpha, warned):
+    replace_linears(gpt2().to(dtype), alpha_init=alpha)
+    messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == warned
+    assert not warned or "8 of 8 layers start with gates at 1e-06" in messages[0]
+
+
 def test_a_switched_off_adapter_gives_the_base_and_its_weight_no_gradient():
     model = mixtral()
     before = logits(model)
