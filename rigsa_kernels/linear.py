@@ -573,7 +573,7 @@ class GatedSparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold W0 and nothing that was made from it."""
         self.restore_weight()
-        made = ("in_place_weight", "_way", "_base_kept", "_weight_rms", "_threshold", "_home")
+        made = ("in_place_weight", "_way", "_base_kept", "_weight_rms", "_threshold", "_home", "_made")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

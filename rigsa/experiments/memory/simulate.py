@@ -34,7 +34,7 @@ from rigsa_kernels.format import WORD_BITS, SparsePattern
 from rigsa_kernels.nf4 import RUN, nf4_base
 from rigsa_kernels.optim import StateDtype
 from rigsa_kernels.reference import sampled_grad_bytes, samples
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import select_linears
 
 NF4_BLOCK = 64
 """Weights that share a scale, as bitsandbytes has it by default."""
