@@ -266,7 +266,11 @@ def inspect_case(case: Case, arch: int) -> list[Inspection]:
 
 def breaches(inspection: Inspection) -> list[str]:
     """The bars that a kernel misses, each in words; none where it is as it should be."""
-    return [*_resource_breaches(inspection.code), *_copy_breaches(inspection), *_tensor_breaches(inspection)]
+    found = [*_resource_breaches(inspection.code), *_copy_breaches(inspection), *_tensor_breaches(inspection)]
+    packed = inspection.product is not None and "packed" in inspection.case.variant
+    if packed and not count(inspection.code.instructions, "POPC"):
+        found.append("bits are counted without POPC")
+    return found
 
 
 def _resource_breaches(code: KernelCode) -> Iterator[str]:

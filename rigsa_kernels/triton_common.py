@@ -30,14 +30,12 @@ multiprocessor. Unless it is told a limit, the assembler aims at one program mor
 
 @triton.jit
 def popcount(bits):
-    """Number of set bits, int32, of each uint32. LLVM turns these shifts and masks into one POPC."""
+    """Number of set bits, int32, of each uint32. LLVM turns these shifts, masks and the product into one POPC."""
     bits = bits.to(tl.uint32)
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-    bits = bits + (bits >> 8)
-    bits = bits + (bits >> 16)
-    return (bits & 0x3F).to(tl.int32)
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit

@@ -139,6 +139,14 @@ def test_fault_a_product_too_many():
     assert breach == "tensor-core instructions: {'HMMA.16816.F32.BF16': 32}, expected 16 of HMMA.16816.F32"
 
 
+def test_fault_bits_that_are_counted_one_by_one():
+    packed = next(case for case in CASES if case.variant == "packed")
+    (inspection,) = inspected(packed, 89)
+    rest = tuple(instruction for instruction in inspection.code.instructions if instruction.name != "POPC")
+    code = dataclasses.replace(inspection.code, instructions=rest)
+    assert breaches(dataclasses.replace(inspection, code=code)) == ["bits are counted without POPC"]
+
+
 # Reading machine code.
 
 TEXT = """
