@@ -262,7 +262,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         move_codes(exp_avg, exp_avg_sq, state["scales"], places, number, state["step"], seeds[id(param)])
 
     def state_dict(self) -> dict[str, Any]:
-        """As in any ``torch.optim`` class, and where layers in 16 bits are `auto` on a GPU, the decisions about them."""
+        """As in any ``torch.optim`` class; where 16-bit layers are `auto` on a GPU, with the decisions about them."""
         state, numerics = super().state_dict(), self._switch.state()
         return state if numerics is None else state | {"numerics": numerics}
 

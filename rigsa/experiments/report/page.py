@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rigsa.errors import RigsaError
+from rigsa.experiments.hardware import versions
 from rigsa.experiments.report.figures import Drawing, drawings
 from rigsa.experiments.report.runs import Report, command_of, read_report
 from rigsa.experiments.report.tables import Table, csv_text, level_table, seeds_text, tables
