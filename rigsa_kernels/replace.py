@@ -101,8 +101,9 @@ def replace_linears(
 
     Raises:
         ValueError: an option is out of range; nothing to replace, or a pattern that names nothing; `model` is itself a
-            linear layer; a `density` that is out of range or leaves a layer without a free entry; a layer that is too wide for a pattern, a 4-bit layer of a shape that cannot be decoded, or
-            two layers that would draw the same initial values. `model` is unchanged.
+            linear layer; a `density` that leaves a layer without a free entry; a layer that is too wide for a pattern,
+            a 4-bit layer of a shape that cannot be decoded, or two layers that would draw the same initial values.
+            `model` is unchanged.
     """
     modules_to_save = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
     _check_options(seed, init_scale, values_dtype)
