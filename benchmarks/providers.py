@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.checks import Problem
 from benchmarks.race import UnavailableError
 from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_linears, merge_linears, replace_linears
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import select_linears
 
 ALPHA = 0.1
 """An open gate, as it stands through most of a training run."""

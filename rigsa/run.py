@@ -32,7 +32,7 @@ SWEEP = "methods x seeds x settings: run folders one after another, on one machi
 CHAT = "talk to the adapted model of a run, and show it images of digits"
 PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
 TOKENS = {"digits": 93}
-"""Of a prompt without examples, as SmolLM2's tokenizer makes them; images of 28x28 have `MNIST_TOKENS`."""
+"""Data to the tokens of a prompt without examples, by SmolLM2's tokenizer. Images of 28x28 have `MNIST_TOKENS`."""
 MNIST_TOKENS = 860
 
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def speaker() -> str:
-    """Who says it, where a launcher started several processes."""
+    """The name that messages begin with. It tells processes apart if a launcher started several."""
     rank = os.environ.get("RANK", "0")
     return "rigsa" if rank == "0" else f"rigsa (process {rank})"
 
@@ -160,7 +160,7 @@ def _how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def configure(options: argparse.Namespace, device: str = "auto") -> Config:
-    """The preset with what the command line overrides; `device` is the one that ``auto`` stands for."""
+    """The preset's configuration with the options of the command line; ``auto`` stands for `device`."""
     given = given_fields(options)
     named = given.get("device", "auto")
     return dataclasses.replace(PRESETS[options.preset](options.method, device if named == "auto" else named), **given)
@@ -218,7 +218,7 @@ def run_method(options: argparse.Namespace) -> None:
 
 
 def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelPlan]:
-    """The plan of every level; none of a method without plans. Raises RigsaError where one does not fit."""
+    """The plan of every level; none for a method that cannot be planned. Raises RigsaError if one does not fit."""
     from rigsa.experiments import distributed
     from rigsa.experiments.memory.plan import Target, require_fit
 
@@ -240,7 +240,7 @@ def densities_to_train(target: Target) -> dict[int, float]:
 
 
 def memory_of(device: torch.device, given: float | None) -> float:
-    """Bytes: what was given, in GiB, else what the GPU has; a CPU has no limit."""
+    """The memory that a run may use, in bytes: what was given (in GiB), else the GPU's. A CPU has no limit."""
     if given is not None:
         return given * 2**30
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
@@ -305,7 +305,7 @@ def run_chat(options: argparse.Namespace) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep what other libraries say on every start out of our output; errors still show."""
+    """Silence what other libraries print on every start. Their errors still show."""
     import transformers
 
     transformers.logging.set_verbosity_error()

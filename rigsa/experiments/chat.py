@@ -23,7 +23,7 @@ from rigsa.experiments.tasks.textual_mnist import ANSWER_PREFIX, image_text, qua
 from rigsa.files import read_json
 
 Read = Callable[[str], str]
-"""As `input`: shows a prompt, returns a line, raises EOFError at the end."""
+"""Works like `input`: shows a prompt, returns a line, raises EOFError at the end."""
 Write = Callable[[str], object]
 """Shows a piece of text at once; line ends are in the text."""
 
@@ -44,7 +44,7 @@ def write_now(text: str) -> None:
 def run_chat(
     run: Path, level: int | None = None, max_new_tokens: int = 256, read: Read = input, write: Write = write_now
 ) -> None:
-    """Talk until `read` ends.
+    """Load the adapted model of a run and talk to it until `read` ends.
 
     Args:
         run: folder of a run of any method.
@@ -73,7 +73,7 @@ def run_chat(
 
 
 def finished_level(run: Path, level: int | None) -> int:
-    """`level`, or the last one, if it is finished. Raises RigsaError where it is not."""
+    """`level` itself, or for None the last finished one. Raises RigsaError if it is not finished."""
     finished = finished_levels(run)
     if not finished:
         raise RigsaError(f"{run} has no finished level to talk to; let the run finish one first")
@@ -86,7 +86,7 @@ def finished_level(run: Path, level: int | None) -> int:
 
 
 def talk(chat: Chat, read: Read, write: Write) -> None:
-    """Line by line, until there is none."""
+    """Answer one line after another until `read` ends or a line is ``/quit``."""
     while True:
         try:
             line = read("\nyou> ")

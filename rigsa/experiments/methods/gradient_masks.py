@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Score:
-    """A score of entries: means over gradients, and what is made of them.
+class GradientScore:
+    """A score of entries: which means over gradients are taken, and what is made of them.
 
     Attributes:
         by_image: every image has a gradient of its own; else those of a micro-batch share one, the mean of theirs.
@@ -70,7 +70,7 @@ def _gain(mean: Tensor, curvature: Tensor) -> Tensor:
 class GradientMask(TicketMethod):
     """Trains the entries that its score ranks highest."""
 
-    score: Score
+    score: GradientScore
 
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
         config = experiment.config
@@ -79,7 +79,7 @@ class GradientMask(TicketMethod):
         return patterns, record | {"images": config.mask_images}
 
 
-def mask_batches(experiment: Experiment, score: Score) -> DataLoader[Any]:
+def mask_batches(experiment: Experiment, score: GradientScore) -> DataLoader[Any]:
     """The training images that choose the mask, drawn from the run's seed, as many at a time as the score takes."""
     config, dataset = experiment.config, PromptDataset(experiment.splits.train, experiment.prompts)
     draw = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
@@ -88,8 +88,10 @@ def mask_batches(experiment: Experiment, score: Score) -> DataLoader[Any]:
     return DataLoader(chosen, score.images_at_a_time(config), collate_fn=collated)
 
 
-def score_entries(model: nn.Module, score: Score, batches: Iterable[dict[str, Tensor]], loss: str) -> dict[str, Tensor]:
-    """Every entry's score.
+def score_entries(
+    model: nn.Module, score: GradientScore, batches: Iterable[dict[str, Tensor]], loss: str
+) -> dict[str, Tensor]:
+    """Score every entry of the gated layers by its gradients.
 
     A layer's gradient is used and freed as soon as it is complete, so memory holds that of one layer, beside one
     float32 matrix a layer for each of the score's functions.
@@ -97,7 +99,7 @@ def score_entries(model: nn.Module, score: Score, batches: Iterable[dict[str, Te
     Args:
         model: with a dense adapter that is zero.
         score: what is made of the gradients.
-        batches: of training images, as many in each as `Score.images_at_a_time` says.
+        batches: of training images, as many in each as `GradientScore.images_at_a_time` says.
         loss: as `training_loss`.
 
     Returns:
@@ -129,7 +131,7 @@ def score_entries(model: nn.Module, score: Score, batches: Iterable[dict[str, Te
 
 @contextlib.contextmanager
 def training_only(parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Inside, nothing else of `model` gathers gradients: not the low-rank difference beside a sparse one."""
+    """A context in which no other parameter of `model` gathers a gradient, such as a low-rank difference beside."""
     chosen = {id(parameter) for parameter in parameters}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     for parameter in others:
@@ -150,7 +152,7 @@ SIFT = GradientMask(
     options=_OPTIONS,
     look=Look("purple", "v", (0, (5, 1, 1, 1))),
     usual={**_USUAL, "mask_images": 16},  # the first batch
-    score=Score(by_image=False, functions=(_same,), combine=torch.abs_),
+    score=GradientScore(by_image=False, functions=(_same,), combine=torch.abs_),
 )
 FISHER = GradientMask(
     name="fisher",
@@ -158,7 +160,7 @@ FISHER = GradientMask(
     options=_OPTIONS,
     look=Look("orange", "D", (0, (3, 1, 1, 1, 1, 1))),
     usual=_USUAL,
-    score=Score(by_image=True, functions=(torch.square,), combine=_same),
+    score=GradientScore(by_image=True, functions=(torch.square,), combine=_same),
 )
 SAM = GradientMask(
     name="sam",
@@ -166,7 +168,7 @@ SAM = GradientMask(
     options=_OPTIONS,
     look=Look("sky", "P", (0, (8, 2))),
     usual=_USUAL,
-    score=Score(by_image=True, functions=(_same, torch.square), combine=_gain),
+    score=GradientScore(by_image=True, functions=(_same, torch.square), combine=_gain),
 )
 ROSA = GradientMask(
     name="rosa",
@@ -176,5 +178,5 @@ ROSA = GradientMask(
     usual=_USUAL,
     peft="lora",
     whole_because=OWN_DTYPE,
-    score=Score(by_image=False, functions=(torch.square,), combine=_same),
+    score=GradientScore(by_image=False, functions=(torch.square,), combine=_same),
 )

@@ -69,7 +69,11 @@ def matched_ticket(config: Config) -> int:
 
 
 def draw_ticket(level: int, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-    """As many random entries in each layer as the density says, or as the matched ticket of `level` has there."""
+    """Draw as many entries in each layer as the density says, or as the matched ticket of `level` has there.
+
+    Raises:
+        RigsaError: the density leaves a layer empty, or the matched ticket cannot be read.
+    """
     config, layers = experiment.config, gated_linears(experiment.model)
     if config.density:
         counts = {name: round(config.density * layer.num_weights) for name, layer in layers.items()}

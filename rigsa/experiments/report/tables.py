@@ -129,7 +129,7 @@ def level_table(report: Report) -> Table:
 
 
 def _early_end(record: Metrics) -> str:
-    """What `rigsa.experiments.methods.early_bird` saved."""
+    """The step at which an early bird ended the level and the steps saved; empty for a level that ran to its end."""
     return f"step {record['ended_at']}, {record['steps_saved']} saved" if record.get("ended_at") else ""
 
 
@@ -198,7 +198,7 @@ def _seeds_of(setting: Setting) -> str:
 
 
 def comparison_table(report: Report) -> Table | None:
-    """Table 5: the final level of each setting against imp's, pair by pair over common seeds; None without both."""
+    """Table 5: each setting's final level against the reference's, paired by seed; None without a reference."""
     reference = report.reference
     if reference is None or len(report.settings) == 1:
         return None
@@ -235,7 +235,7 @@ def _settings_and_levels(report: Report) -> Iterator[tuple[Setting, int]]:
 
 
 def _with_stderr(measure: Measure, value: Estimate | None, found: Sequence[Metrics]) -> str:
-    """With the standard error that was recorded, where there is no interval over seeds."""
+    """The value with its interval over seeds, or else with the standard error that was recorded."""
     text = measure.text(value)
     error = dataclasses.replace(measure, keys=(*measure.keys[:-1], "stderr")).of(found[0]) if found else None
     if value is None or value.half is not None or error is None or not math.isfinite(error):

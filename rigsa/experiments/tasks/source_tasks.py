@@ -33,7 +33,7 @@ from rigsa.experiments.config import Measuring
 TASK_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 """Textual MNIST for ``lm_eval run --include_path``."""
 EXAMPLES_SEED = 1234
-"""Of the examples' draw: lm-eval's default, and not the run's seed, so that every run answers the same prompts."""
+"""The seed that draws the examples: lm-eval's default and not the run's, so that every run answers the same prompts."""
 
 
 @dataclass(frozen=True)
