@@ -8,8 +8,10 @@ from rigsa_kernels import (
     adapter_summary,
     gated_linears,
     merge_linears,
+    parameter_groups,
     replace_linears,
     restore_linears,
+    stepping_in_backward,
 )
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "adapter_summary",
     "gated_linears",
     "merge_linears",
+    "parameter_groups",
     "replace_linears",
     "restore_linears",
+    "stepping_in_backward",
 ]

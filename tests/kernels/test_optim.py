@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import gc
 import io
@@ -541,6 +542,12 @@ def test_what_was_checked_is_checked_again_when_it_changes(state_dtype):
             optimizer.step()
         runs.append(snapshot(optimizer))
     assert same_snapshot(*runs)
+    state = optimizer.state[parameters[1]]
+    state["exp_avg"] = state["exp_avg"].view(3, 100)  # another object at the same address
+    with pytest.raises(ValueError, match=r"params\[1\] of group 0: expected exp_avg .* \[300\] on cpu, got \[3, 100\]"):
+        optimizer.step()
+    state["exp_avg"] = state["exp_avg"].view(-1)
+    optimizer.step()
     parameters[0].data = parameters[0].data[:7]
     parameters[0].grad = torch.ones(7, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"expected exp_avg in its state contiguous \[7\]"):
@@ -871,25 +878,24 @@ def test_capture_into_a_graph_is_refused(monkeypatch):
 
 
 @every_state
-@pytest.mark.parametrize("pending", [0, 300, 1 << 22])
+@pytest.mark.parametrize("pending", ["each", "some", "all"])
 def test_stepping_in_backward_has_the_bits_of_a_step(values_dtype, state_dtype, pending, monkeypatch):
     """After each gradient, after some, and with all of them left to the step."""
-    monkeypatch.setattr(optim, "PENDING_BYTES", pending)
-    runs, most = [], []
-    for early in (False, True):
+    everything = sum(parameter.nbytes for parameter in trainable(make_model(values_dtype=values_dtype)))
+    monkeypatch.setattr(optim, "PENDING_BYTES", {"each": 0, "some": 300, "all": everything + 1}[pending])
+    runs, early = [], []
+    for in_backward in (False, True):
         model = make_model(values_dtype=values_dtype)
         optimizer = MaskedAdamW(model, lr=0.05, state_dtype=state_dtype)
-        if early:
-            counted = optimizer._launches
-            optimizer._launches = lambda *args, counted=counted: most.append(args) or counted(*args)  # type: ignore[method-assign]
-            with optim.stepping_in_backward(optimizer):
-                train(model, optimizer, 3)
-        else:
-            train(model, optimizer, 3)
+        monkeypatch.setattr(optimizer, "step_early", lambda *args, made=optimizer.step_early: early.append(made(*args)))
+        with optim.stepping_in_backward(optimizer) if in_backward else contextlib.nullcontext():
+            for step in range(1, 4):
+                train(model, optimizer, 1)
+                assert in_backward or not early
+                assert len(early) % step == 0  # as many in each backward
         runs.append(snapshot(optimizer))
     assert same_snapshot(*runs)
-    early = sum(bool(arguments) for arguments in most)
-    assert {0: early == 12, 300: 0 < early < 12, 1 << 22: early == 0}[pending]
+    assert {"each": len(early) == 12, "some": 0 < len(early) < 12, "all": not early}[pending]
     assert not any(parameter._post_accumulate_grad_hooks for parameter in trainable(model))
 
 
@@ -901,7 +907,7 @@ def test_the_kernels_get_what_the_checked_tensors_are(values_dtype, state_dtype,
     from rigsa_kernels.testing import interpreting
 
     monkeypatch.setattr(optim, "_is_for_pytorch", lambda columns: False)
-    runs = []
+    runs, left = [], []
     for through in (False, True):
         monkeypatch.setattr(optim, "_has_kernels", lambda device, through=through: through)
         model = make_model(values_dtype=values_dtype)
@@ -910,10 +916,15 @@ def test_the_kernels_get_what_the_checked_tensors_are(values_dtype, state_dtype,
         for step in range(4):
             for parameter in trainable(model):
                 grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-                if parameter.grad is not None and step == 2:
+                if step == 2:
                     parameter.grad.copy_(grad)  # in place: the table stays
                 else:
                     parameter.grad = grad
+                if step == 3:  # and here it must not
+                    parameter.data, old = parameter.data.clone(), parameter.data
+                    moment = optimizer.state[parameter]["exp_avg_sq"]
+                    moment.data, older = moment.data.clone(), moment.data
+                    left += [old.zero_(), older.zero_()]
             held = [*trainable(model), *(parameter.grad for parameter in trainable(model))]
             if through:
                 found = optimizer._launches()
