@@ -33,6 +33,7 @@ from torch import Tensor
 
 from rigsa_kernels.adamw import check_options, hyper_parameters, move_codes, random_key
 from rigsa_kernels.format import carry
+from rigsa_kernels.in_place import after_step
 from rigsa_kernels.launches import (
     Launch,
     Members,
@@ -43,6 +44,8 @@ from rigsa_kernels.launches import (
     local_part,
 )
 from rigsa_kernels.library import on_first_use
+from rigsa_kernels.replace import gated_linears
+from rigsa_kernels.switching import Switch
 
 _update_on_cuda = on_first_use("triton_adamw.update_")
 
@@ -119,12 +122,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._model: Callable[[], nn.Module | None] = lambda: None
         if isinstance(params, nn.Module):
             self._model, self._places = weakref.ref(params), _places(params, self.param_groups)
+        self._switch = Switch(gated_linears(params).values() if isinstance(params, nn.Module) else [])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, which leave out what is only remembered."""
         super().__setstate__(state)
         self.__dict__.setdefault("_remembered", {})
         self.__dict__.setdefault("_model", lambda: None)
+        self.__dict__.setdefault("_switch", Switch([]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any ``torch.optim`` class.
@@ -154,7 +159,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                 loss = closure()
         self._check_places()
         _refuse_capture()
-        for launch in self._launches():
+        launches = self._launches()
+        self._switch.before_step()
+        for launch in launches:
             self._run(launch)
         return loss
 
@@ -172,8 +179,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             ValueError, RuntimeError: as `step`.
         """
         _refuse_capture()
-        for launch in self._launches(positions):
+        launches = self._launches(positions)
+        for launch in launches:
             self._run(launch)
+        after_step(param for launch in launches for param in launch.owned)
 
     def _check_places(self) -> None:
         """Raises ValueError where a layer of the model holds another parameter now than the one given to us.
@@ -259,6 +268,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         number = list(seeds).index(id(param))
         move_codes(exp_avg, exp_avg_sq, state["scales"], places, number, state["step"], seeds[id(param)])
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in any ``torch.optim`` class; where 16-bit layers are `auto` on a GPU, with the decisions about them."""
+        state, numerics = super().state_dict(), self._switch.state()
+        return state if numerics is None else state | {"numerics": numerics}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in any ``torch.optim`` class, but what is loaded keeps its dtype, and is checked and copied.
 
@@ -280,6 +294,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         finally:
             hook.remove()
         self.state.update(loaded)
+        self._switch.load(state_dict.get("numerics"))
         self._remembered.clear()
         for group in self.param_groups:  # a state of torch.optim.AdamW has no options of ours
             group |= {name: value for name, value in self.defaults.items() if name not in group}

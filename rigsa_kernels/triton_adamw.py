@@ -204,9 +204,10 @@ def adamw_flat_kernel(table_ptr, chunks_ptr, hyper, key0, key1,
     if left >= CHUNK:
         _flat_chunk(table_ptr, tensor, start, left, hyper, key0, key1,
                     PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, CHUNK, ALIGNED, True)  # fmt: skip
-    else:
-        _flat_chunk(table_ptr, tensor, start, left, hyper, key0, key1,
-                    PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, CHUNK, ALIGNED, False)  # fmt: skip
+    else:  # block after block: under a mask every value has an address of its own, too many for the registers at once
+        for done in range(0, left, 256):
+            _flat_chunk(table_ptr, tensor, start + done, left - done, hyper, key0, key1,
+                        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, 256, ALIGNED, False)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key0", "key1"])
