@@ -147,9 +147,10 @@ class Adapters:
     def __str__(self) -> str:
         lines = []
         for name in self.names:
-            state = self._state(name)
-            free = sum(layer.pattern.nnz for layer in state.values())
-            weights = sum(layer.pattern.shape[0] * layer.pattern.shape[1] for layer in state.values())
+            holders = adapted_layers(self.model) if name == self.active else self._waiting[name]
+            patterns = [holder.pattern for holder in holders.values()]
+            free = sum(pattern.nnz for pattern in patterns)
+            weights = sum(pattern.shape[0] * pattern.shape[1] for pattern in patterns)
             lines.append(f"{'*' if name == self.active else ' '} {name}: {free:,} entries, {free / weights:.2%}")
         return "\n".join(lines) or "no adapter"
 
