@@ -44,7 +44,7 @@ from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts
 from rigsa.experiments.train import read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa.files import is_done, mark_done, read_json, write_json
 from rigsa_kernels import SparsePattern, gated_linears
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import adaptable
 
 Choose = Callable[["Experiment"], tuple[dict[str, SparsePattern], dict[str, Any]]]
 """A mask strategy: a dense adapter as attached, to the patterns of its layers and what to record of the choice."""
@@ -81,9 +81,7 @@ class Experiment:
         model, tokenizer = load_model(config, resolve_device(config.device))
         prompts = Prompts(tokenizer, config.system_prompt)
         set_seed(config.seed % 2**32)
-        layers, _ = select_linears(model, "*", ())
-        num_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-        return cls(config, run, model, prompts, splits, num_weights)
+        return cls(config, run, model, prompts, splits, sum(adaptable(model).values()))
 
     def attach(self) -> None:
         """Put what the method trains on the model."""
