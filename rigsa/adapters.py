@@ -17,7 +17,7 @@ from rigsa.state import LayerState, Snapshot, Ticket, adapted_layers, restore_sn
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.replace import gated_linears
 
-Method = Literal["sum", "ties"]
+Rule = Literal["sum", "ties"]
 
 
 @contextlib.contextmanager
@@ -105,13 +105,13 @@ class Adapters:
         """Inside, the model computes what its base computes (`adapter_off`)."""
         return adapter_off(self.model)
 
-    def combine(self, name: str, weights: Mapping[str, float], method: Method = "sum", density: float = 1.0) -> None:
+    def combine(self, name: str, weights: Mapping[str, float], rule: Rule = "sum", density: float = 1.0) -> None:
         """Make one adapter of several, under a new name. Its gates are 1, and its values those of ``alpha * D``.
 
         Args:
             name: of the new adapter, which waits.
             weights: names to weights.
-            method: ``sum`` adds them up, weighted. ``ties`` keeps of each adapter the largest entries, elects for every
+            rule: ``sum`` adds them up, weighted. ``ties`` keeps of each adapter the largest entries, elects for every
                 entry the sign with the greater weighted sum, and takes the weighted mean of those that have this sign
                 (Yadav et al., "TIES-Merging", 2023); weights are above 0 there.
             density: under ``ties``, the share of each adapter's free entries of a layer that is kept, in (0, 1].
@@ -121,20 +121,20 @@ class Adapters:
         """
         if name in self.names:
             raise ValueError(f"name: expected one other than {', '.join(self.names)}, got {name!r}")
-        if method not in get_args(Method):
-            raise ValueError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
-        if not 0 < density <= 1 or (method == "sum" and density != 1):
+        if rule not in get_args(Rule):
+            raise ValueError(f"rule: expected one of {', '.join(get_args(Rule))}, got {rule!r}")
+        if not 0 < density <= 1 or (rule == "sum" and density != 1):
             raise ValueError(f"density: expected more than 0 and at most 1, and 1 for 'sum', got {density}")
         for one, weight in weights.items():
             self._check(one)
-            if not abs(weight) < float("inf") or (method == "ties" and weight <= 0):
+            if not abs(weight) < float("inf") or (rule == "ties" and weight <= 0):
                 raise ValueError(f"weights: expected a finite number (above 0 for 'ties') for {one!r}, got {weight}")
         if not weights:
             raise ValueError("weights: expected at least one adapter")
         parts = [self._state(one) for one in weights]
         numbers = list(weights.values())
         self._waiting[name] = {
-            layer: _combined(layer, [part[layer] for part in parts], numbers, method, density) for layer in parts[0]
+            layer: _combined(layer, [part[layer] for part in parts], numbers, rule, density) for layer in parts[0]
         }
 
     def _check(self, name: str) -> None:
@@ -147,9 +147,10 @@ class Adapters:
     def __str__(self) -> str:
         lines = []
         for name in self.names:
-            state = self._state(name)
-            free = sum(layer.pattern.nnz for layer in state.values())
-            weights = sum(layer.pattern.shape[0] * layer.pattern.shape[1] for layer in state.values())
+            holders = adapted_layers(self.model) if name == self.active else self._waiting[name]
+            patterns = [holder.pattern for holder in holders.values()]
+            free = sum(pattern.nnz for pattern in patterns)
+            weights = sum(pattern.shape[0] * pattern.shape[1] for pattern in patterns)
             lines.append(f"{'*' if name == self.active else ' '} {name}: {free:,} entries, {free / weights:.2%}")
         return "\n".join(lines) or "no adapter"
 
@@ -168,11 +169,11 @@ def _to_host(states: Snapshot) -> dict[str, LayerState]:
     }
 
 
-def _combined(name: str, states: list[LayerState], weights: list[float], method: Method, density: float) -> LayerState:
+def _combined(name: str, states: list[LayerState], weights: list[float], rule: Rule, density: float) -> LayerState:
     first = states[0]
     wide = torch.float64 if first.values.dtype == torch.float64 else torch.float32
     differences = [_difference(state, wide) for state in states]
-    if method == "sum":
+    if rule == "sum":
         matrix = torch.zeros(first.pattern.shape, dtype=wide)
         for difference, weight in zip(differences, weights, strict=True):
             matrix += weight * difference
@@ -191,7 +192,7 @@ def _combined(name: str, states: list[LayerState], weights: list[float], method:
     pattern = SparsePattern.dense(*free.shape) if bool(free.all()) else SparsePattern.from_mask(free)
     values = (matrix if pattern.is_dense else matrix[free]).to(first.values.dtype)
     return replace(
-        first, pattern=pattern, values=values, gate=torch.ones_like(first.gate), ticket=Ticket("combined", method)
+        first, pattern=pattern, values=values, gate=torch.ones_like(first.gate), ticket=Ticket("combined", rule)
     )
 
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch.nn as nn
@@ -44,7 +44,7 @@ def keep_adapter_in_checkpoints(model: nn.Module) -> None:
         model.register_load_state_dict_post_hook(_nothing_is_missing)
     transformers = sys.modules.get("transformers")  # if it was never imported, the model is not one of its own
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        model.save_pretrained = MethodType(save_pretrained, model)
+        model.save_pretrained = partial(save_pretrained, model)  # copied and pickled with the model
         if getattr(model, "is_quantized", False):
             model._hf_peft_config_loaded = True  # or the Trainer takes it for a bare base
 

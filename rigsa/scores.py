@@ -29,7 +29,7 @@ Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class Score:
+class GradientScore:
     """Means over gradients, and what is made of them.
 
     Attributes:
@@ -53,10 +53,10 @@ def _gain(mean: Tensor, curvature: Tensor) -> Tensor:
 
 
 SCORES = {
-    "sift": Score(by_example=False, functions=(_same,), combine=torch.abs_),
-    "fisher": Score(by_example=True, functions=(torch.square,), combine=_same),
-    "sam": Score(by_example=True, functions=(_same, torch.square), combine=_gain),
-    "rosa": Score(by_example=False, functions=(torch.square,), combine=_same),
+    "sift": GradientScore(by_example=False, functions=(_same,), combine=torch.abs_),
+    "fisher": GradientScore(by_example=True, functions=(torch.square,), combine=_same),
+    "sam": GradientScore(by_example=True, functions=(_same, torch.square), combine=_gain),
+    "rosa": GradientScore(by_example=False, functions=(torch.square,), combine=_same),
 }
 
 
@@ -65,7 +65,7 @@ def gradient_scores(
     values: Mapping[str, nn.Parameter],
     loss_fn: Callable[[nn.Module, Batch], Tensor],
     batches: Iterable[Batch],
-    score: Score,
+    score: GradientScore,
 ) -> dict[str, Tensor]:
     """Every entry's score.
 

@@ -23,14 +23,14 @@ class Ticket:
     """How a layer came by its pattern, and what its values started from.
 
     Attributes:
-        method: ``dense``, ``prune``, ``random``, ``gradient``, ``magnitude``, ``given`` or ``combined``.
+        kind: ``dense``, ``prune``, ``random``, ``gradient``, ``magnitude``, ``given`` or ``combined``.
         criterion: what ranked the entries (`rigsa.criteria.CRITERIA`, `rigsa.scores.SCORES`); empty where nothing did.
         level: how often the layer was pruned.
         start: ``init``, another name in `rigsa.criteria.TREATMENTS`, or ``snapshot``.
         draw_seed: of the treatments that draw.
     """
 
-    method: str = "dense"
+    kind: str = "dense"
     criterion: str = ""
     level: int = 0
     start: str = "init"
@@ -98,7 +98,7 @@ def ticket_of(layer: GatedSparseLinear) -> Ticket:
     noted: tuple[int, Ticket] | None = getattr(layer, "_ticket", None)
     if noted is not None and noted[0] == layer.rigsa_values.numel():
         return noted[1]
-    return Ticket() if layer.pattern.is_dense else Ticket(method="given")
+    return Ticket() if layer.pattern.is_dense else Ticket(kind="given")
 
 
 def note_ticket(layer: GatedSparseLinear, ticket: Ticket) -> None:

@@ -400,7 +400,7 @@ def _report(
 
 
 def _take(
-    method: str,
+    kind: str,
     criterion: str,
     layers: Mapping[str, GatedSparseLinear],
     patterns: dict[str, SparsePattern],
@@ -414,5 +414,5 @@ def _take(
         was = ticket_of(layer)
         start = (was.start, was.draw_seed) if rewind == "none" else (_name(rewind), 0)
         _enter(name, layer, patterns.pop(name), rewind, 0)
-        note_ticket(layer, Ticket(method, criterion, 0, *start))
+        note_ticket(layer, Ticket(kind, criterion, 0, *start))
     return report

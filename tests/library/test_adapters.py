@@ -148,9 +148,9 @@ def test_one_adapter_combined_with_itself_is_itself(folders):
     adapters = Adapters(make_llama())
     adapters.add("a", folders[0])
     expected = differences(adapters.model)
-    for method in ("sum", "ties"):
-        adapters.combine(method, {"a": 1.0}, method=method)
-        adapters.use(method)
+    for rule in ("sum", "ties"):
+        adapters.combine(rule, {"a": 1.0}, rule=rule)
+        adapters.use(rule)
         for name, layer in gated_linears(adapters.model).items():
             torch.testing.assert_close(layer.delta(), expected[name])
 
@@ -170,7 +170,7 @@ def test_ties_keeps_the_share_that_was_asked_for(folders):
     adapters = Adapters(make_llama())
     adapters.add("a", folders[0])
     free = {name: layer.pattern.nnz for name, layer in gated_linears(adapters.model).items()}
-    adapters.combine("half", {"a": 1.0}, method="ties", density=0.5)
+    adapters.combine("half", {"a": 1.0}, rule="ties", density=0.5)
     adapters.use("half")
     assert {name: layer.pattern.nnz for name, layer in gated_linears(adapters.model).items()} == {
         name: round(0.5 * count) for name, count in free.items()
@@ -182,7 +182,7 @@ REFUSED = {
     "an unknown name": (lambda a, f: a.use("9"), "expected one of 0, 1, got '9'"),
     "the active one": (lambda a, f: a.delete("0"), "is the active adapter"),
     "an unknown one": (lambda a, f: a.delete("9"), "expected one of 0, 1"),
-    "a method": (lambda a, f: a.combine("x", {"0": 1}, method="dare"), "method: expected one of sum, ties"),
+    "a method": (lambda a, f: a.combine("x", {"0": 1}, rule="dare"), "rule: expected one of sum, ties"),
     "no weights": (lambda a, f: a.combine("x", {}), "weights: expected at least one"),
     "a weight": (lambda a, f: a.combine("x", {"0": float("nan")}), "weights: expected a finite number"),
     "a weight below 0": (lambda a, f: a.combine("x", {"0": -1.0}, "ties"), "above 0 for 'ties'"),

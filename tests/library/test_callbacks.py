@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -233,9 +234,10 @@ def test_the_line_is_shown_where_rigsa_was_never_imported(tmp_path):
     assert "rigsa.load_adapter(model, FOLDER)" in found.stderr
 
 
-def test_a_copy_saves_itself(tmp_path):
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_saves_itself(tmp_path, copy_of):
     model = adapted()
-    other = copy.deepcopy(model)
+    other = copy_of(model)
     random_ticket(other, 0.1)
     other.save_pretrained(tmp_path)
     loaded = make_llama()

@@ -320,6 +320,14 @@ def test_nothing_to_save(tmp_path):
         save_adapter(make_llama(), tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("n" * 300)):
+        for save in (save_adapter, lambda model, folder: model.save_pretrained(folder)):
+            with pytest.raises(RigsaError, match="cannot write"):
+                save(adapted(), folder)
+
+
 @pytest.mark.parametrize("what", ["values", "alpha"])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_what_is_not_finite_is_not_saved(folder, what, number):

@@ -24,10 +24,11 @@ from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
 from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
-from rigsa.experiments.methods.gradient_masks import GradientScore, score_entries
+from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
+from rigsa.scores import GradientScore
 from rigsa_kernels import GatedSparseLinear, MaskedAdamW, gated_linears
 from rigsa_kernels.dispatch import kernels_win
 from rigsa_kernels.format import WORD_BITS, SparsePattern
@@ -135,7 +136,7 @@ class SimulatedModel:
         with self._fake:
             memory = self._hold(None)
             with memory, _prompts_of_one_length():
-                images = score.images_at_a_time(self.config)
+                images = images_at_a_time(score, self.config)
                 score_entries(self.model, score, [_batch(tokens, images)], self.config.loss)
         return memory.usage()
 

@@ -39,11 +39,11 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config
 from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods.gradient_masks import training_only
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.experiments.train import PatternMover, first_non_finite_parameter, steps_per_level
 from rigsa.masks import drop_and_grow
+from rigsa.scores import training_only
 from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_linears
 
 

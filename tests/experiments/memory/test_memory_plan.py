@@ -29,7 +29,7 @@ from rigsa.experiments.memory.plan import (
     usable,
 )
 from rigsa.experiments.memory.simulate import SimulatedModel
-from rigsa.experiments.methods.gradient_masks import score_entries
+from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_linears, spare_the_head
 from rigsa.experiments.presets import paper, quickstart
@@ -141,7 +141,7 @@ def test_planned_peak_of_choosing_a_mask(method, options):
     pytest.importorskip("peft")
     config = dataclasses.replace(paper(method), micro_batch_size=4, numerics="composed", **options)
     score = METHODS[method].score
-    images = score.images_at_a_time(config)
+    images = images_at_a_time(score, config)
 
     def choose() -> None:
         model = small_model(config)
