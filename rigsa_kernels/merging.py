@@ -15,7 +15,7 @@ from rigsa_kernels.hooks import TABLES, carry_hooks
 from rigsa_kernels.linear import GatedSparseLinear
 from rigsa_kernels.parametrized import GatedSparseWeight, attach, detach
 from rigsa_kernels.reference import add_scaled
-from rigsa_kernels.replace import check_replaceable, gated_linears, swap_modules
+from rigsa_kernels.replace import check_replaceable, gated_linears, restore_weights, swap_modules
 from rigsa_kernels.selection import BASE_OF_PEFT, NAMES_IN_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def merge_linears(model: M, *, keep_adapter: bool = False, dequantize: bool = Fa
             "away; merge model.float()"
         )
     _check_finite(jobs)
+    restore_weights(model)
     del gated
     while jobs:  # one by one, so that a layer's frozen weight can go before the next layer's merged one comes
         job = jobs.pop()

@@ -24,7 +24,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rigsa_kernels.in_place import optimizer_steps
 from rigsa_kernels.linear import GatedSparseLinear
+from rigsa_kernels.snapshot import Snapshot
 
 PREFIX = "rigsa_"
 """Of the child's name, before the parameter's."""
@@ -78,7 +80,9 @@ class GatedSparseWeight(GatedSparseLinear):
         linear = nn.Linear(columns, weight.numel() // columns, bias=False, device="meta")
         linear.weight = nn.Parameter(weight.detach().reshape(-1, columns), requires_grad=False)
         scale = options.pop("init_scale", 1.0) * math.sqrt(columns / fan_in)
-        super().__init__(linear, init_scale=scale, **options | {"numerics": "composed", "force": "gemm"})
+        super().__init__(
+            linear, init_scale=scale, **options | {"numerics": "composed", "force": "gemm", "in_place": False}
+        )
         self.name, self.weight_shape, self.order = name, weight.shape, [name]
         self._owner = (owner, weight)  # in a tuple, or they would be a submodule and a parameter
 
@@ -98,7 +102,20 @@ class GatedSparseWeight(GatedSparseLinear):
         values, alpha = self.rigsa_values.detach(), self.rigsa_alpha.detach()
         if torch.compiler.is_compiling():
             return cast(Tensor, torch.ops.rigsa.compose(self.weight, values, alpha, self.pattern.tensors))
-        return self._keep("operand", self._versions(), lambda: self._composed(self.dtype))
+        made = self._made
+        if made is None or made[0] != optimizer_steps() or not made[1].is_of(*self._trio()):
+            self._made = None  # or it would be kept beside the new one
+            with torch.inference_mode(False), torch.no_grad():
+                made = optimizer_steps(), Snapshot(*self._trio()), self._composed(self.weight.detach())
+            self._made = made
+        return made[2]
+
+    def _start(self) -> None:
+        super()._start()
+        self._made: tuple[int, Snapshot, Tensor] | None = None
+
+    def kept_tensors(self) -> list[Tensor]:
+        return [] if self._made is None else [self._made[2]]
 
     def adopt(self, parameter: nn.Parameter) -> None:
         """Take another parameter of the same shape for the frozen one, whose storage is shared from here on."""

@@ -7,18 +7,21 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from rigsa_kernels.dispatch import Path
-from rigsa_kernels.format import MAX_IN_FEATURES
+from rigsa_kernels.format import MAX_IN_FEATURES, SparsePattern
 from rigsa_kernels.hooks import carry_hooks, has_own_forward
+from rigsa_kernels.in_place import Peers, restore
 from rigsa_kernels.init import check_stream, layer_key
 from rigsa_kernels.linear import ALPHA_INIT, HALF_DTYPES, GatedSparseLinear, Numerics
 from rigsa_kernels.parametrized import GatedSparseWeight, attach, detach
+from rigsa_kernels.select import drawn, top_k
 from rigsa_kernels.selection import (
     Selection,
     Weight,
@@ -33,6 +36,17 @@ from rigsa_kernels.selection import (
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
+ChoosePattern = Callable[[str, tuple[int, int]], SparsePattern]
+"""The name and the shape ``(N, K)`` of a layer to where it may be non-zero."""
+
+_after_replacing: list[Callable[[nn.Module], object]] = []
+
+
+def after_replacing(hook: Callable[[nn.Module], object]) -> None:
+    """Have ``hook(model)`` called at the end of every `replace_linears`."""
+    _after_replacing.append(hook)
+
+
 VALUES_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES_IN_SUMMARY = 8
 
@@ -46,11 +60,14 @@ def replace_linears(
     by_weight: Selection = (),
     seed: int = 0,
     shared_gate: bool = False,
+    density: float | None = None,
+    pattern: ChoosePattern | None = None,
     alpha_init: float = ALPHA_INIT,
     init_scale: float = 1.0,
     values_dtype: torch.dtype | None = None,
     numerics: Numerics = "auto",
     force: Path | None = None,
+    in_place: bool = True,
 ) -> M:
     """Swap the linear layers of `model` for `GatedSparseLinear`, in place, and freeze everything else.
 
@@ -73,16 +90,20 @@ def replace_linears(
         modules_to_save: glob patterns of modules that are trained as they are, such as a new classifier.
         by_weight: which of the selected linear layers are read, not called.
         shared_gate: one gate for all layers of this call instead of one each.
-        seed, alpha_init, init_scale, values_dtype, numerics, force: see `GatedSparseLinear`. A layer's initial
-            values depend on the seed and on its own name only.
+        density: share of each layer's entries that is free, drawn at random from the seed and the layer's name, in
+            (0, 1]; the matrix of a layer is never made then. All entries are free by default.
+        pattern: name and shape ``(N, K)`` to the layer's pattern, in place of `density`.
+        seed, alpha_init, init_scale, values_dtype, numerics, force, in_place: see `GatedSparseLinear`. A layer's
+            initial values depend on the seed and on its own name only.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: an option is out of range; nothing to replace, or a pattern that names nothing; `model` is itself a
-            linear layer; a layer that is too wide for a pattern, a 4-bit layer of a shape that cannot be decoded, or
-            two layers that would draw the same initial values. `model` is unchanged.
+            linear layer; a `density` that leaves a layer without a free entry; a layer that is too wide for a pattern,
+            a 4-bit layer of a shape that cannot be decoded, or two layers that would draw the same initial values.
+            `model` is unchanged.
     """
     modules_to_save = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
     _check_options(seed, init_scale, values_dtype)
@@ -102,7 +123,12 @@ def replace_linears(
     _check_weights(linears, weights, shared_gate)
     options: dict[str, Any] = {"seed": seed, "alpha_init": alpha_init, "init_scale": init_scale}
     options |= {"values_dtype": values_dtype, "numerics": numerics, "force": force}
-    gated = _build(model, linears, weights, keys, shared_gate, options)
+    if density is not None:
+        pattern = _random_patterns(_shapes(linears, weights), density, pattern, seed)
+    gated = _build(model, linears, weights, keys, shared_gate, pattern, options | {"in_place": in_place})
+    peers = Peers()
+    for layer in gated.values():
+        layer.join(peers)
     if not before:
         _freeze(model)
     for name, linear in linears.items():
@@ -117,6 +143,8 @@ def replace_linears(
         _warn_of_the_dead_zone([layer for layer in gated.values() if layer.numerics == "composed"], alpha_init)
     for name, reason in skipped:
         logger.info("left alone: %s (%s)", name, reason)
+    for hook in _after_replacing:
+        hook(model)
     return model
 
 
@@ -161,6 +189,7 @@ def _build(
     weights: Mapping[str, Weight],
     keys: Mapping[str, int],
     shared_gate: bool,
+    pattern: ChoosePattern | None,
     options: dict[str, Any],
 ) -> dict[str, GatedSparseLinear]:
     """The gated layers of all names, not yet in the model, whose parameters are as they were where one is refused."""
@@ -169,11 +198,19 @@ def _build(
     name = ""
     try:
         for name, linear in linears.items():
-            gated[name] = GatedSparseLinear(linear, key=keys[name], alpha=alpha, **options)
+            own = pattern(name, (linear.out_features, linear.in_features)) if pattern else None
+            gated[name] = GatedSparseLinear(linear, key=keys[name], alpha=alpha, pattern=own, **options)
             alpha = gated[name].rigsa_alpha if shared_gate else None
         for name, weight in weights.items():
-            owner, fan_in = weight.owner, weight.fan_in
-            gated[name] = GatedSparseWeight(owner, weight.name, fan_in=fan_in, key=keys[name], alpha=alpha, **options)
+            gated[name] = GatedSparseWeight(
+                weight.owner,
+                weight.name,
+                fan_in=weight.fan_in,
+                key=keys[name],
+                alpha=alpha,
+                pattern=pattern(name, _matrix_shape(weight.parameter)) if pattern else None,
+                **options,
+            )
             alpha = gated[name].rigsa_alpha if shared_gate else None
     except Exception as error:
         for parameter, flag in requires_grad:
@@ -182,6 +219,35 @@ def _build(
             raise ValueError(f"{error} (in {name})") from error
         raise
     return gated
+
+
+def _shapes(linears: Mapping[str, nn.Linear], weights: Mapping[str, Weight]) -> dict[str, tuple[int, int]]:
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    return shapes | {name: _matrix_shape(weight.parameter) for name, weight in weights.items()}
+
+
+def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
+    """``(N, K)`` of a parameter whose last dimension is a row."""
+    return parameter.numel() // parameter.shape[-1], parameter.shape[-1]
+
+
+def _random_patterns(
+    shapes: Mapping[str, tuple[int, int]], density: float, pattern: ChoosePattern | None, seed: int
+) -> ChoosePattern:
+    """``round(density * N * K)`` entries of each layer, drawn from (`seed`, name) when they are asked for."""
+    if pattern is not None:
+        raise ValueError("density: expected none beside a pattern, got both")
+    if not 0 < density <= 1:
+        raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
+    kept = {name: round(density * shape[0] * shape[1]) for name, shape in shapes.items()}
+    if empty := [name for name, number in kept.items() if number == 0]:
+        raise ValueError(f"density: {density} leaves {len(empty)} layers empty ({empty[0]}, ...); keep more")
+
+    def draw(name: str, shape: tuple[int, int]) -> SparsePattern:
+        entries = drawn(shape, seed=seed, key=layer_key(name), device=torch.device("cpu"))
+        return top_k({name: entries}, {name: kept[name]})[name]
+
+    return draw
 
 
 def _freeze(model: nn.Module) -> None:
@@ -229,6 +295,21 @@ def restore_linears(model: M) -> M:
             linears[name] = gated.restored()
             carry_hooks(gated, linears[name])
     swap_modules(model, linears)
+    return model
+
+
+def restore_weights(model: M) -> M:
+    """Bring W0 back into every gated layer's `weight`, bit for bit, until the next pass composes it again.
+
+    Call it before reading or writing the frozen weights of a model with packed patterns between a pass and the
+    optimiser's step, or in evaluation: there they hold ``W0 + alpha * D`` (`GatedSparseLinear`). State dicts, copies
+    and `GatedSparseLinear.frozen_matrix` show W0 without it.
+
+    Returns:
+        `model`.
+    """
+    layers = gated_linears(model).values()
+    restore(layer.in_place_weight for layer in layers if layer.in_place_weight is not None)
     return model
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-_PACKAGES = ("torch", "transformers", "rigsa")
+import rigsa_kernels
+
 _LINUX_CPU = Path("/proc/cpuinfo")
 
 
@@ -34,13 +35,24 @@ def has_bfloat16_products(device: str) -> bool:
 
 
 def usual_dtype(device: str) -> str:
-    """Of a model, where nothing but speed decides: bfloat16, or float32 where products of bfloat16 are slow."""
+    """The faster dtype of a model on `device`: bfloat16, or float32 if its products of bfloat16 are slow."""
     return "bfloat16" if has_bfloat16_products(device) else "float32"
 
 
-def versions() -> str:
-    """``torch 2.13.0, transformers 5.23.0, ...``."""
-    return ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+def versions(*names: str) -> str:
+    """``torch 2.13.0, transformers 5.23.0, ..., rigsa 0.1.0``.
+
+    Args:
+        names: of packages beside our own, which counts as it was imported, installed or not.
+    """
+    return ", ".join([*(f"{name} {_installed(name)}" for name in names), f"rigsa {rigsa_kernels.__version__}"])
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu() -> str:
