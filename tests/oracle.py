@@ -66,8 +66,8 @@ def truth(x, weight, bias, values, alpha, pattern, dy):  # type: ignore[no-untyp
 
     `weight` is a matrix or an NF4 base. Each result comes with the size that rounding is proportional to: its largest
     magnitude, times what accumulators add. A sum of n terms that is rounded after each of them, in whatever order, is
-    off by some sqrt(n) * eps / 2 of it (Higham & Mary, "A new approach to probabilistic rounding error analysis", 2019),
-    which counts where accumulators are no wider than the products.
+    off by some sqrt(n) * eps / 2 of it (Higham & Mary, "A new approach to probabilistic rounding error analysis",
+    2019), which counts where accumulators are no wider than the products.
     """
     mask = pattern.to_mask()
     delta = torch.zeros(pattern.shape, dtype=torch.float64, device=values.device)
