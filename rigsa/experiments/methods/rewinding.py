@@ -16,11 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rigsa.criteria import treated_values
 from rigsa.experiments.adapter import read_adapter, save_adapter
 from rigsa.experiments.distributed import main_first
-from rigsa.experiments.experiment import Experiment, level_folder
+from rigsa.experiments.experiment import Experiment
+from rigsa.experiments.run_folder import EARLY_FILE
 from rigsa_kernels import GatedSparseLinear, gated_linears
-
-EARLY_FILE = "early.safetensors"
-"""In the folder of level 0: its adapter after `rewind_step` steps."""
 
 
 class SaveEarly(TrainerCallback):
@@ -28,7 +26,7 @@ class SaveEarly(TrainerCallback):
 
     def __init__(self, experiment: Experiment, step: int) -> None:
         self.model, self.step = experiment.model, step
-        self.path = level_folder(experiment.run, 0) / EARLY_FILE
+        self.path = experiment.folder(0) / EARLY_FILE
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == self.step:
@@ -49,7 +47,7 @@ def rewind(experiment: Experiment) -> None:
 
 
 def start_of(experiment: Experiment, level: int) -> dict[str, Tensor] | None:
-    """By layer, the values that the ticket of `level` started from; None for the initial ones, made again from a seed.
+    """The values that the ticket of `level` started from, by layer; None for initial values, made again from a seed.
 
     The layers carry that ticket.
     """
@@ -57,7 +55,7 @@ def start_of(experiment: Experiment, level: int) -> dict[str, Tensor] | None:
     if level == 0 or (config.rewind == "init" and not config.rewind_step):
         return None
     if config.rewind_step:
-        early = read_adapter(experiment.model, level_folder(experiment.run, 0) / EARLY_FILE)
+        early = read_adapter(experiment.model, experiment.folder(0) / EARLY_FILE)
         return {name: layer.pattern.gather(early[f"{name}.rigsa_values"]) for name, layer in layers.items()}
     return {name: treated(layer, config.rewind, config.seed) for name, layer in layers.items()}
 
@@ -71,7 +69,7 @@ def treated(layer: GatedSparseLinear, treatment: str, seed: int) -> Tensor:
 
 @torch.no_grad()
 def _rewind_to_early_step(experiment: Experiment) -> None:
-    early = read_adapter(experiment.model, level_folder(experiment.run, 0) / EARLY_FILE)
+    early = read_adapter(experiment.model, experiment.folder(0) / EARLY_FILE)
     for name, layer in gated_linears(experiment.model).items():
         layer.rigsa_values.copy_(layer.pattern.gather(early[f"{name}.rigsa_values"]))
         layer.rigsa_alpha.copy_(early[f"{name}.rigsa_alpha"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import CONFIG_FILE, FAILED_FILE, PRESETS, Config, arguments_of, flag, load, reads
-from rigsa.experiments.experiment import BASE, METRICS_FILE
+from rigsa.experiments.config import OPTIONS, Config, flag
+from rigsa.experiments.config_file import load
+from rigsa.experiments.presets import PRESETS, arguments_of
 from rigsa.experiments.report import paper_numbers
 from rigsa.experiments.report.statistics import Estimate, estimate, group
-from rigsa.experiments.train import RESOURCES_FILE
-from rigsa.files import is_done, read_json
+from rigsa.experiments.run_folder import (
+    BASE,
+    CONFIG_FILE,
+    FAILED_FILE,
+    METRICS_FILE,
+    RESOURCES_FILE,
+    finished_levels,
+    level_folder,
+)
+from rigsa.files import read_json
 
 TASKS = {"piqa": "PIQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8k"}
 SAME = ("model", "data", "test_images", "eval_shots", "system_prompt")
@@ -37,9 +45,8 @@ class Run:
     def read(cls, path: Path) -> Run:
         """Raises RigsaError where `path` is no run folder or is damaged. `levels` may be empty."""
         config = load(path)
-        folders = [folder for folder in path.glob("level_*") if is_done(folder)]
+        folders = [level_folder(path, level) for level in finished_levels(path)]
         levels = [_metrics(folder / METRICS_FILE, config) | read_json(folder / RESOURCES_FILE) for folder in folders]
-        levels.sort(key=lambda metrics: metrics["level"])
         return cls(path, config, _metrics(path / BASE / METRICS_FILE, config) if levels else {}, levels)
 
     def level(self, number: int) -> Metrics | None:
@@ -68,7 +75,7 @@ class Measure:
     decimals: int
 
     def of(self, metrics: Metrics | None) -> float | None:
-        """None where it was not measured."""
+        """The number in `metrics`, or None if it was not measured."""
         value: Any = metrics
         for key in self.keys:
             if not isinstance(value, dict) or key not in value:
@@ -77,7 +84,7 @@ class Measure:
         return float(value)
 
     def before(self, run: Run) -> float | None:
-        """The untrained model's. It has not drifted: drift is measured from it."""
+        """The untrained model's number. Its drift is 0, since drift is measured from it."""
         return 0.0 if self.keys[0] == "drift" else self.of(run.base)
 
     def text(self, value: Estimate | None) -> str:
@@ -130,7 +137,7 @@ class Setting:
         return estimate(values) if values else None
 
     def change(self, measure: Measure, level: int) -> Estimate | None:
-        """From the untrained model of the same run."""
+        """The change from the untrained model of the same run."""
         before = {run.config.seed: measure.before(run) for run in self.runs}
         changes = [value - start for seed, value in self.values(measure, level).items()
                    if (start := before[seed]) is not None]  # fmt: skip
@@ -153,7 +160,7 @@ class Report:
 
     @property
     def config(self) -> Config:
-        """Of any of the runs, for the fields in which they agree."""
+        """The first run's configuration; it speaks for all in the fields in which they agree."""
         return self.runs[0].config
 
     @property
@@ -181,8 +188,8 @@ class Report:
 
     @property
     def reference(self) -> Setting | None:
-        """What the others are compared with: imp, and of several the one closest to a preset."""
-        found = [setting for setting in self.settings if setting.config.method == "imp"]
+        """What the others are compared with: of the reference method's settings the one closest to a preset."""
+        found = [setting for setting in self.settings if setting.config.method.is_reference]
         return min(found, key=lambda setting: len(nearest_preset(setting.config)[1]), default=None)
 
     @property
@@ -253,8 +260,9 @@ def _failure(path: Path) -> str:
 def _unfinished(setting: Setting) -> Iterator[str]:
     for run in setting.runs:
         last = run.levels[-1]["level"]
-        if run.config.method == "imp" and last < run.config.prunings:
-            yield f"{run.path} has finished level {last} of {run.config.prunings}; run its command again to go on"
+        end = max(run.config.method.levels(run.config), default=last)
+        if last < end:
+            yield f"{run.path} has finished level {last} of {end}; run its command again to go on"
         if last < setting.final:
             yield f"{run.path} does not count towards the final numbers of {setting.label}, level {setting.final}"
 
@@ -294,17 +302,20 @@ def check_distinct(settings: Sequence[Setting]) -> None:
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
-    """The preset with the fewest differences, and these: field to value. Of equals the first, quickstart leading."""
-    fields = [field for field in dataclasses.fields(Config) if field.name != "method" and reads(config.method, field)]
+    """The preset with the fewest differences, and these as field to value. Quickstart comes first among equals."""
+    fields = [name for name in OPTIONS if config.method.reads(name)]
     found = []
     for name in ("quickstart", *PRESETS):
-        preset = PRESETS[name](config.method, config.device)
-        names = [field.name for field in fields if getattr(config, field.name) != getattr(preset, field.name)]
-        found.append((name, {name: getattr(config, name) for name in names}))
+        preset = PRESETS[name](config.method.name, config.device)
+        found.append(
+            (name, {field: value for field in fields if (value := getattr(config, field)) != getattr(preset, field)})
+        )
     return min(found, key=lambda item: len(item[1].keys() - {"seed"}))
 
 
 def command_of(config: Config) -> str:
     """The command that makes this configuration: a preset and the options that differ from it, quoted for a shell."""
     preset, _ = nearest_preset(config)
-    return shlex.join(["python", "-m", "rigsa.run", config.method, "--preset", preset, *arguments_of(config, preset)])
+    return shlex.join(
+        ["python", "-m", "rigsa.run", config.method.name, "--preset", preset, *arguments_of(config, preset)]
+    )
