@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,7 +19,7 @@ import torch
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import METHODS, PLANNED, PRESETS, Config, check_folder, flag, reads, save
-from rigsa.files import read_json, write_json
+from rigsa.files import read_json, remove_temporaries, write_json
 
 if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
@@ -191,30 +192,41 @@ def run_method(options: argparse.Namespace) -> None:
         return
     quiet_libraries()
     from rigsa.experiments import distributed
+    from rigsa.experiments.lock import folder_lock
+    from rigsa.experiments.model import resolve_device
+
+    distributed.join(on_cpu=resolve_device(config.device).type == "cpu")
+    with folder_lock(out) if distributed.is_main() else contextlib.nullcontext():
+        train_run(config, out, options.gpu_memory)
+    distributed.leave()
+
+
+def train_run(config: Config, out: Path, gpu_memory: float | None) -> None:
+    """Check all that can be known, train, report. The main process has the lock of `out`."""
+    from rigsa.experiments import distributed
     from rigsa.experiments.experiment import Experiment
     from rigsa.experiments.methods.random_mask import matched_ticket
     from rigsa.experiments.methods.registry import RUNNERS
-    from rigsa.experiments.model import resolve_device
     from rigsa.experiments.run_plan import describe
     from rigsa.experiments.tasks import source_tasks
 
-    distributed.join(on_cpu=resolve_device(config.device).type == "cpu")
     distributed.check(config)
     if config.method == "random-mask":
         matched_ticket(config)  # say what is missing before a model is loaded
     source_tasks.check(config)
     check_folder(config, out)
     experiment = Experiment.prepare(config, out)
-    plans = plan_memory(experiment, options.gpu_memory)
+    plans = plan_memory(experiment, gpu_memory)
     if distributed.is_main():
         print(describe(experiment, plans), flush=True)
     distributed.wait_for_all()  # until every process has checked the folder
     with distributed.main_first():
         save(config, out)
+    if distributed.is_main():
+        remove_temporaries(out)
     RUNNERS[config.method](experiment)
     if distributed.is_main():
         print_report([out], out, experiment.splits.test)
-    distributed.leave()
 
 
 def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelPlan]:

@@ -12,10 +12,10 @@ RIG = "rigsa/experiments"
 FLOORS = {
     "kernels": ["rigsa_kernels/*"],
     "library": ["rigsa/*"],
-    "settings": [f"{RIG}/{name}" for name in ("config", "hardware", "peak_memory", "distributed")],
+    "settings": [f"{RIG}/{name}" for name in ("config", "hardware", "peak_memory", "distributed", "lock", "records")],
     "model": [f"{RIG}/{name}" for name in ("model", "attach", "adapter")],
     "tasks": [f"{RIG}/tasks/*", f"{RIG}/tasks/lm_eval_tasks/*"],
-    "training": [f"{RIG}/{name}" for name in ("train", "experiment")],
+    "training": [f"{RIG}/{name}" for name in ("checkpoints", "train", "experiment")],
     "methods": [f"{RIG}/methods/*"],
     "memory": [f"{RIG}/memory/*"],
     "report": [f"{RIG}/report/*"],

@@ -15,11 +15,11 @@ from transformers import TextStreamer
 from rigsa.errors import RigsaError
 from rigsa.experiments import config as configuration
 from rigsa.experiments.adapter import adapter_off
-from rigsa.experiments.experiment import METRICS_FILE, Experiment, level_folder
+from rigsa.experiments.experiment import METRICS_FILE, Experiment, finished_levels, level_folder
+from rigsa.experiments.records import metrics_of, read_record
 from rigsa.experiments.tasks.drift import chat_ids, greedy
 from rigsa.experiments.tasks.evaluation import answer_logits
 from rigsa.experiments.tasks.textual_mnist import ANSWER_PREFIX, image_text, quantise
-from rigsa.files import is_done, read_json
 
 Read = Callable[[str], str]
 """As `input`: shows a prompt, returns a line, raises EOFError at the end."""
@@ -63,7 +63,7 @@ def run_chat(
     experiment.attach()
     experiment.restore(level)
     experiment.model.eval()
-    density = read_json(level_folder(run, level) / METRICS_FILE)["density"]
+    density = read_record(level_folder(run, level) / METRICS_FILE, metrics_of(config))["density"]
     write(f"{config.method}, level {level} ({density:.2%} of the weights), on {config.model}. /help lists commands.\n")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
@@ -73,8 +73,7 @@ def run_chat(
 
 def finished_level(run: Path, level: int | None) -> int:
     """`level`, or the last one, if it is finished. Raises RigsaError where it is not."""
-    numbers = (folder.name.removeprefix("level_") for folder in run.glob("level_*") if is_done(folder))
-    finished = sorted(int(number) for number in numbers if number.isdecimal())
+    finished = finished_levels(run)
     if not finished:
         raise RigsaError(f"{run} has no finished level to talk to; let the run finish one first")
     if level is None:

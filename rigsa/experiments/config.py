@@ -11,7 +11,8 @@ from typing import Any, get_args
 from rigsa.criteria import CRITERIA, TREATMENTS
 from rigsa.errors import RigsaError
 from rigsa.experiments.hardware import usual_dtype
-from rigsa.files import read_json, write_json
+from rigsa.experiments.lock import LOCK_FILE
+from rigsa.files import is_temporary, read_json, write_json
 from rigsa.masks import Ranking
 from rigsa_kernels.linear import Numerics
 from rigsa_kernels.optim import StateDtype
@@ -428,7 +429,7 @@ def check_folder(config: Config, folder: Path) -> None:
     Raises:
         RigsaError: it holds another configuration (the differences are shown), or files but no configuration.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(_counts(path.name) for path in folder.iterdir())):
         return
     path = folder / CONFIG_FILE
     if not path.exists():
@@ -441,6 +442,11 @@ def check_folder(config: Config, folder: Path) -> None:
             f"{folder} holds a run with another configuration; choose another folder with --out, or ask for the same:\n"
             + "\n".join(lines)
         )
+
+
+def _counts(name: str) -> bool:
+    """Not the lock of the process that asks, nor what one that was killed left of a file."""
+    return name != LOCK_FILE and not is_temporary(name)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ A run folder::
     level_K/log.jsonl           training log
     level_K/metrics.json        accuracies, losses, densities
     level_K/resources.json      steps, seconds, peak memory, machine and versions
-    level_K/done                written last
+    level_K/done                written last; it names the level's files by their hash, but for resources.json
     report.html, .md, .csv      and figures as PNG: drawn from the above at the end, and by `rigsa report`
 
 Two runs with one configuration on one device share every bit but resources.json and the seconds in reports, however
@@ -20,6 +20,7 @@ often they were interrupted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from rigsa.errors import RigsaError
@@ -36,6 +38,7 @@ from rigsa.experiments.adapter import (
     base_fingerprint,
     load_adapter,
     load_masks,
+    masks_hash,
     save_masks,
     trained_parameters,
 )
@@ -43,12 +46,13 @@ from rigsa.experiments.attach import attach
 from rigsa.experiments.config import FROM_GRADIENTS, Config
 from rigsa.experiments.distributed import is_sharded, main_first, wait_for_all
 from rigsa.experiments.model import load_model, resolve_device
+from rigsa.experiments.records import EARLY_BIRD, PRUNING, REPLIES, RESOURCES, metrics_of, read_record
 from rigsa.experiments.tasks import source_tasks
 from rigsa.experiments.tasks.drift import drift, replies
 from rigsa.experiments.tasks.evaluation import evaluate
 from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts, Splits, load_splits
 from rigsa.experiments.train import RESOURCES_FILE, read_log, remove_checkpoints, steps_per_level, train_level
-from rigsa.files import is_done, mark_done, read_json, write_json
+from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.replace import select_linears
 
@@ -61,6 +65,38 @@ BASE = "base"
 
 def level_folder(run: Path, level: int) -> Path:
     return run / f"level_{level}"
+
+
+def finished_levels(run: Path) -> list[int]:
+    """Their numbers, in order."""
+    numbers = [match[1] for path in run.glob("level_*") if (match := re.fullmatch(r"level_([0-9]{1,9})", path.name))]
+    return sorted(int(number) for number in numbers if is_done(level_folder(run, int(number))))
+
+
+def load_ticket(model: nn.Module, level: Path) -> dict[str, SparsePattern]:
+    """The masks in a level's folder, for `model`'s layers.
+
+    Raises:
+        RigsaError: as `load_masks`, or they are not those that the record of their choice names.
+    """
+    record = read_record(level / PRUNING_FILE, PRUNING)
+    patterns = load_masks(model, level / MASK_FILE, record["mask"])
+    kept = sum(pattern.nnz for pattern in patterns.values())
+    if kept != record["kept"]:
+        raise RigsaError(f"{level / MASK_FILE} has {kept} free entries, but {PRUNING_FILE} beside it says "
+                         f"{record['kept']}; delete {level} and run again")  # fmt: skip
+    return patterns
+
+
+def _check_undamaged(folder: Path) -> None:
+    if damage := first_damage(folder):
+        raise RigsaError(f"{folder} is damaged ({damage}); delete it and run again")
+
+
+def _mark_done(folder: Path) -> None:
+    """All files but the resources, in which equal runs differ."""
+    files = [path.name for path in folder.iterdir() if path.is_file() and path.name != RESOURCES_FILE]
+    mark_done(folder, [name for name in files if not is_temporary(name)])
 
 
 @dataclass
@@ -116,13 +152,15 @@ class Experiment:
     def restore(self, level: int) -> None:
         """The trained adapter of a finished level."""
         folder = level_folder(self.run, level)
+        if is_done(folder):
+            _check_undamaged(folder)
         if (folder / MASK_FILE).exists():
-            self.adopt(load_masks(self.model, folder / MASK_FILE))
+            self.adopt(load_ticket(self.model, folder))
         load_adapter(self.model, folder / ADAPTER_FILE)
 
     def save_ticket(self, level: int, patterns: dict[str, SparsePattern], pruning: dict[str, Any]) -> None:
         folder = level_folder(self.run, level)
-        write_json(folder / PRUNING_FILE, pruning)
+        write_json(folder / PRUNING_FILE, pruning | {"mask": masks_hash(patterns)})
         save_masks(patterns, folder / MASK_FILE, base_fingerprint(self.model))
 
     def test(self, label: str) -> dict[str, Any]:
@@ -156,7 +194,7 @@ class Experiment:
     def drift(self) -> dict[str, Any]:
         """How far the adapter has moved the model from its base's own replies."""
         self.model.eval()
-        return drift(self.model, read_json(self.run / BASE / REPLIES_FILE))
+        return drift(self.model, read_record(self.run / BASE / REPLIES_FILE, REPLIES))
 
     def _evaluate(self, images: Images, shots: int, label: str) -> dict[str, Any]:
         dataset = PromptDataset(images, self.prompts, self._examples(shots))
@@ -180,8 +218,9 @@ class Experiment:
                     write_json(folder / REPLIES_FILE, spoken)
                 metrics = {"tokenizer": self.prompts.fingerprint(), **self.test("untrained")}
                 write_json(folder / METRICS_FILE, metrics)
-                mark_done(folder)
-        return read_json(folder / METRICS_FILE)
+                _mark_done(folder)
+        _check_undamaged(folder)
+        return read_record(folder / METRICS_FILE, metrics_of(self.config, base=True))
 
     def run_level(self, level: int, callbacks: Sequence[TrainerCallback] = (), first_step: int = 0) -> dict[str, Any]:
         """Train the adapter as it stands, test it, write everything down, the marker last. Returns the metrics.
@@ -197,16 +236,16 @@ class Experiment:
         with main_first():
             if not is_done(folder):
                 metrics = {"level": level, **self._adapter_metrics(), "pruning": self._pruning(folder)}
-                metrics["steps"] = read_json(folder / RESOURCES_FILE)["steps"]
+                metrics["steps"] = read_record(folder / RESOURCES_FILE, RESOURCES)["steps"]
                 if (folder / EARLY_BIRD_FILE).exists():
-                    metrics["early_bird"] = read_json(folder / EARLY_BIRD_FILE)
+                    metrics["early_bird"] = read_record(folder / EARLY_BIRD_FILE, EARLY_BIRD)
                 metrics |= {"train_loss": read_log(folder)[-1]["loss"], **self.test(label)}
                 if self.config.drift:
                     metrics["drift"] = self.drift()
                 write_json(folder / METRICS_FILE, metrics)
-                mark_done(folder)
+                _mark_done(folder)
                 remove_checkpoints(folder)
-        return read_json(folder / METRICS_FILE)
+        return read_record(folder / METRICS_FILE, metrics_of(self.config))
 
     def _adapter_metrics(self) -> dict[str, Any]:
         """Sizes of what is trained, in all and, for gated sparse layers, layer by layer."""
@@ -224,4 +263,4 @@ class Experiment:
 
     @staticmethod
     def _pruning(folder: Path) -> dict[str, Any]:
-        return read_json(folder / PRUNING_FILE) if (folder / PRUNING_FILE).exists() else {}
+        return read_record(folder / PRUNING_FILE, PRUNING) if (folder / PRUNING_FILE).exists() else {}

@@ -38,6 +38,7 @@ from rigsa.experiments.adapter import (
     save_masks,
     trained_parameters,
 )
+from rigsa.experiments.checkpoints import CHECKPOINTS, checkpoint_step, latest_checkpoint, mark_checkpoint, remove_old
 from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import (
     accumulation_steps,
@@ -51,16 +52,16 @@ from rigsa.experiments.distributed import (
 )
 from rigsa.experiments.hardware import hardware, versions
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
+from rigsa.experiments.records import LOG_LINE, read_lines
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
-from rigsa.files import is_done, mark_done, read_json, write_json, write_text
+from rigsa.files import read_json, write_json, write_text
 from rigsa_kernels import MaskedAdamW, gated_linears
 from rigsa_kernels.optim import local_part
 from rigsa_kernels.reference import NonFiniteGateError
 
 LOG_FILE = "log.jsonl"
 RESOURCES_FILE = "resources.json"
-CHECKPOINTS = "checkpoints"
 _STATE_FILE = "trainer_state.json"
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
@@ -182,8 +183,12 @@ def load_trained(model: nn.Module, folder: Path, moving: bool) -> None:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The training log of a level: step, epoch, loss (mean since the line before), learning_rate, grad_norm."""
-    return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    """The training log of a level: step, epoch, loss (mean since the line before), learning_rate, grad_norm.
+
+    Raises:
+        RigsaError: the file is missing or damaged.
+    """
+    return read_lines(folder / LOG_FILE, LOG_LINE)
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -246,27 +251,13 @@ def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArgu
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.checkpoint_steps,
-        save_total_limit=2,
+        save_total_limit=None,  # `MarkCheckpoint` removes old ones: the Trainer goes by the clock, which may be wrong
         disable_tqdm=True,
         report_to=[],
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: without this a lone process would split batches over all it sees
     return arguments
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest finished checkpoint. Unfinished ones, which a killed process left, are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
-    for checkpoint in found:
-        if not is_done(checkpoint):
-            shutil.rmtree(checkpoint)
-    finished = [checkpoint for checkpoint in found if checkpoint.exists()]
-    return finished[-1] if finished else None
 
 
 def check_processes(checkpoint: Path) -> None:
@@ -410,12 +401,13 @@ def first_non_finite_output(model: nn.Module, inputs: dict[str, Tensor]) -> str 
 
 
 class MarkCheckpoint(TrainerCallback):
-    """Writes the marker of a checkpoint after everything else of it."""
+    """Writes the marker of a checkpoint after everything else of it, and removes those that are too old by then."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         wait_for_all()  # each process saves its random state
         if is_main():
-            mark_done(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            mark_checkpoint(Path(str(args.output_dir)), state.global_step)
+            remove_old(Path(str(args.output_dir)))
 
 
 class ProgressAndTime(TrainerCallback, ExportableState):

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rigsa.errors import RigsaError
-from rigsa.experiments import sweep
+from rigsa.experiments import lock, sweep
 from rigsa.experiments.config import METHODS, PRESETS, Config, arguments_of, load, reads
 from rigsa.experiments.report.page import write_report
 from rigsa.experiments.sweep import command_of, print_commands, run_logged, run_sweep
@@ -304,7 +304,7 @@ def test_a_run_that_another_process_holds_is_not_started(tmp_path, capsys):
     plan = planned(tmp_path, "imp,random-mask", "0,1")
     runs = FakeRuns()
     write_json(tmp_path / "sweep.json", {})
-    with sweep._locked(tmp_path / "imp-seed0" / "run.log") as held:
+    with lock.locked(tmp_path / "imp-seed0" / "run.log") as held:
         assert held is not None
         with pytest.raises(RigsaError, match="did not finish: imp-seed0, random-mask-seed0"):
             run_sweep(plan, runs.report, run=runs)
@@ -314,12 +314,12 @@ def test_a_run_that_another_process_holds_is_not_started(tmp_path, capsys):
 
 def test_a_run_that_outlives_its_sweep_keeps_its_log_locked(tmp_path):
     path = tmp_path / "run.log"
-    with sweep._locked(path) as log:
+    with lock.locked(path) as log:
         child = sweep.subprocess.Popen([sys.executable, "-c", "input()"], stdin=sweep.subprocess.PIPE, stdout=log)
-    with sweep._locked(path) as log:
+    with lock.locked(path) as log:
         assert log is None
     child.communicate(b"\n")
-    with sweep._locked(path) as log:
+    with lock.locked(path) as log:
         assert log is not None
 
 

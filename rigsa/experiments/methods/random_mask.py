@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.adapter import MASK_FILE, load_masks
 from rigsa.experiments.config import CONFIG_FILE, Config, load
-from rigsa.experiments.experiment import Experiment, level_folder
+from rigsa.experiments.experiment import Experiment, level_folder, load_ticket
 from rigsa.experiments.methods.ticket import run_ticket
 from rigsa.files import is_done
 from rigsa.masks import random_patterns
@@ -30,6 +29,9 @@ def matched_ticket(config: Config) -> int:
             f"--match {run}: no run folder there, so there is no ticket to match. Run `python -m rigsa.run imp` first "
             "(same preset and seed), name a run with --match, or give --density."
         )
+    method = load(run).method
+    if method != "imp":
+        raise RigsaError(f"--match {run}: expected the folder of an imp run, got one of {method}")
     tickets = [level for level in range(1, load(run).prunings + 1) if is_done(level_folder(run, level))]
     if not tickets:
         raise RigsaError(f"--match {run}: that run has no finished ticket yet; run the same imp command again first")
@@ -47,7 +49,7 @@ def draw_ticket(level: int, experiment: Experiment) -> tuple[dict[str, SparsePat
     if config.density:
         counts = {name: round(config.density * layer.num_weights) for name, layer in layers.items()}
     else:
-        matched = load_masks(experiment.model, level_folder(Path(config.match), level) / MASK_FILE)
+        matched = load_ticket(experiment.model, level_folder(Path(config.match), level))
         counts = {name: pattern.nnz for name, pattern in matched.items()}
     shapes = {name: layer.pattern.shape for name, layer in layers.items()}
     try:

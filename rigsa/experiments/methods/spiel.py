@@ -68,7 +68,9 @@ def run_spiel(experiment: Experiment) -> None:
     patterns, record = draw_ticket(LEVEL, experiment)
     with main_first():
         if not (folder / PRUNING_FILE).exists():
-            write_json(folder / PRUNING_FILE, record | planned_exchanges(experiment, patterns))
+            write_json(
+                folder / PRUNING_FILE, record | planned_exchanges(experiment, patterns) | {"mask": None}
+            )  # it moves
     experiment.adopt(patterns)
     dataset = PromptDataset(experiment.splits.train, experiment.prompts)
     experiment.run_level(LEVEL, [Reselection(experiment.config, dataset)])

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.adapter import MASK_FILE, load_masks
+from rigsa.experiments.adapter import MASK_FILE
 from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import main_first
-from rigsa.experiments.experiment import Experiment, level_folder
+from rigsa.experiments.experiment import Experiment, level_folder, load_ticket
 from rigsa.files import is_done
 from rigsa.masks import largest_patterns
 from rigsa_kernels import SparsePattern
@@ -41,7 +41,7 @@ def enter_ticket(experiment: Experiment, level: int, choose: Choose) -> None:
     with main_first():
         if not path.exists():
             experiment.save_ticket(level, *choose(experiment))
-    experiment.adopt(load_masks(experiment.model, path))
+    experiment.adopt(load_ticket(experiment.model, path.parent))
 
 
 def run_ticket(experiment: Experiment, choose: Choose, level: int = 1) -> None:
