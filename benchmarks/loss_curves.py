@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import CONFIG_FILE, flag
+from rigsa.experiments.config import flag
+from rigsa.experiments.run_folder import CONFIG_FILE, LOG_FILE, level_folder
 from rigsa.files import read_json, write_atomically
 
-LOG_FILE = Path("level_0", "log.jsonl")  # of `rigsa.experiments.train`, whose import takes seconds
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 """Okabe & Ito (2008): told apart with any colour vision."""
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
@@ -44,7 +44,7 @@ def read_losses(run: Path) -> tuple[list[int], list[float]]:
     Raises:
         RigsaError: the run has no log of level 0, or an empty one.
     """
-    log = run / LOG_FILE
+    log = level_folder(run, 0) / LOG_FILE
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     if not lines:
         raise RigsaError(f"RUN {run}: expected a run whose level 0 is trained, found no lines in {log}")

@@ -23,7 +23,7 @@ from rigsa_kernels.init import CHUNK, check_stream, initial_values, random_words
 
 Score = Callable[[Tensor, Tensor], Tensor]
 PERMUTATION_STREAM = 2
-"""Of the Philox words that shuffle; stream 0 makes initial values, stream 1 random masks."""
+"""The Philox stream whose words shuffle. Stream 0 makes initial values, stream 1 random masks."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ CRITERIA: dict[str, Criterion] = {
     ),
     "random": Criterion("drawn at random"),
 }
-"""Of Zhou et al. 2019 but for the first. All but the first keep a fixed share of the entries that are still free."""
+"""The first is the paper's; the others are those of Zhou et al. 2019, which keep a fixed share of the free entries."""
 
 
 def high_in_all(scores: list[Tensor], count: int) -> Tensor:
@@ -196,7 +196,7 @@ TREATMENTS: dict[str, Treatment] = {
         "signed_constant with the signs of random_reinit", lambda start: constant(start).copysign(reinit(start))
     ),
 }
-"""Of Zhou et al. 2019, who call the first ``none``."""
+"""The treatments of Zhou et al. 2019, who call the first ``none``."""
 
 
 def treated_values(

@@ -317,8 +317,3 @@ def random_patterns(
     return top_k(
         {name: drawn(shape, seed=seed, key=layer_key(name), device=device) for name, shape in shapes.items()}, kept
     )
-
-
-def random_mask(shape: tuple[int, int], kept: int, *, seed: int, name: str) -> Tensor:
-    """`random_patterns` for one layer, as a boolean ``[N, K]`` mask."""
-    return random_patterns({name: shape}, {name: kept}, seed=seed)[name].to_mask()

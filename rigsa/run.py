@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import METHODS, PLANNED, PRESETS, Config, check_folder, flag, reads, save
-from rigsa.files import read_json, remove_temporaries, write_json
+from rigsa.experiments.config import OPTIONS, Config, Method, flag
+from rigsa.experiments.config_file import check_folder, load, save
+from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.presets import PRESETS
+from rigsa.files import remove_temporaries, write_json
 
 if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
@@ -30,7 +33,7 @@ SWEEP = "methods x seeds x settings: run folders one after another, on one machi
 CHAT = "talk to the adapted model of a run, and show it images of digits"
 PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
 TOKENS = {"digits": 93}
-"""Of a prompt without examples, as SmolLM2's tokenizer makes them; images of 28x28 have `MNIST_TOKENS`."""
+"""Data to the tokens of a prompt without examples, by SmolLM2's tokenizer. Images of 28x28 have `MNIST_TOKENS`."""
 MNIST_TOKENS = 860
 
 
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def speaker() -> str:
-    """Who says it, where a launcher started several processes."""
+    """The name that messages begin with. It tells processes apart if a launcher started several."""
     rank = os.environ.get("RANK", "0")
     return "rigsa" if rank == "0" else f"rigsa (process {rank})"
 
@@ -59,11 +62,11 @@ def speaker() -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rigsa", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for method, help_text in METHODS.items():
+    for method in METHODS.values():
         command = commands.add_parser(
-            method, help=help_text, description=help_text.capitalize() + ".", allow_abbrev=False
+            method.name, help=method.help, description=method.help.capitalize() + ".", allow_abbrev=False
         )
-        command.set_defaults(command=run_method, method=method)
+        command.set_defaults(command=run_method, method=method.name)
         add_run_options(command, method)
     add_plan(commands.add_parser("plan", help=PLAN, description=PLAN[0].upper() + PLAN[1:] + ".", allow_abbrev=False))
     add_sweep(commands.add_parser("sweep", help=SWEEP, description=SWEEP.capitalize() + ".", allow_abbrev=False))
@@ -81,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_run_options(command: argparse.ArgumentParser, method: str) -> None:
+def add_run_options(command: argparse.ArgumentParser, method: Method) -> None:
     """--preset, --out, --dry-run and one option per field of `Config` that the method reads."""
     add_preset(command, "quickstart")
     command.add_argument("--out", type=Path, help=f"run folder; default: runs/{method}-PRESET-seedSEED")
@@ -90,13 +93,14 @@ def add_run_options(command: argparse.ArgumentParser, method: str) -> None:
         "--gpu-memory", type=float, metavar="GIB",
         help="refuse a run that is planned to need more; default: what the GPU has, and no limit on a CPU",
     )  # fmt: skip
-    add_configuration(command, lambda field: reads(method, field))
+    add_configuration(command, method.reads)
 
 
 def add_plan(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=run_plan)
     add_preset(command, "paper")
-    command.add_argument("--method", choices=PLANNED, default="imp", help="default: imp")
+    planned = [method for method in METHODS.values() if method.planned]
+    command.add_argument("--method", choices=[method.name for method in planned], default="imp", help="default: imp")
     command.add_argument("--gpu-memory", type=float, default=24.0, metavar="GIB", help="of the GPU; default: 24")
     command.add_argument(
         "--tokens", type=int, help=f"of a prompt; default: {TOKENS['digits']} with --data digits, else {MNIST_TOKENS}"
@@ -107,7 +111,7 @@ def add_plan(command: argparse.ArgumentParser) -> None:
         "does; default: 0.539, which leads to the paper's 3.46 %%",
     )  # fmt: skip
     command.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
-    add_configuration(command, lambda field: field.name != "match" and any(reads(method, field) for method in PLANNED))
+    add_configuration(command, lambda name: name != "match" and any(method.reads(name) for method in planned))
 
 
 def add_sweep(command: argparse.ArgumentParser) -> None:
@@ -123,7 +127,7 @@ def add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--shard", default="1/1", metavar="I/N", help="run only part I of N, counted from 1")
     command.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     command.add_argument("--gpu-memory", type=float, metavar="GIB", help="as for every run")
-    add_configuration(command, lambda field: field.name not in ("seed", "match"))
+    add_configuration(command, lambda name: name not in ("seed", "match"))
 
 
 def add_preset(command: argparse.ArgumentParser, default: str) -> None:
@@ -134,11 +138,11 @@ def add_preset(command: argparse.ArgumentParser, default: str) -> None:
     )  # fmt: skip
 
 
-def add_configuration(command: argparse.ArgumentParser, belongs: Callable[[dataclasses.Field[Any]], bool]) -> None:
+def add_configuration(command: argparse.ArgumentParser, belongs: Callable[[str], bool]) -> None:
     """One option per field of `Config` that belongs to the command."""
     group = command.add_argument_group("configuration (default: the preset's value)")
-    for field in dataclasses.fields(Config):
-        if field.name == "method" or not belongs(field):
+    for field in OPTIONS.values():
+        if not belongs(field.name):
             continue
         group.add_argument(
             f"--{flag(field.name)}",
@@ -165,18 +169,17 @@ def configure(options: argparse.Namespace, device: str = "auto") -> Config:
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Config` that the command line gave."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    return {name: value for name, value in vars(options).items() if name in names}
+    return {name: value for name, value in vars(options).items() if name in OPTIONS}
 
 
 def resolve(options: argparse.Namespace) -> Config:
-    """The configuration of a run: `configure`, and the run that a random mask is matched to."""
+    """The configuration of a run: `configure`, and the run whose ticket it is matched to, if its method has that."""
     config = configure(options)
-    if config.method == "random-mask":
-        if config.match and config.density:
-            raise RigsaError("--match and --density: give one of them")
-        if not config.match and not config.density:
-            config = dataclasses.replace(config, match=str(default_out("imp", options.preset, config.seed)))
+    other = config.method.matches
+    if other and config.match and config.density:
+        raise RigsaError("--match and --density: give one of them")
+    if other and not config.match and not config.density:
+        config = dataclasses.replace(config, match=str(default_out(other, options.preset, config.seed)))
     return config
 
 
@@ -186,9 +189,9 @@ def default_out(method: str, preset: str, seed: int) -> Path:
 
 def run_method(options: argparse.Namespace) -> None:
     config = resolve(options)
-    out = options.out or default_out(config.method, options.preset, config.seed)
+    out = options.out or default_out(config.method.name, options.preset, config.seed)
     if options.dry_run:
-        print(json.dumps(dataclasses.asdict(config), indent=2))
+        print(json.dumps(config.record(), indent=2))
         return
     quiet_libraries()
     from rigsa.experiments import distributed
@@ -205,14 +208,11 @@ def train_run(config: Config, out: Path, gpu_memory: float | None) -> None:
     """Check all that can be known, train, report. The main process has the lock of `out`."""
     from rigsa.experiments import distributed
     from rigsa.experiments.experiment import Experiment
-    from rigsa.experiments.methods.random_mask import matched_ticket
-    from rigsa.experiments.methods.registry import RUNNERS
     from rigsa.experiments.run_plan import describe
     from rigsa.experiments.tasks import source_tasks
 
     distributed.check(config)
-    if config.method == "random-mask":
-        matched_ticket(config)  # say what is missing before a model is loaded
+    config.method.known_densities(config)  # says what is missing before a model is loaded
     source_tasks.check(config)
     check_folder(config, out)
     experiment = Experiment.prepare(config, out)
@@ -224,18 +224,18 @@ def train_run(config: Config, out: Path, gpu_memory: float | None) -> None:
         save(config, out)
     if distributed.is_main():
         remove_temporaries(out)
-    RUNNERS[config.method](experiment)
+    config.method.run(experiment)
     if distributed.is_main():
         print_report([out], out, experiment.splits.test)
 
 
 def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelPlan]:
-    """The plan of every level; none of a method without plans. Raises RigsaError where one does not fit."""
+    """The plan of every level; none for a method that cannot be planned. Raises RigsaError if one does not fit."""
     from rigsa.experiments import distributed
     from rigsa.experiments.memory.plan import Target, require_fit
 
     config, device = experiment.config, experiment.model.device
-    if config.method not in PLANNED:
+    if not config.method.planned:
         return []
     tokens = len(experiment.prompts.encode(experiment.splits.train.levels[0]))
     # A plan is that of one process with a whole model, so it cannot refuse one in shards.
@@ -245,20 +245,14 @@ def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelP
 
 
 def densities_to_train(target: Target) -> dict[int, float]:
-    """Level to density: expected for pruning, known for a random mask."""
-    from rigsa.experiments.experiment import METRICS_FILE, level_folder
+    """Level to density: known from another run's files, or expected."""
     from rigsa.experiments.memory.plan import expected_densities
-    from rigsa.experiments.methods.random_mask import matched_ticket
 
-    config = target.config
-    if config.method != "random-mask" or config.density:
-        return expected_densities(target.shape, config)
-    level = matched_ticket(config)
-    return {level: read_json(level_folder(Path(config.match), level) / METRICS_FILE)["density"]}
+    return target.config.method.known_densities(target.config) or expected_densities(target.shape, target.config)
 
 
 def memory_of(device: torch.device, given: float | None) -> float:
-    """Bytes: what was given, in GiB, else what the GPU has; a CPU has no limit."""
+    """The memory that a run may use, in bytes: what was given (in GiB), else the GPU's. A CPU has no limit."""
     if given is not None:
         return given * 2**30
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
@@ -298,12 +292,10 @@ def run_sweep(options: argparse.Namespace) -> None:
     if options.dry_run:
         sweep.print_commands(plan, shard, extra)
         return
-    quiet_libraries()
     sweep.run_sweep(plan, print_report, shard=shard, extra=extra)
 
 
 def run_report(options: argparse.Namespace) -> None:
-    quiet_libraries()
     print_report(options.runs, options.out)
 
 
@@ -318,7 +310,6 @@ def print_report(runs: Sequence[Path], out: Path | None, images: Images | None =
 def run_chat(options: argparse.Namespace) -> None:
     quiet_libraries()
     from rigsa.experiments import chat, distributed
-    from rigsa.experiments.config import load
     from rigsa.experiments.model import resolve_device
 
     distributed.join(on_cpu=resolve_device(load(options.run).device).type == "cpu")

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import sys
 from pathlib import Path
 
@@ -12,11 +13,15 @@ RIG = "rigsa/experiments"
 FLOORS = {
     "kernels": ["rigsa_kernels/*"],
     "library": ["rigsa/*"],
-    "settings": [f"{RIG}/{name}" for name in ("config", "hardware", "peak_memory", "distributed", "lock", "records")],
+    "settings": [
+        f"{RIG}/{name}"
+        for name in ("config", "run_folder", "records", "lock", "hardware", "peak_memory", "distributed")
+    ],
     "model": [f"{RIG}/{name}" for name in ("model", "attach", "adapter")],
     "tasks": [f"{RIG}/tasks/*", f"{RIG}/tasks/lm_eval_tasks/*"],
     "training": [f"{RIG}/{name}" for name in ("checkpoints", "train", "experiment")],
     "methods": [f"{RIG}/methods/*"],
+    "recipes": [f"{RIG}/{name}" for name in ("presets", "config_file")],
     "memory": [f"{RIG}/memory/*"],
     "report": [f"{RIG}/report/*"],
     "commands": [f"{RIG}/*", "rigsa/run"],
@@ -84,6 +89,21 @@ def test_imports_come_from_below(file):
 
 def test_no_import_goes_in_a_circle():
     graphlib.TopologicalSorter({file: own_imports(file) for file in FILES}).prepare()
+
+
+def asks_for_a_method(node: ast.AST) -> bool:
+    """Whether it compares ``method`` or ``method.name`` with text."""
+    if not isinstance(node, ast.Compare):
+        return False
+    sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+    return any(re.search(r"(^|\.)method(\.name)?$", side) for side in sides) and any("'" in side for side in sides)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("rigsa/")])
+def test_what_a_method_does_is_asked_of_its_object(file):
+    """So that a new method is one file, and a line in the registry."""
+    found = [ast.unparse(node) for node in ast.walk(ast.parse(FILES[file].read_text())) if asks_for_a_method(node)]
+    assert found == []
 
 
 def test_kernels_need_torch_and_the_standard_library_only():

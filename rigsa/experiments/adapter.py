@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rigsa.errors import RigsaError
+from rigsa.experiments.records import PRUNING, read_record
+from rigsa.experiments.run_folder import MASK_FILE, PRUNING_FILE
 from rigsa.files import parse_json, require_regular, write_atomically
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.format import WORD_BITS
 
-ADAPTER_FILE = "adapter.safetensors"
-MASK_FILE = "mask.safetensors"
 FORMAT_VERSION = 3
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Name to shape and dtype of the tensors of a file."""
@@ -47,7 +47,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def save_masks(patterns: dict[str, SparsePattern], path: Path, base: str) -> None:
-    """Layer names to packed patterns. `base` is the `base_fingerprint` of the model they belong to."""
+    """Write the patterns of layers, one bit an entry. `base` is the `base_fingerprint` of the model they belong to."""
     _save(_words(patterns), path, base)
 
 
@@ -61,7 +61,7 @@ def _words(patterns: dict[str, SparsePattern]) -> dict[str, Tensor]:
 
 
 def load_masks(model: nn.Module, path: Path, content: str | None = None) -> dict[str, SparsePattern]:
-    """The patterns of `model`'s gated layers.
+    """Read what `save_masks` wrote: layer names to packed patterns.
 
     Args:
         model: with gated layers.
@@ -86,8 +86,25 @@ def load_masks(model: nn.Module, path: Path, content: str | None = None) -> dict
     return patterns
 
 
+def load_ticket(model: nn.Module, level: Path) -> dict[str, SparsePattern]:
+    """The masks in a level's folder, for `model`'s layers.
+
+    Raises:
+        RigsaError: as `load_masks`, or they are not those that the record of their choice names.
+    """
+    record = read_record(level / PRUNING_FILE, PRUNING)
+    patterns = load_masks(model, level / MASK_FILE, record["mask"])
+    kept = sum(pattern.nnz for pattern in patterns.values())
+    if kept != record["kept"]:
+        raise RigsaError(
+            f"{level / MASK_FILE} has {kept} free entries, but {PRUNING_FILE} beside it says {record['kept']}; delete "
+            f"{level} and run again"
+        )
+    return patterns
+
+
 def save_adapter(model: nn.Module, path: Path) -> None:
-    """What is trained in `model`, in its dtypes: free values and gates, or PEFT's parameters."""
+    """Write what is trained in `model`, in its dtypes: free values and gates, or PEFT's parameters."""
     tensors = {name: parameter.detach().cpu() for name, parameter in trained_parameters(model).items()}
     for name, tensor in tensors.items():
         if tensor.numel() == 1:
@@ -96,7 +113,7 @@ def save_adapter(model: nn.Module, path: Path) -> None:
 
 
 def load_adapter(model: nn.Module, path: Path) -> None:
-    """Into a model that carries the adapter, its layers the pattern (`GatedSparseLinear.set_pattern`).
+    """Load a file of `save_adapter` into a model that carries the adapter and whose layers have its pattern.
 
     Raises:
         RigsaError: the file is missing, damaged, of another base model or another pattern. The model is unchanged.
@@ -109,7 +126,7 @@ def load_adapter(model: nn.Module, path: Path) -> None:
 
 
 def read_adapter(model: nn.Module, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """What `save_adapter` wrote, as it is: parameters with the names and dtypes of `model`'s, and these shapes.
+    """Read what `save_adapter` wrote, as it is: parameters with the names and dtypes of `model`'s, and these shapes.
 
     Raises:
         RigsaError: the file is missing, damaged, of another base model or does not fit, or a number in it is not
@@ -130,7 +147,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What a method trains, put on a base model: a gated sparse difference, an adapter of PEFT, or one beside the other."""
+"""Puts what a method trains on a base model: a gated sparse difference, an adapter of PEFT, or one beside the other."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import GATED, LOW_RANK, ON_PEFT, Config
+from rigsa.experiments.config import Config, Training
 from rigsa_kernels import gated_linears, replace_linears
 from rigsa_kernels.replace import select_linears
 
 
 def attach(model: PreTrainedModel, config: Config) -> None:
-    """What ``config.method`` trains, on every linear layer but the head, in place; RoSA's is of both kinds."""
-    if config.method in (*ON_PEFT, *LOW_RANK):
+    """Put what ``config.method`` trains on every linear layer but the head, in place. RoSA trains both kinds."""
+    if config.method.peft:
         attach_peft(model, config)
-    if config.method in GATED:
+    if config.method.gated:
         attach_adapter(model, config)
     checkpoint_activations(model, config)
 
 
-def checkpoint_activations(model: PreTrainedModel, config: Config) -> None:
-    """As configured."""
+def checkpoint_activations(model: PreTrainedModel, config: Training) -> None:
+    """Recompute each decoder layer in the backward pass, if `Training.checkpointing` asks for it."""
     if config.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def attach_adapter(model: PreTrainedModel, config: Config) -> None:
-    """Level 0: a dense difference on every frozen linear layer but the head, as configured.
+    """Put a dense difference on every frozen linear layer but the head, as level 0 has it.
 
-    What is trained in `model` already, a low-rank difference beside, stays so.
+    Parameters of `model` that are trained already, those of a low-rank difference beside this one, stay trained.
     """
     beside = [parameter for parameter in model.parameters() if parameter.requires_grad]
     replace_linears(
@@ -64,7 +64,7 @@ def attach_peft(model: PreTrainedModel, config: Config) -> None:
         raise RigsaError(f"{config.method}: needs peft ({error}); pip install peft") from error
     layers = select_linears(model, "*", ())[0]
     adapter: PeftConfig
-    if config.method == "shira":
+    if config.method.peft == "shira":
         for name, layer in layers.items():
             largest = layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
             if config.rank > largest:

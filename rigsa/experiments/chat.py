@@ -13,16 +13,17 @@ from PIL import Image, ImageOps
 from transformers import TextStreamer
 
 from rigsa.errors import RigsaError
-from rigsa.experiments import config as configuration
 from rigsa.experiments.adapter import adapter_off
-from rigsa.experiments.experiment import METRICS_FILE, Experiment, finished_levels, level_folder
+from rigsa.experiments.config_file import load
+from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.records import metrics_of, read_record
+from rigsa.experiments.run_folder import METRICS_FILE, finished_levels
 from rigsa.experiments.tasks.drift import chat_ids, greedy
 from rigsa.experiments.tasks.evaluation import answer_logits
 from rigsa.experiments.tasks.textual_mnist import ANSWER_PREFIX, image_text, quantise
 
 Read = Callable[[str], str]
-"""As `input`: shows a prompt, returns a line, raises EOFError at the end."""
+"""Works like `input`: shows a prompt, returns a line, raises EOFError at the end."""
 Write = Callable[[str], object]
 """Shows a piece of text at once; line ends are in the text."""
 
@@ -43,7 +44,7 @@ def write_now(text: str) -> None:
 def run_chat(
     run: Path, level: int | None = None, max_new_tokens: int = 256, read: Read = input, write: Write = write_now
 ) -> None:
-    """Talk until `read` ends.
+    """Load the adapted model of a run and talk to it until `read` ends.
 
     Args:
         run: folder of a run of any method.
@@ -58,12 +59,12 @@ def run_chat(
     """
     if max_new_tokens < 1:
         raise RigsaError(f"--max-new-tokens: expected 1 or more, got {max_new_tokens}")
-    config, level = configuration.load(run), finished_level(run, level)
+    config, level = load(run), finished_level(run, level)
     experiment = Experiment.prepare(config, run)
     experiment.attach()
     experiment.restore(level)
     experiment.model.eval()
-    density = read_record(level_folder(run, level) / METRICS_FILE, metrics_of(config))["density"]
+    density = read_record(experiment.folder(level) / METRICS_FILE, metrics_of(config))["density"]
     write(f"{config.method}, level {level} ({density:.2%} of the weights), on {config.model}. /help lists commands.\n")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
@@ -72,7 +73,7 @@ def run_chat(
 
 
 def finished_level(run: Path, level: int | None) -> int:
-    """`level`, or the last one, if it is finished. Raises RigsaError where it is not."""
+    """`level` itself, or for None the last finished one. Raises RigsaError if it is not finished."""
     finished = finished_levels(run)
     if not finished:
         raise RigsaError(f"{run} has no finished level to talk to; let the run finish one first")
@@ -85,7 +86,7 @@ def finished_level(run: Path, level: int | None) -> int:
 
 
 def talk(chat: Chat, read: Read, write: Write) -> None:
-    """Line by line, until there is none."""
+    """Answer one line after another until `read` ends or a line is ``/quit``."""
     while True:
         try:
             line = read("\nyou> ")

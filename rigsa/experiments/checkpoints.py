@@ -1,4 +1,4 @@
-"""The checkpoints of a level: which is whole, which is the latest. They are in the order of their steps, not of time."""
+"""The checkpoints of a level: which is whole, which is the latest. Their order is that of steps, not of time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from rigsa.errors import RigsaError
 from rigsa.files import DONE, first_damage, is_done, is_temporary, mark_done, marked_hashes, reason_of
 
-CHECKPOINTS = "checkpoints"
 NUM_KEPT = 2
 """The latest, and one before it, should that be damaged."""
 

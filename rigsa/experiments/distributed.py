@@ -1,5 +1,6 @@
-"""One run on several processes: who writes, who waits, and what does not go together. On accelerate, which reads what
-``torchrun`` and ``accelerate launch`` set.
+"""One run on several processes: who writes, who waits, and which options do not go together.
+
+accelerate does the work. It reads what ``torchrun`` and ``accelerate launch`` set.
 
 Only the main process, rank 0, writes a run folder. A step is done ``with main_first()``: the main process does it and
 marks it as done, then the others enter, find it done and read it. That is the way an interrupted run goes on, too.
@@ -19,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import LOW_RANK, ON_PEFT, Config
+from rigsa.experiments.config import Config, Training
 
 LONGEST_STEP = timedelta(days=1)
 """Nobody waits longer for another process: for the main process, while it measures on the test images. A process that
@@ -32,7 +33,7 @@ def join(on_cpu: bool) -> None:
 
 
 def leave() -> None:
-    """At the end of a run that went well."""
+    """Part from the other processes. Call it at the end of a run that went well."""
     PartialState().destroy_process_group()
 
 
@@ -53,7 +54,7 @@ def main_first() -> AbstractContextManager[None]:
     return PartialState().main_process_first()
 
 
-def accumulation_steps(config: Config) -> int:
+def accumulation_steps(config: Training) -> int:
     """Micro-batches of each process in one optimiser step.
 
     Raises:
@@ -91,8 +92,8 @@ def on_gpus() -> bool:
 
 
 def _check_sharding(config: Config) -> None:
-    if config.method in (*ON_PEFT, *LOW_RANK):
-        raise RigsaError(f"{config.method} under FSDP: adapters of PEFT have parameters of their own dtype; use DDP")
+    if config.method.whole_because:
+        raise RigsaError(f"{config.method} under FSDP: {config.method.whole_because}")
     if not on_gpus():
         raise RigsaError("FSDP: expected several processes with a GPU each, got a CPU or one process")
     efficient = str(parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")).lower()

@@ -1,91 +1,55 @@
-"""What every method shares: the model, the data, the run folder, and how a level is trained, measured and recorded.
+"""What every method shares: the model, the data, and how a level is trained, measured and recorded.
 
-A run folder::
-
-    config.json                 the resolved configuration, written first
-    base/metrics.json           the untrained model
-    base/replies.json           its own replies to the prompts that drift is measured on
-    level_K/mask.safetensors    the ticket (no file at level 0, which is dense)
-    level_K/pruning.json        how the ticket was chosen
-    level_K/adapter.safetensors trained values and gates
-    level_K/log.jsonl           training log
-    level_K/metrics.json        accuracies, losses, densities
-    level_K/resources.json      steps, seconds, peak memory, machine and versions
-    level_K/done                written last; it names the level's files by their hash, but for resources.json
-    report.html, .md, .csv      and figures as PNG: drawn from the above at the end, and by `rigsa report`
-
-Two runs with one configuration on one device share every bit but resources.json and the seconds in reports, however
-often they were interrupted.
+`run_folder.py` beside this file says what is recorded.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import (
-    ADAPTER_FILE,
-    MASK_FILE,
     base_fingerprint,
     load_adapter,
-    load_masks,
+    load_ticket,
     masks_hash,
     save_masks,
     trained_parameters,
 )
 from rigsa.experiments.attach import attach
-from rigsa.experiments.config import FROM_GRADIENTS, Config
+from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import is_sharded, main_first, wait_for_all
 from rigsa.experiments.model import load_model, resolve_device
 from rigsa.experiments.records import EARLY_BIRD, PRUNING, REPLIES, RESOURCES, metrics_of, read_record
+from rigsa.experiments.run_folder import (
+    ADAPTER_FILE,
+    BASE,
+    EARLY_BIRD_FILE,
+    MASK_FILE,
+    METRICS_FILE,
+    PRUNING_FILE,
+    REPLIES_FILE,
+    RESOURCES_FILE,
+    level_folder,
+)
 from rigsa.experiments.tasks import source_tasks
 from rigsa.experiments.tasks.drift import drift, replies
 from rigsa.experiments.tasks.evaluation import evaluate
 from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts, Splits, load_splits
-from rigsa.experiments.train import RESOURCES_FILE, read_log, remove_checkpoints, steps_per_level, train_level
+from rigsa.experiments.train import read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.replace import select_linears
 
-METRICS_FILE = "metrics.json"
-REPLIES_FILE = "replies.json"
-EARLY_BIRD_FILE = "early_bird.json"
-PRUNING_FILE = "pruning.json"
-BASE = "base"
-
-
-def level_folder(run: Path, level: int) -> Path:
-    return run / f"level_{level}"
-
-
-def finished_levels(run: Path) -> list[int]:
-    """Their numbers, in order."""
-    numbers = [match[1] for path in run.glob("level_*") if (match := re.fullmatch(r"level_([0-9]{1,9})", path.name))]
-    return sorted(int(number) for number in numbers if is_done(level_folder(run, int(number))))
-
-
-def load_ticket(model: nn.Module, level: Path) -> dict[str, SparsePattern]:
-    """The masks in a level's folder, for `model`'s layers.
-
-    Raises:
-        RigsaError: as `load_masks`, or they are not those that the record of their choice names.
-    """
-    record = read_record(level / PRUNING_FILE, PRUNING)
-    patterns = load_masks(model, level / MASK_FILE, record["mask"])
-    kept = sum(pattern.nnz for pattern in patterns.values())
-    if kept != record["kept"]:
-        raise RigsaError(f"{level / MASK_FILE} has {kept} free entries, but {PRUNING_FILE} beside it says "
-                         f"{record['kept']}; delete {level} and run again")  # fmt: skip
-    return patterns
+Choose = Callable[["Experiment"], tuple[dict[str, SparsePattern], dict[str, Any]]]
+"""A mask strategy: a dense adapter as attached, to the patterns of its layers and what to record of the choice."""
 
 
 def _check_undamaged(folder: Path) -> None:
@@ -94,14 +58,14 @@ def _check_undamaged(folder: Path) -> None:
 
 
 def _mark_done(folder: Path) -> None:
-    """All files but the resources, in which equal runs differ."""
+    """Name all files but the resources, in which equal runs differ."""
     files = [path.name for path in folder.iterdir() if path.is_file() and path.name != RESOURCES_FILE]
     mark_done(folder, [name for name in files if not is_temporary(name)])
 
 
 @dataclass
 class Experiment:
-    """A run in progress."""
+    """A run in progress: its configuration, folder, model and data."""
 
     config: Config
     run: Path
@@ -113,7 +77,7 @@ class Experiment:
 
     @classmethod
     def prepare(cls, config: Config, run: Path) -> Experiment:
-        """Load data and model. Raises RigsaError where one of them does not fit."""
+        """Load data and model. Raises RigsaError if one of them does not fit the configuration."""
         splits = load_splits(config.data)
         splits = Splits(
             splits.train.first(config.train_images), splits.validation, splits.test.first(config.test_images)
@@ -123,7 +87,7 @@ class Experiment:
             raise RigsaError(
                 f"--rewind-step: expected less than the {steps} steps of a level, got {config.rewind_step}"
             )
-        if config.method in FROM_GRADIENTS and config.mask_images > len(splits.train):
+        if config.method.reads("mask_images") and config.mask_images > len(splits.train):
             raise RigsaError(
                 f"--mask-images: there are only {len(splits.train)} training images, got {config.mask_images}"
             )
@@ -135,36 +99,57 @@ class Experiment:
         return cls(config, run, model, prompts, splits, num_weights)
 
     def attach(self) -> None:
-        """What the method trains."""
+        """Put what the method trains on the model."""
         attach(self.model, self.config)
 
     def reload(self, level: int) -> None:
-        """A whole model in place of one that training left in shards, with the adapter that training wrote."""
+        """Load the model again, whole, after training has left it in shards, with the adapter that training wrote."""
         self.model, _ = load_model(self.config, resolve_device(self.config.device))
         self.attach()
         self.restore(level)
 
     def adopt(self, patterns: dict[str, SparsePattern]) -> None:
-        """Every layer takes its pattern, rewinds and closes its gate."""
+        """Give every layer its pattern. The layer then is at its initial values, its gate closed."""
         for name, layer in gated_linears(self.model).items():
             layer.set_pattern(patterns[name])
 
+    def folder(self, level: int) -> Path:
+        return level_folder(self.run, level)
+
+    def is_finished(self, level: int) -> bool:
+        return is_done(self.folder(level))
+
     def restore(self, level: int) -> None:
-        """The trained adapter of a finished level."""
-        folder = level_folder(self.run, level)
+        """Put the trained adapter of a finished level on the model, its ticket first."""
+        folder = self.folder(level)
         if is_done(folder):
             _check_undamaged(folder)
         if (folder / MASK_FILE).exists():
             self.adopt(load_ticket(self.model, folder))
         load_adapter(self.model, folder / ADAPTER_FILE)
 
-    def save_ticket(self, level: int, patterns: dict[str, SparsePattern], pruning: dict[str, Any]) -> None:
-        folder = level_folder(self.run, level)
-        write_json(folder / PRUNING_FILE, pruning | {"mask": masks_hash(patterns)})
-        save_masks(patterns, folder / MASK_FILE, base_fingerprint(self.model))
+    def enter_ticket(self, level: int, choose: Choose) -> None:
+        """Choose the ticket of `level`, unless that was done already, and put every layer at its start.
+
+        The main process chooses and writes the ticket down; every process reads it.
+        """
+        folder = self.folder(level)
+        with main_first():
+            if not (folder / MASK_FILE).exists():
+                patterns, record = choose(self)
+                write_json(folder / PRUNING_FILE, record | {"mask": masks_hash(patterns)})
+                save_masks(patterns, folder / MASK_FILE, base_fingerprint(self.model))
+        self.adopt(load_ticket(self.model, folder))
+
+    def record_choice(self, level: int, record: dict[str, Any]) -> None:
+        """Write down how the first mask of `level` was chosen, for a method that moves it while it trains."""
+        path = self.folder(level) / PRUNING_FILE
+        with main_first():
+            if not path.exists():
+                write_json(path, record)
 
     def test(self, label: str) -> dict[str, Any]:
-        """What was learned and what was forgotten.
+        """Measure what was learned and what was forgotten.
 
         Accuracy and loss on the test images per number of examples and on the validation images; the source tasks that
         the configuration names.
@@ -192,7 +177,7 @@ class Experiment:
         return results
 
     def drift(self) -> dict[str, Any]:
-        """How far the adapter has moved the model from its base's own replies."""
+        """Measure how far the adapter has moved the model from its base's own replies."""
         self.model.eval()
         return drift(self.model, read_record(self.run / BASE / REPLIES_FILE, REPLIES))
 
@@ -201,7 +186,7 @@ class Experiment:
         return evaluate(self.model, dataset, self.config.eval_batch_size, label)
 
     def _examples(self, shots: int) -> Images | None:
-        """The same training images before every test image."""
+        """The training images that stand as examples before every test image; None for no examples."""
         if shots == 0:
             return None
         return self.splits.train.take(
@@ -209,7 +194,7 @@ class Experiment:
         )
 
     def measure_base(self) -> dict[str, Any]:
-        """The untrained model's results, once."""
+        """Measure the untrained model, unless that was done already. Returns its metrics."""
         folder = self.run / BASE
         with main_first():
             if not is_done(folder):
@@ -223,11 +208,11 @@ class Experiment:
         return read_record(folder / METRICS_FILE, metrics_of(self.config, base=True))
 
     def run_level(self, level: int, callbacks: Sequence[TrainerCallback] = (), first_step: int = 0) -> dict[str, Any]:
-        """Train the adapter as it stands, test it, write everything down, the marker last. Returns the metrics.
+        """Train the adapter as it stands, test it, and write everything down, the marker last. Returns the metrics.
 
         `callbacks` and `first_step` are for `train_level`.
         """
-        folder, label = level_folder(self.run, level), f"level {level}"
+        folder, label = self.folder(level), f"level {level}"
         wait_for_all()  # until every process has seen that this level is not done
         dataset = PromptDataset(self.splits.train, self.prompts)
         train_level(self.model, dataset, self.config, folder, label, callbacks, first_step)

@@ -34,7 +34,7 @@ def has_bfloat16_products(device: str) -> bool:
 
 
 def usual_dtype(device: str) -> str:
-    """Of a model, where nothing but speed decides: bfloat16, or float32 where products of bfloat16 are slow."""
+    """The faster dtype of a model on `device`: bfloat16, or float32 if its products of bfloat16 are slow."""
     return "bfloat16" if has_bfloat16_products(device) else "float32"
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config
+from rigsa.experiments.config import Base
 from rigsa_kernels.nf4 import nf4_base
 from rigsa_kernels.replace import select_linears
 
@@ -71,7 +71,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_model(config: Config, device: torch.device) -> tuple[PreTrainedModel, Any]:
+def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """The base model of `config`, frozen and in evaluation mode, and its tokenizer.
 
     Raises:
@@ -84,7 +84,8 @@ def load_model(config: Config, device: torch.device) -> tuple[PreTrainedModel, A
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
         if options:
             options["quantization_config"] = GgufConfig(dequantize=True)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        load: Any = AutoModelForCausalLM.from_pretrained  # its type has no place for the loading info
+        model, found = load(
             source,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
@@ -99,7 +100,7 @@ def load_model(config: Config, device: torch.device) -> tuple[PreTrainedModel, A
     check_weights(config.model, type(model).__name__, found)
     if config.quantize == "nf4":
         quantize_linears(model, device)
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot see through
+    model.to(device)
     spare_the_head(model)
     return model.requires_grad_(False).eval(), tokenizer
 
@@ -120,8 +121,8 @@ def check_weights(name: str, architecture: str, found: Mapping[str, Any]) -> Non
     parts = [f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names]
     if parts or found.get("error_msgs"):
         raise RigsaError(
-            f"--model {name}: expected the weights of {architecture}, got {'; '.join(parts) or 'damaged ones'}. Its files "
-            "are incomplete, or its config.json names another architecture"
+            f"--model {name}: expected the weights of {architecture}, got {'; '.join(parts) or 'damaged ones'}. Its "
+            "files are incomplete, or its config.json names another architecture"
         )
 
 

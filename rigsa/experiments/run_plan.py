@@ -1,10 +1,9 @@
-"""What a run is about to do and what it will cost, in a few lines."""
+"""Says in a few lines what a run is about to do and what it will cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rigsa.experiments.config import METHODS, ON_PEFT, WITH_DENSITY, Config
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.hardware import has_bfloat16_products
 from rigsa.experiments.memory.plan import GIB, LevelPlan
@@ -23,9 +22,9 @@ def describe(experiment: Experiment, plans: Sequence[LevelPlan]) -> str:
         "model": f"{config.model}, {config.dtype} on {experiment.model.device}{_slow(experiment)}",
         "data": f"{config.data}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
         f"{len(splits.test):,} test images of {height}x{width}; prompts of {tokens} tokens",
-        "method": f"{config.method}: {METHODS[config.method]}",
+        "method": f"{config.method}: {config.method.help}",
         "adapter": f"{len(layers)} linear layers with {experiment.num_weights:,} weights",
-        "levels": f"{_levels(config)}; {steps:,} steps of {config.batch_size} prompts each "
+        "levels": f"{config.method.summary(config)}; {steps:,} steps of {config.batch_size} prompts each "
         f"({config.accumulation_steps} x {config.micro_batch_size})",
         "memory": _memory(plans),
         "folder": str(experiment.run),
@@ -37,18 +36,6 @@ def _slow(experiment: Experiment) -> str:
     if experiment.config.dtype == "float32" or has_bfloat16_products(experiment.model.device.type):
         return ""
     return ", which has no fast products of bfloat16: --dtype float32 is several times as fast"
-
-
-def _levels(config: Config) -> str:
-    if config.method == "imp":
-        return f"level 0 (dense) and {config.prunings} ticket{'' if config.prunings == 1 else 's'}"
-    if config.method == "lt-sft":
-        return f"level 0 (dense) and one ticket of {config.density:.2%}"
-    if config.method == "random-mask" and not config.density:
-        return "one ticket, drawn at random"
-    if config.method in WITH_DENSITY:
-        return f"one ticket of {config.density:.2%}"
-    return f"one, rank {config.rank}" if config.method in ON_PEFT else "one, dense"
 
 
 def _memory(plans: Sequence[LevelPlan]) -> str:

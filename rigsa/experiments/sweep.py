@@ -7,7 +7,7 @@
 A sweep folder::
 
     sweep.json          the plan of the last command
-    NAME/               a run folder (`rigsa.experiments.experiment`), and in it:
+    NAME/               a run folder (`rigsa.experiments.run_folder`), and in it:
     NAME/run.log        what the run printed, every attempt
     NAME/failed.json    exit code and last lines, while the last attempt failed
     NAME/done           written last
@@ -29,7 +29,6 @@ a shard for each with its own CUDA_VISIBLE_DEVICES.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import shlex
 import shutil
@@ -41,20 +40,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import CONFIG_FILE, FAILED_FILE, Config, arguments_of, check_folder, load
+from rigsa.experiments.config import Base, Config, Measuring, fields_of
+from rigsa.experiments.config_file import check_folder, load
 from rigsa.experiments.lock import LOCK_FILE, InUseError, folder_lock, locked
+from rigsa.experiments.presets import arguments_of
+from rigsa.experiments.run_folder import BASE, CONFIG_FILE, FAILED_FILE, OUTPUT_FILE
 from rigsa.experiments.sweep_plan import WHOLE, Job, Plan, Shard
 from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
 
 SWEEP_FILE = "sweep.json"
-LOG_FILE = "run.log"
-TRACES = {CONFIG_FILE, FAILED_FILE, LOG_FILE, LOCK_FILE}
+TRACES = {CONFIG_FILE, FAILED_FILE, OUTPUT_FILE, LOCK_FILE}
 """All that a run leaves which failed before it measured anything: another configuration may take its place."""
 
-BASE_FIELDS = (
-    "model", "data", "device", "dtype", "quantize", "attention", "system_prompt", "test_images", "eval_shots",
-    "eval_batch_size", "drift", "source_tasks", "data_dir", "limit",
-)  # fmt: skip
+BASE_FIELDS = (*fields_of(Base), *fields_of(Measuring))
 """What the untrained model's results depend on, whatever the method."""
 EXAMPLE_FIELDS = ("seed", "train_images")
 """And these where test prompts hold examples, which are drawn from the training images."""
@@ -71,7 +69,7 @@ Runner = Callable[[Sequence[str], BinaryIO], int]
 def command_of(job: Job, plan: Plan, extra: Sequence[str] = ()) -> list[str]:
     """What runs `job` in a process of its own."""
     options = ["--preset", plan.preset, *arguments_of(job.config, plan.preset), *extra]
-    return [sys.executable, "-m", "rigsa.run", job.config.method, *options, "--out", str(plan.folder(job))]
+    return [sys.executable, "-m", "rigsa.run", job.config.method.name, *options, "--out", str(plan.folder(job))]
 
 
 def run_logged(command: Sequence[str], log: BinaryIO) -> int:
@@ -123,7 +121,7 @@ def run_sweep(
     with _terminable():
         for number, job in enumerate(jobs, 1):
             print(f"[{number}/{len(jobs)}] {job.name}: ", end="", flush=True)
-            with locked(plan.folder(job) / LOG_FILE) as log:
+            with locked(plan.folder(job) / OUTPUT_FILE) as log:
                 reason = _attempt(job, plan, extra, run, log, unfinished)
             if not reason:
                 try:
@@ -185,7 +183,7 @@ def _attempt(
         with folder_lock(folder):
             _check_run_folder(job, folder)  # again: another command may have begun a run there since
             (folder / FAILED_FILE).unlink(missing_ok=True)
-            write_json(folder / CONFIG_FILE, dataclasses.asdict(job.config))
+            write_json(folder / CONFIG_FILE, job.config.record())
             share_base(job, plan)
     except InUseError:
         return IN_USE
@@ -197,11 +195,11 @@ def _attempt(
     if code == 0:
         mark_done(folder)
         return ""
-    with (folder / LOG_FILE).open("rb") as printed:
+    with (folder / OUTPUT_FILE).open("rb") as printed:
         printed.seek(start)
         message = last_words(printed.read().decode(errors="replace"))
     write_json(folder / FAILED_FILE, {"exit_code": code, "message": message})
-    lines = [f"failed, {describe_exit(code)}; see {folder / LOG_FILE}", *message.splitlines()]
+    lines = [f"failed, {describe_exit(code)}; see {folder / OUTPUT_FILE}", *message.splitlines()]
     return "\n    ".join(lines)
 
 
@@ -220,8 +218,6 @@ def last_words(text: str) -> str:
 
 def share_base(job: Job, plan: Plan) -> None:
     """Copy the untrained model's results from a run that measured the same thing, if one has."""
-    from rigsa.experiments.experiment import BASE
-
     mine = plan.folder(job) / BASE
     if is_done(mine):
         return
@@ -248,7 +244,7 @@ def _measured(config: Config) -> dict[str, Any]:
 
 
 def _result(folder: Path) -> dict[str, str]:
-    """Of a finished run: its last level and headline test accuracy, and the seconds that all levels trained."""
+    """What the table says of a finished run: its last level, headline test accuracy and seconds of training."""
     from rigsa.experiments.report.runs import Run
 
     run = Run.read(folder)

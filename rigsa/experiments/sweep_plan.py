@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import METHODS, PRESETS, Config, flag, reads
+from rigsa.experiments.config import OPTIONS, Config, flag
+from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.presets import PRESETS
 
-VARIABLE = {field.name: field for field in dataclasses.fields(Config) if field.name not in ("method", "seed", "match")}
+VARIABLE = {name: field for name, field in OPTIONS.items() if name not in ("seed", "match")}
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Job:
     config: Config
     varied: dict[str, Any]
     depends_on: str | None = None
-    """The imp run that a random mask is matched to."""
+    """The run whose ticket it is matched to."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Plan:
         runs = [
             {
                 "name": job.name,
-                "method": job.config.method,
+                "method": job.config.method.name,
                 "seed": job.config.seed,
                 "varied": job.varied,
                 "depends_on": job.depends_on,
@@ -82,7 +84,7 @@ class Shard:
         A job goes where the one goes that it depends on. Those that depend on none are dealt out in turn, method by
         method, so that every shard gets its share of the long ones.
         """
-        heads = sorted((job for job in jobs if job.depends_on is None), key=lambda job: job.config.method)
+        heads = sorted((job for job in jobs if job.depends_on is None), key=lambda job: job.config.method.name)
         mine = {job.name for job in heads[self.index - 1 :: self.count]}
         return [job for job in jobs if (job.depends_on or job.name) in mine]
 
@@ -111,14 +113,14 @@ def plan_sweep(
     varied = _varied(vary, names)
     _check_options(options, varied)
     jobs: list[Job] = []
-    # A random mask comes last: it needs the ticket of an imp run.
-    for seed, method in itertools.product(numbers, sorted(names, key=lambda name: name == "random-mask")):
+    # A method that is matched to another's ticket comes last.
+    for seed, method in itertools.product(numbers, sorted(names, key=lambda name: bool(METHODS[name].matches))):
         for values in itertools.product(*varied[method].values()):
             settings = dict(zip(varied[method], values, strict=True))
-            given = {name: value for name, value in options.items() if reads(method, VARIABLE[name])} | settings
+            given = {name: value for name, value in options.items() if METHODS[method].reads(name)} | settings
             usual = PRESETS[preset](method, given.get("device", "auto"))
             config = dataclasses.replace(usual, **given, seed=seed)
-            if method == "random-mask" and not config.density:
+            if config.method.matches and not config.density:
                 jobs += _controls(config, settings, jobs, out)
             else:
                 jobs.append(Job(_name(method, settings, seed), config, settings))
@@ -131,11 +133,11 @@ def plan_sweep(
 
 
 def _controls(config: Config, settings: dict[str, Any], jobs: list[Job], out: Path) -> list[Job]:
-    """A random mask for each imp run of this seed that has the same value in every field that both vary."""
+    """A run for each run of this seed that it can be matched to: with the same value in every field that both vary."""
     matched = [
         job
         for job in jobs
-        if job.config.method == "imp"
+        if job.config.method.name == config.method.matches
         and job.config.seed == config.seed
         and job.config.prunings > 0
         and all(job.varied.get(name, value) == value for name, value in settings.items())
@@ -143,16 +145,17 @@ def _controls(config: Config, settings: dict[str, Any], jobs: list[Job], out: Pa
     if not matched:
         where = "".join(f", {flag(name)} {value}" for name, value in settings.items())
         raise RigsaError(
-            f"--methods random-mask: no imp run of seed {config.seed}{where} with a ticket is in this sweep to be "
-            "matched to; add imp to --methods, with the same values, or give --density"
+            f"--methods {config.method}: no {config.method.matches} run of seed {config.seed}{where} with a ticket is "
+            f"in this sweep to be matched to; add {config.method.matches} to --methods, with the same values, or give "
+            "--density"
         )
     controls = []
-    for imp in matched:
-        apart = imp.varied | settings
-        own = {name: value for name, value in apart.items() if reads("random-mask", VARIABLE[name])}
-        own["match"] = str(out / imp.name)
-        name = _name("random-mask", apart, config.seed)
-        controls.append(Job(name, dataclasses.replace(config, **own), apart, imp.name))
+    for job in matched:
+        apart = job.varied | settings
+        own = {name: value for name, value in apart.items() if config.method.reads(name)}
+        own["match"] = str(out / job.name)
+        name = _name(config.method.name, apart, config.seed)
+        controls.append(Job(name, dataclasses.replace(config, **own), apart, job.name))
     return controls
 
 
@@ -203,11 +206,12 @@ def _varied(texts: Sequence[str], methods: list[str]) -> dict[str, dict[str, lis
                 f"--vary {text}: expected a configuration option (see `python -m rigsa.run imp --help`) other than "
                 f"seed (--seeds) and match (set by the sweep), got {found[2]!r}"
             )
-        readers = [reader for reader in ([method] if method else methods) if reads(reader, field)]
+        readers = [reader for reader in ([method] if method else methods) if METHODS[reader].reads(name)]
         if not readers:
+            able = [other.name for other in METHODS.values() if other.reads(name)]
             raise RigsaError(
                 f"--vary {text}: {method or ', '.join(methods)} {_has(not method and len(methods) > 1)} no option "
-                f"--{flag(name)}; only {', '.join(field.metadata['only'])} {_has(len(field.metadata['only']) > 1)} it"
+                f"--{flag(name)}; only {', '.join(able)} {_has(len(able) > 1)} it"
             )
         option = f"vary {text[: text.index('=')]}"
         converted = _distinct(option, [_convert(option, field, value) for value in _list(option, values)])
@@ -224,7 +228,7 @@ def _has(several: bool) -> str:
 
 def _check_options(options: dict[str, Any], varied: dict[str, dict[str, list[Any]]]) -> None:
     for name in options:
-        if not any(reads(method, VARIABLE[name]) and name not in fields for method, fields in varied.items()):
+        if not any(METHODS[method].reads(name) and name not in fields for method, fields in varied.items()):
             raise RigsaError(
                 f"--{flag(name)}: no run of this sweep would use it; expected an option that one of "
                 f"{', '.join(varied)} reads and that --vary does not set"

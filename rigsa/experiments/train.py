@@ -29,8 +29,6 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Trai
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import (
-    ADAPTER_FILE,
-    MASK_FILE,
     base_fingerprint,
     load_adapter,
     load_masks,
@@ -38,8 +36,8 @@ from rigsa.experiments.adapter import (
     save_masks,
     trained_parameters,
 )
-from rigsa.experiments.checkpoints import CHECKPOINTS, checkpoint_step, latest_checkpoint, mark_checkpoint, remove_old
-from rigsa.experiments.config import Config
+from rigsa.experiments.checkpoints import checkpoint_step, latest_checkpoint, mark_checkpoint, remove_old
+from rigsa.experiments.config import Config, Training
 from rigsa.experiments.distributed import (
     accumulation_steps,
     is_main,
@@ -53,6 +51,7 @@ from rigsa.experiments.distributed import (
 from rigsa.experiments.hardware import hardware, versions
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
 from rigsa.experiments.records import LOG_LINE, read_lines
+from rigsa.experiments.run_folder import ADAPTER_FILE, CHECKPOINTS, LOG_FILE, MASK_FILE, RESOURCES_FILE
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.files import read_json, write_json, write_text
@@ -60,13 +59,11 @@ from rigsa_kernels import MaskedAdamW, gated_linears
 from rigsa_kernels.optim import local_part
 from rigsa_kernels.reference import NonFiniteGateError
 
-LOG_FILE = "log.jsonl"
-RESOURCES_FILE = "resources.json"
 _STATE_FILE = "trainer_state.json"
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
-def steps_per_epoch(config: Config, num_images: int) -> int:
+def steps_per_epoch(config: Training, num_images: int) -> int:
     """Optimiser steps of one pass over the images; a last incomplete batch is dropped.
 
     Raises:
@@ -77,7 +74,7 @@ def steps_per_epoch(config: Config, num_images: int) -> int:
     return num_images // config.batch_size
 
 
-def steps_per_level(config: Config, num_images: int) -> int:
+def steps_per_level(config: Training, num_images: int) -> int:
     """Optimiser steps of one level. Raises RigsaError as `steps_per_epoch`."""
     steps = config.epochs * steps_per_epoch(config, num_images)
     return min(steps, config.max_steps) if config.max_steps else steps
@@ -94,7 +91,7 @@ class EndsEarly(TrainerCallback):
     """A callback that may end a level before its last step."""
 
     def ended_at(self) -> int | None:
-        """The step at which it did, as it has written down before any checkpoint of that step."""
+        """The step at which it ended the level, or None. It writes that down before any checkpoint of that step."""
         raise NotImplementedError
 
 
@@ -107,7 +104,7 @@ def train_level(
     callbacks: Sequence[TrainerCallback] = (),
     first_step: int = 0,
 ) -> None:
-    """Train, then write the adapter, the resources used and, last, the log; where they are, load the adapter instead.
+    """Train, then write the adapter, the resources used and, last, the log. A level with a log is loaded instead.
 
     On several processes all of them train, and the main one writes. Under FSDP `model` is left in shards.
 
@@ -166,7 +163,7 @@ def train_level(
 
 
 def save_trained(model: nn.Module, folder: Path, moving: bool) -> None:
-    """The adapter and, before it, the masks if they were `moving`."""
+    """Write the adapter and, if training was `moving` the masks, those before it."""
     if moving:
         patterns = {name: layer.pattern for name, layer in gated_linears(model).items()}
         save_masks(patterns, folder / MASK_FILE, base_fingerprint(model))
@@ -174,7 +171,7 @@ def save_trained(model: nn.Module, folder: Path, moving: bool) -> None:
 
 
 def load_trained(model: nn.Module, folder: Path, moving: bool) -> None:
-    """What `save_trained` wrote. Raises RigsaError where a file is missing or does not fit."""
+    """Load what `save_trained` wrote. Raises RigsaError if a file is missing or does not fit."""
     if moving:
         patterns = load_masks(model, folder / MASK_FILE)
         for name, layer in gated_linears(model).items():
@@ -183,11 +180,7 @@ def load_trained(model: nn.Module, folder: Path, moving: bool) -> None:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The training log of a level: step, epoch, loss (mean since the line before), learning_rate, grad_norm.
-
-    Raises:
-        RigsaError: the file is missing or damaged.
-    """
+    """The training log of a level: step, epoch, loss (mean since the line before), learning_rate, grad_norm."""
     return read_lines(folder / LOG_FILE, LOG_LINE)
 
 
@@ -268,7 +261,7 @@ def check_processes(checkpoint: Path) -> None:
 
 
 class LevelTrainer(Trainer):
-    """Our loss, adapter-only checkpoints, and a stop at the first non-finite number."""
+    """A Trainer with our loss and schedule, checkpoints of the adapter alone, and a stop at non-finite numbers."""
 
     model: nn.Module
     train_dataset: PromptDataset
@@ -284,7 +277,7 @@ class LevelTrainer(Trainer):
         return cast(MaskedAdamW, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The Trainer's linear one, from `first_step` on."""
+        """The Trainer's linear schedule, which here starts at `first_step`."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.create_optimizer()
             for group in optimizer.param_groups:
@@ -295,7 +288,7 @@ class LevelTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
-        """Whole batches only. What is left would make a smaller step, and processes could not share it evenly."""
+        """Draw whole batches only. A smaller one would make a smaller step, and processes could not share it evenly."""
         count = steps_per_epoch(self.config, len(self.train_dataset)) * self.config.batch_size
         return RandomSampler(self.train_dataset, num_samples=count)
 
@@ -347,7 +340,7 @@ class LevelTrainer(Trainer):
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: `train_level` has loaded the adapter, while no tensor was in shards yet."""
+        """Do nothing: `train_level` has loaded the adapter already, before any tensor was in shards."""
 
     def _stop_at_non_finite(self, what: str, inputs: dict[str, Tensor] | None) -> NoReturn:
         layer = first_non_finite_parameter(self.model) or (inputs and first_non_finite_output(self.model, inputs))
@@ -401,7 +394,7 @@ def first_non_finite_output(model: nn.Module, inputs: dict[str, Tensor]) -> str 
 
 
 class MarkCheckpoint(TrainerCallback):
-    """Writes the marker of a checkpoint after everything else of it, and removes those that are too old by then."""
+    """Writes the marker of a checkpoint after everything else of it."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         wait_for_all()  # each process saves its random state

@@ -15,7 +15,7 @@ from conftest import make_llama, make_tokenizer
 from rigsa.errors import RigsaError
 from rigsa.experiments import chat as chat_module
 from rigsa.experiments.chat import HELP, Chat, finished_level, read_image, run_chat, talk
-from rigsa.experiments.config import load
+from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.tasks.textual_mnist import Prompts, image_text, load_splits
 from rigsa.run import main

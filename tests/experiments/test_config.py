@@ -9,18 +9,21 @@ import torch
 from rigsa.errors import RigsaError
 from rigsa.experiments import hardware, run_plan
 from rigsa.experiments.config import (
-    FROM_ZERO,
-    METHODS,
-    PRESETS,
+    OPTIONS,
+    Base,
+    Choosing,
     Config,
-    arguments_of,
-    check_folder,
-    load,
-    paper,
-    reads,
-    save,
+    Gates,
+    Identity,
+    LowRank,
+    Measuring,
+    Pruning,
+    Training,
+    fields_of,
 )
-from rigsa.experiments.methods.registry import RUNNERS
+from rigsa.experiments.config_file import check_folder, load, save
+from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.presets import PRESETS, arguments_of, paper
 from rigsa.experiments.sweep_plan import plan_sweep
 from rigsa.experiments.train import steps_per_level
 from rigsa.run import build_parser, configure, main, resolve
@@ -31,7 +34,7 @@ def parse(*arguments: str) -> Config:
 
 
 def test_paper_preset_is_the_papers_configuration_field_for_field():
-    assert dataclasses.asdict(paper()) == {
+    assert paper().record() == {
         "method": "imp", "seed": 0,
         "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "data": "mnist", "device": "auto", "dtype": "bfloat16",
         "quantize": "none", "attention": "sdpa", "system_prompt": "default",
@@ -57,22 +60,31 @@ def test_low_rank_paper_preset_is_table_4():
     table = {"quantize": "nf4", "rank": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "learning_rate": 2e-4}
     table |= {"warmup_steps": 1000, "weight_decay": 0.1, "batch_size": 16, "epochs": 4}
     assert {name: getattr(config, name) for name in table} == table
-    assert dataclasses.replace(config, method="lora", quantize="none") == paper("lora")
+    assert dataclasses.replace(config, method=METHODS["lora"], quantize="none") == paper("lora")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_every_preset_and_its_options(method, preset):
     config = parse(method, "--preset", preset, *(["--match", "runs/x"] if method == "random-mask" else []))
-    assert config.method == method
-    for field in dataclasses.fields(Config):
-        if field.name != "method" and not reads(method, field):
-            assert getattr(config, field.name) == getattr(PRESETS[preset](method), field.name)
-    assert (config.gate == "none") == (config.init_scale == 0) == (method in FROM_ZERO)
+    assert config.method.name == method
+    for name in OPTIONS:
+        if not config.method.reads(name):
+            assert getattr(config, name) == getattr(PRESETS[preset](method), name)
+    from_zero = method in ("lt-sft", "sift", "fisher", "sam", "super", "rosa", "spiel", "full")
+    assert (config.gate == "none") == (config.init_scale == 0) == from_zero
 
 
-def test_every_method_of_the_help_runs():
-    assert RUNNERS.keys() == METHODS.keys()
+def test_every_field_is_in_one_group_and_read_by_a_method():
+    groups = [
+        set(fields_of(group)) for group in (Identity, Base, Gates, Pruning, Choosing, LowRank, Training, Measuring)
+    ]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == len(OPTIONS)
+    for name in OPTIONS:
+        assert any(method.reads(name) for method in METHODS.values()), name
+    for method in METHODS.values():
+        assert set(method.options) <= OPTIONS.keys()
+        assert set(method.usual) <= {name for name in OPTIONS if method.reads(name)}, method
 
 
 def test_paper_preset_makes_the_papers_steps():
@@ -82,7 +94,7 @@ def test_paper_preset_makes_the_papers_steps():
 
 def test_paper_preset_prints_without_a_model(capsys):
     assert main(["imp", "--preset", "paper", "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out) == dataclasses.asdict(paper())
+    assert json.loads(capsys.readouterr().out) == paper().record()
 
 
 def test_bare_command_is_the_quickstart():
@@ -121,20 +133,20 @@ def test_a_plan_for_a_gpu_has_its_dtype_wherever_it_is_made(given, dtype, monkey
 def test_who_asks_for_slow_products_is_told(fast, monkeypatch):
     monkeypatch.setattr(run_plan, "has_bfloat16_products", lambda device: fast)
     for dtype in ("bfloat16", "float32"):
-        experiment = SimpleNamespace(config=Config(dtype=dtype), model=SimpleNamespace(device=torch.device("cpu")))
+        experiment = SimpleNamespace(
+            config=dataclasses.replace(paper(), dtype=dtype), model=SimpleNamespace(device=torch.device("cpu"))
+        )
         assert ("--dtype float32" in run_plan._slow(experiment)) == (dtype == "bfloat16" and not fast)
 
 
-@pytest.mark.parametrize(
-    "field", [field for field in dataclasses.fields(Config) if field.name != "method"], ids=lambda f: f.name
-)
+@pytest.mark.parametrize("field", OPTIONS.values(), ids=OPTIONS)
 def test_every_field_can_be_overridden(field):
     other = {"float32": "bfloat16", "bfloat16": "float32", "auto": "exact", "layer": "global", "answer": "all"}
     other |= {"largest": "smallest", "rigsa": "movement", "init": "random_reinit"}
     value = {str: other.get(field.default, "0,1,2"), int: 10, float: 0.5, bool: True}[type(field.default)]
     value = {"micro_batch_size": 8, "device": "cpu", "gate": "model", "quantize": "nf4"}.get(field.name, value)
     needs = {"step_in_backward": ["--max-grad-norm", "0", "--micro-batch-size", "16"]}.get(field.name, [])
-    method = (field.metadata["only"] or ("imp",))[0]
+    method = next(method.name for method in METHODS.values() if method.reads(field.name))
     option = f"--{field.name.replace('_', '-')}"
     value = not field.default if type(field.default) is bool else value
     given = [option if value else f"--no-{option[2:]}"] if type(value) is bool else [option, str(value)]
@@ -218,12 +230,18 @@ def test_folders_that_are_no_run_are_refused(tmp_path):
     for read in (load, lambda folder: check_folder(paper(), folder)):
         with pytest.raises(RigsaError, match=r"config.json is damaged \(expected a JSON object, got \[1\]\)"):
             read(tmp_path)
-    (tmp_path / "config.json").write_text('{"eval_shots": 5}')
+    (tmp_path / "config.json").write_text('{"method": "imp", "eval_shots": 5}')
     with pytest.raises(RigsaError, match="--eval-shots: expected a str, got 5"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text('{"turbo": 1}')
+    (tmp_path / "config.json").write_text('{"method": "imp", "turbo": 1}')
     with pytest.raises(RigsaError, match="does not fit this version of rigsa"):
         load(tmp_path)
+    for name in ('"turbo"', "[]", "null"):
+        (tmp_path / "config.json").write_text(f'{{"method": {name}}}')
+        with pytest.raises(
+            RigsaError, match=r"does not fit this version of rigsa: method: expected one of imp, .*, got"
+        ):
+            load(tmp_path)
 
 
 def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():

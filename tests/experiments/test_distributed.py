@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from rigsa.errors import RigsaError
 from rigsa.experiments import distributed
-from rigsa.experiments.config import smoke
+from rigsa.experiments.presets import smoke
 from rigsa.experiments.train import read_log
 from rigsa.run import main
 
@@ -235,6 +235,13 @@ def test_what_cannot_be_sharded_is_refused(environment, changes, message, monkey
         monkeypatch.setenv(name, value)
     with pytest.raises(RigsaError, match=message):
         distributed.check(dataclasses.replace(smoke(), **changes))
+
+
+@pytest.mark.parametrize("method", ["rosa", "spiel", "lora", "qlora", "shira"])
+def test_methods_that_need_whole_layers_are_not_sharded(method, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RigsaError, match=f"^{method} under FSDP: .*; use DDP"):
+        distributed.check(smoke(method))
 
 
 # ---- what torchrun starts ----------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import quickstart
 from rigsa.experiments.model import _locate, load_model, resolve_device
+from rigsa.experiments.presets import quickstart
 from rigsa.experiments.tasks.textual_mnist import Prompts, load_splits
 from rigsa_kernels import gated_linears, replace_linears
 

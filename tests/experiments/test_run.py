@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from rigsa import files
 from rigsa.experiments.adapter import FORMAT_VERSION
-from rigsa.experiments.config import PRESETS
+from rigsa.experiments.presets import PRESETS
 from rigsa.run import main
 from rigsa_kernels import SparsePattern, layer_key, uniform_init
 

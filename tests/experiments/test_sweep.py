@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 
 from rigsa.errors import RigsaError
 from rigsa.experiments import lock, sweep
-from rigsa.experiments.config import METHODS, PRESETS, Config, arguments_of, load, reads
+from rigsa.experiments.config import Config
+from rigsa.experiments.config_file import load
+from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.presets import PRESETS, arguments_of
 from rigsa.experiments.report.page import write_report
 from rigsa.experiments.sweep import command_of, print_commands, run_logged, run_sweep
 from rigsa.experiments.sweep_plan import VARIABLE, Job, Plan, Shard, plan_sweep
@@ -89,11 +92,13 @@ def test_the_plan_is_methods_by_seeds_by_values(tmp_path):
 
 def test_a_field_varies_over_the_methods_that_read_it(tmp_path):
     plan = planned(tmp_path, "full,lora,qlora", vary=["rank=4,8", "weight-decay=0.0,1e-3"], epochs=3, lora_alpha=8.0)
-    assert Counter(job.config.method for job in plan.jobs) == {"full": 2, "lora": 4, "qlora": 4}
+    assert Counter(job.config.method.name for job in plan.jobs) == {"full": 2, "lora": 4, "qlora": 4}
     assert "qlora-rank4-weight-decay0.001-seed0" in names(plan)
     assert {job.config.epochs for job in plan.jobs} == {3}
     full = PRESETS["smoke"]("full")
-    assert {job.config.lora_alpha for job in plan.jobs if job.config.method == "full"} == {full.lora_alpha} != {8.0}
+    assert (
+        {job.config.lora_alpha for job in plan.jobs if job.config.method.name == "full"} == {full.lora_alpha} != {8.0}
+    )
     assert names(planned(tmp_path, vary=["checkpointing=true,false"])) == ["imp-checkpointing-seed0",
                                                                            "imp-no-checkpointing-seed0"]  # fmt: skip
 
@@ -127,7 +132,7 @@ def test_a_random_mask_takes_the_settings_of_its_imp_run(tmp_path):
         ({"vary": ["lora:rank=1"]}, "--vary lora:rank=1: expected one of the sweep's methods, imp, got 'lora'"),
         ({"vary": ["ranks=1"]}, "--vary ranks=1: expected a configuration option .* got 'ranks'"),
         ({"vary": ["seed=1"]}, "other than seed"),
-        ({"vary": ["rank=1"]}, "--vary rank=1: imp has no option --rank; only lora, qlora, rosa, shira have it"),
+        ({"vary": ["rank=1"]}, "--vary rank=1: imp has no option --rank; only rosa, lora, qlora, shira have it"),
         ({"vary": ["epochs="]}, "--vary epochs: expected values separated by commas, got ''"),
         ({"vary": ["epochs=1,x"]}, "--vary epochs: expected whole numbers, got 'x'"),
         ({"vary": ["drift=yes"]}, "--vary drift: expected true or false, got 'yes'"),
@@ -194,7 +199,7 @@ def test_arguments_give_the_configuration_back(method, preset):
 
     config, changed = PRESETS[preset](method), 0
     for name, field in VARIABLE.items():
-        if reads(method, field):
+        if METHODS[method].reads(name):
             value = type(field.default)(other(getattr(config, name), field.metadata["choices"]))
             try:
                 varied = dataclasses.replace(config, seed=3, **{name: value})

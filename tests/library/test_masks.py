@@ -6,14 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rigsa.experiments.config import paper
+from rigsa.experiments.presets import paper
 from rigsa.masks import (
     TrainedLayer,
     drop_and_grow,
     hamming_distance,
     largest_patterns,
     prune,
-    random_mask,
     random_patterns,
 )
 from rigsa_kernels import SparsePattern, layer_key
@@ -148,6 +147,11 @@ def test_bad_values_are_named():
         prune(layers, keep_fraction=0.5, ranking="layer")
     with pytest.raises(ValueError, match=r"expected float32, bfloat16 or float16, got torch\.float64"):
         prune({"a": make_layer(pattern, 0, torch.Tensor.double)}, keep_fraction=0.5, ranking="layer")
+
+
+def random_mask(shape: tuple[int, int], kept: int, *, seed: int, name: str) -> torch.Tensor:
+    """`random_patterns` for one layer, as a boolean ``[N, K]`` mask."""
+    return random_patterns({name: shape}, {name: kept}, seed=seed)[name].to_mask()
 
 
 @given(st.integers(1, 600))

@@ -1,7 +1,7 @@
-"""What tensors hold while operators run, moment by moment and part by part; on real tensors or on fake ones.
+"""Records when the storage of each tensor is allocated and freed, on real tensors or on fake ones.
 
-A *moment* is one allocation. Every storage that an operator makes is a block with a moment of birth and one of death,
-so what is live at any moment, and what it belongs to, can be asked once all is over and known.
+Peaks are computed afterwards, from the whole record. Time is counted in allocations: a *moment* is one allocation. Each
+storage is a block, which belongs to a part of `PARTS` and is live from the moment of its birth to that of its death.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ ALLOCATION = 512
 
 @dataclass
 class _Block:
+    """One storage: its bytes, the moments between which it is live, and the part that it counts as."""
+
     size: int
     born: int
     died: int | None = None
@@ -30,12 +32,13 @@ class _Block:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Records every storage that is made inside the block, and those it was told to `hold`.
+    """A context that records every storage made inside it, and those that it is told to `hold`.
 
-    What an operator takes and gives back before it returns is not seen.
+    Memory that an operator takes and gives back before it returns cannot be seen from outside.
 
     Args:
-        temporary: tells, of an operator and its arguments, bytes that are not seen and count all the same.
+        temporary: called with each operator and its arguments. It returns the bytes of such memory, which then count
+            for one moment.
     """
 
     def __init__(self, temporary: Callable[[Any, tuple[Any, ...]], int] = lambda operator, arguments: 0) -> None:
@@ -57,7 +60,7 @@ class LiveMemory(TorchDispatchMode):
                 block.part = part
 
     def usage(self) -> Usage:
-        """What was live at each moment."""
+        """The live bytes of each part at each moment."""
         curves = np.zeros((len(PARTS), self._now + 1), dtype=np.int64)
         for block in self._blocks:
             row = curves[PARTS.index(block.part)]
@@ -93,18 +96,18 @@ class LiveMemory(TorchDispatchMode):
 
 @dataclass(frozen=True, eq=False)
 class Usage:
-    """Live bytes: ``curves[part, moment]``, parts as in `PARTS`."""
+    """Live bytes as ``curves[part, moment]``, int64, with the parts in the order of `PARTS`."""
 
     curves: np.ndarray
 
     @property
     def peak(self) -> int:
-        """Bytes at the moment that has most."""
+        """The largest number of bytes that are live at one moment."""
         return int(self.curves.sum(axis=0).max())
 
     @property
     def by_part(self) -> dict[str, int]:
-        """The same moment, taken apart."""
+        """The bytes of each part at the moment of the peak."""
         moment = self.curves.sum(axis=0).argmax()
         return {part: int(size) for part, size in zip(PARTS, self.curves[:, moment], strict=True)}
 
@@ -121,21 +124,27 @@ class Growth:
 
     @classmethod
     def between(cls, two: Usage, three: Usage) -> Growth:
-        """From steps of two and of three prompts. (One prompt's last position is contiguous, so a copy is missing.)"""
+        """Fitted to recorded steps of two and of three prompts.
+
+        A step of one prompt would not do: its last position is contiguous, so a copy is missing.
+
+        Raises:
+            ValueError: the two steps did not make the same number of allocations.
+        """
         if two.curves.shape != three.curves.shape:
             raise ValueError(f"three: expected the moments of two, {two.curves.shape}, got {three.curves.shape}")
         each = three.curves - two.curves
         return cls(two.curves - 2 * each, each)
 
     def holding(self, part: str, size: int) -> Growth:
-        """The same step with `size` bytes of `part` at every moment, instead of what it has."""
+        """The same step, but with `size` bytes of `part` at every moment."""
         row = PARTS.index(part)
         fixed, each = self.fixed.copy(), self.each.copy()
         fixed[row], each[row] = size, 0
         return Growth(fixed, each)
 
     def at(self, micro_batch: int) -> Usage:
-        """The step of that many prompts."""
+        """The live bytes of a step of that many prompts."""
         return Usage(self.fixed + micro_batch * self.each)
 
     def largest(self, limit: float) -> int:

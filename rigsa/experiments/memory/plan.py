@@ -1,7 +1,7 @@
-"""What a run will need of the memory, level by level, and what would fit; known before training, by simulation.
+"""Plans the memory of a run before it trains: the peak of every level, by simulation, and the options that would fit.
 
-A plan counts tensors. What it does not count has a reserve: the CUDA context (about 0.5 GB), cuBLAS's workspace, what
-operators take and give back inside, and the holes that the allocator leaves between tensors.
+A plan counts tensors. It leaves a reserve for what it does not count: the CUDA context (about 0.5 GB), cuBLAS's
+workspace, memory that operators take and give back inside, and holes that the allocator leaves between tensors.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 from transformers import PretrainedConfig
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import FROM_GRADIENTS, ON_PEFT, QUANTIZATIONS, Config, quantizations
+from rigsa.experiments.config import QUANTIZATIONS, Config
 from rigsa.experiments.memory.live_memory import Growth
 from rigsa.experiments.memory.simulate import SimulatedModel, nf4_holds
-from rigsa.experiments.methods.gradient_masks import SCORES
+from rigsa.experiments.methods.gradient_masks import GradientMask
 from rigsa_kernels.optim import StateDtype
 
 GIB = 2**30
 STATE_DTYPES: tuple[StateDtype, ...] = get_args(StateDtype)
-"""The narrower, the later."""
+"""From the widest to the narrowest."""
 RESERVE = 0.1
 """Share of the memory that a plan leaves alone."""
 SAME_SIGN_SHARE = 0.539
-"""Of a level's entries, those that a pruning may keep; after four prunings it gives the paper's 3.46 %."""
+"""Share of a level's entries that a pruning may keep. Four prunings at this share give the paper's 3.46 %."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Target:
     tokens: int
 
     def model(self, density: float, **options: object) -> SimulatedModel:
-        """At one density, with some of the configuration replaced."""
+        """The simulated model at one density, with some fields of the configuration replaced."""
         return SimulatedModel(self.shape, dataclasses.replace(self.config, **options), self.device, density)  # type: ignore[arg-type]
 
 
@@ -88,27 +88,22 @@ def usable(memory: float) -> float:
 def expected_densities(
     shape: PretrainedConfig, config: Config, same_sign_share: float = SAME_SIGN_SHARE
 ) -> dict[int, float]:
-    """Level to density, as pruning will make it if that share keeps its sign; of a random mask, the last one.
+    """Level to density, as the method expects it if that share keeps its sign (`Method.densities`).
 
-    Of an adapter of PEFT: the numbers that it trains as a share of its layers' weights.
+    The density of an adapter of PEFT is the numbers that it trains as a share of its layers' weights.
 
     Raises:
         RigsaError: the share is out of range.
     """
-    if config.method in ON_PEFT:
-        return {0: SimulatedModel(shape, config, torch.device("cpu"), 1.0).trained_share()}
-    if config.method == "full":
-        return {0: 1.0}
-    if config.density:
-        return {0: 1.0, 1: config.density} if config.method == "lt-sft" else {1: config.density}
     if not 0 < same_sign_share <= 1:
         raise RigsaError(f"--same-sign-share: expected more than 0 and at most 1, got {same_sign_share}")
-    tickets = {level: (config.keep_fraction * same_sign_share) ** level for level in range(config.prunings + 1)}
-    return tickets if config.method == "imp" else {config.prunings: tickets[config.prunings]}
+    if not config.method.gated:
+        return {0: SimulatedModel(shape, config, torch.device("cpu"), 1.0).trained_share()}
+    return config.method.densities(config, same_sign_share)
 
 
 def plan_levels(target: Target, densities: Mapping[int, float]) -> list[LevelPlan]:
-    """Every level as it is configured."""
+    """The plan of every level under the options that the configuration has."""
     micro_batch, accumulates = target.config.micro_batch_size, target.config.accumulation_steps > 1
     plans = []
     for level, density in densities.items():
@@ -124,11 +119,9 @@ def plan_test(target: Target, density: float) -> int:
 
 
 def plan_choosing(target: Target) -> int:
-    """Bytes of choosing a mask from gradients, of all entries, layer by layer; 0 where a mask comes from elsewhere."""
-    if target.config.method not in FROM_GRADIENTS:
-        return 0
-    images = SCORES[target.config.method].images_at_a_time(target.config)
-    return target.model(1.0).scoring_pass(target.tokens, images).peak
+    """The peak in bytes while a mask is chosen from the gradients of all entries; 0 for methods that do not do that."""
+    method = target.config.method
+    return target.model(1.0).scoring_pass(method.score, target.tokens).peak if isinstance(method, GradientMask) else 0
 
 
 def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
@@ -149,9 +142,9 @@ def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
 
 
 def _bases(target: Target) -> list[str]:
-    """What the frozen weights can be kept in."""
+    """The formats in which the frozen weights can be kept, the wider first."""
     holds = nf4_holds(target.shape, target.config)
-    return [base for base in quantizations(target.config.method) if base != "nf4" or holds]
+    return [base for base in target.config.method.quantizations if base != "nf4" or holds]
 
 
 def _growth(model: SimulatedModel, tokens: int) -> Growth:
@@ -213,7 +206,7 @@ def what_fits_choosing(target: Target, limit: float) -> str:
 
 
 def _asks_no_less_than(config: Config, choice: Choice) -> bool:
-    """The choice keeps what the configuration saves already."""
+    """Whether the choice saves at least what the configuration saves already."""
     return (
         choice.checkpointing >= config.checkpointing
         and STATE_DTYPES.index(choice.state_dtype) >= STATE_DTYPES.index(config.state_dtype)
@@ -222,7 +215,7 @@ def _asks_no_less_than(config: Config, choice: Choice) -> bool:
 
 
 def _options(config: Config, choice: Choice, micro_batch: int) -> str:
-    """What to add to the command line."""
+    """The options to add to the command line."""
     options = [f"--micro-batch-size {micro_batch}"]
     if choice.checkpointing and not config.checkpointing:
         options.append("--checkpointing")

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
-from rigsa.experiments.config import GATED, LOW_RANK, Config
+from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
-from rigsa.experiments.methods.gradient_masks import score_entries
+from rigsa.experiments.methods.gradient_masks import Score, score_entries
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
@@ -59,7 +59,7 @@ class SimulatedLinear(GatedSparseLinear):
         )  # fmt: skip
 
     def _is_exact(self, dtype: torch.dtype) -> bool:
-        """Where the values would decide, on a CPU: composed, which keeps the larger matrix."""
+        """On a CPU the values would decide; the simulation takes composed there, which keeps the larger matrix."""
         if self.numerics == "auto":
             return dtype in HALF_DTYPES and self.device.type == "cuda"
         return super()._is_exact(dtype)
@@ -112,7 +112,7 @@ class SimulatedModel:
         layers = select_linears(model, "*", ())[0].values()
         self.num_weights = sum(layer.in_features * layer.out_features for layer in layers)
         model.requires_grad_(False)
-        if config.method in LOW_RANK:
+        if config.method.peft:
             attach_peft(model, config)  # here, as PEFT moves modules, which fake tensors do not allow
         with self._fake:
             self.model = cast(PreTrainedModel, model.to_empty(device="cpu"))
@@ -121,7 +121,7 @@ class SimulatedModel:
             if config.quantize == "nf4":
                 for linear in layers:
                     _quantize(linear)
-            if config.method in GATED:
+            if config.method.gated:
                 # "composed" would ask the values whether it is wise
                 attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
             checkpoint_activations(self.model, config)
@@ -166,13 +166,14 @@ class SimulatedModel:
             optimizer.zero_grad()
         return memory.usage()
 
-    def scoring_pass(self, tokens: int, images: int) -> Usage:
-        """One gradient of so many images, and the scores from it (`rigsa.experiments.methods.gradient_masks`)."""
+    def scoring_pass(self, score: Score, tokens: int) -> Usage:
+        """One gradient of as many images as the score takes at a time, and the scores of entries from it."""
         with self._fake:
             self._forget()
             memory = self._hold(None)
             with memory, _prompts_of_one_length():
-                score_entries(self.model, self.config, [_batch(tokens, images)])
+                images = score.images_at_a_time(self.config)
+                score_entries(self.model, score, [_batch(tokens, images)], self.config.loss)
         return memory.usage()
 
     def test_pass(self, tokens: int, batch: int) -> Usage:
@@ -186,14 +187,14 @@ class SimulatedModel:
         return memory.usage()
 
     def moment_bytes(self, state_dtype: StateDtype) -> int:
-        """What the optimiser would hold with moments of that dtype."""
+        """The bytes that the optimiser would hold with moments of that dtype."""
         with self._fake:
             memory = LiveMemory()
             memory.hold("optimiser", _state(self._optimizer(dataclasses.replace(self.config, state_dtype=state_dtype))))
         return memory.usage().peak
 
     def _optimizer(self, config: Config) -> MaskedAdamW:
-        """As every step but the first finds it: with its moments."""
+        """An optimiser that has its moments already, as every step but the first finds it."""
         optimizer = make_optimizer(self.model, config)
         _fill_gradients(_parameters(optimizer))
         optimizer.step()
@@ -205,7 +206,7 @@ class SimulatedModel:
             layer._forget()
 
     def _hold(self, optimizer: MaskedAdamW | None) -> LiveMemory:
-        """What is there before the forward pass, by part."""
+        """Start a record with everything that is there before the forward pass, part by part."""
         memory = LiveMemory(_temporary_bytes if self.device.type == "cpu" else lambda operator, arguments: 0)
         memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
         memory.hold("adapter", trained_parameters(self.model).values())
@@ -220,20 +221,20 @@ class SimulatedModel:
         return memory
 
     def _hold_kept(self, memory: LiveMemory) -> None:
-        """The matrices that layers keep over a step on the gemm path."""
+        """Count the matrices that layers on the gemm path keep over a step."""
         for layer in gated_linears(self.model).values():
             if "operand" in layer._kept:
                 _, (_, matrix) = layer._kept["operand"]
                 memory.hold("adapter", [matrix])
 
 
-def nf4_holds(shape: PretrainedConfig, config: Config) -> bool:
+def nf4_holds(shape: PretrainedConfig, config: Base) -> bool:
     """Whether every layer to adapt has rows that NF4 kernels can decode."""
     layers, _ = select_linears(_on_meta(shape, config), "*", ())
     return all(layer.in_features % RUN == 0 for layer in layers.values())
 
 
-def _on_meta(shape: PretrainedConfig, config: Config) -> PreTrainedModel:
+def _on_meta(shape: PretrainedConfig, config: Base) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(shape), attn_implementation=config.attention, dtype=getattr(torch, config.dtype)
@@ -241,7 +242,7 @@ def _on_meta(shape: PretrainedConfig, config: Config) -> PreTrainedModel:
 
 
 def _prompts_of_one_length() -> AbstractContextManager[Any]:
-    """No padding and no packed sequences: what transformers finds in our batches, and cannot find in fake ones.
+    """Tells transformers that prompts have no padding and are not packed, which it cannot find out of fake tensors.
 
     Left to itself it would take them for the general case and make attention masks of T * T entries.
     """
@@ -299,7 +300,7 @@ def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, de
 
 
 def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> Iterator[Tensor]:
-    """What is remembered for operators in PyTorch while a pattern lives; a kernel finds entries without.
+    """The lists that operators in PyTorch keep while a pattern lives; a kernel finds entries without them.
 
     Positions (`rigsa_kernels.format`), and where products are composed the frozen weight there.
     """
@@ -315,7 +316,7 @@ def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> 
 
 
 def _temporary_bytes(operator: Any, arguments: tuple[Any, ...]) -> int:
-    """What an operator in PyTorch on a CPU takes and gives back: the copies and the product of a values' gradient."""
+    """Bytes that an operator in PyTorch on a CPU takes and gives back: copies and product of a gradient of values."""
     if operator not in (torch.ops.rigsa.linear_dvalues.default, torch.ops.rigsa.linear_dvalues_.default):
         return 0
     dy, x, values, _, pattern = arguments[:5]

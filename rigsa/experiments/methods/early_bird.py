@@ -18,11 +18,10 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rigsa.experiments.adapter import base_fingerprint, load_masks, save_masks
-from rigsa.experiments.checkpoints import CHECKPOINTS
 from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import main_first
-from rigsa.experiments.experiment import EARLY_BIRD_FILE
 from rigsa.experiments.records import EARLY_BIRD, read_record
+from rigsa.experiments.run_folder import CHECKPOINTS, EARLY_BIRD_FILE
 from rigsa.experiments.train import EndsEarly
 from rigsa.files import write_json
 from rigsa.masks import hamming_distance

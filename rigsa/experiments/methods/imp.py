@@ -9,43 +9,71 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Any
-
-from transformers import TrainerCallback
+from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.experiment import Experiment, level_folder
-from rigsa.experiments.methods.early_bird import EarlyBird
-from rigsa.experiments.methods.rewinding import SaveEarly, rewind, start_of
-from rigsa.experiments.methods.ticket import enter_ticket
-from rigsa.files import is_done
+from rigsa.experiments.config import Config, Gates, Look, Method, Pruning, fields_of
 from rigsa.masks import PruneCounts, TrainedLayer, prune
 from rigsa_kernels import SparsePattern, gated_linears
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
-def run_imp(experiment: Experiment) -> None:
+    from rigsa.experiments.experiment import Experiment
+
+
+class Imp(Method):
     """Levels 0 to ``config.prunings``. A finished step is never done again, a started one goes on where it stopped."""
-    experiment.measure_base()
-    experiment.attach()
-    for level in range(experiment.config.prunings + 1):
-        if is_done(level_folder(experiment.run, level)):
-            continue
-        if level > 0:
-            enter_ticket(experiment, level, partial(prune_level, level - 1))
-            rewind(experiment)
-        first_step = experiment.config.rewind_step if level > 0 else 0
-        experiment.run_level(level, list(watchers(experiment, level)), first_step)
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if config.init_scale == 0 and (config.criterion == "rigsa" or config.rewind != "init"):
+            raise RigsaError(
+                "--init-scale 0: initial values have no signs to compare and nothing to rearrange; expected another "
+                "--criterion than rigsa, and --rewind init"
+            )
+
+    def levels(self, config: Config) -> tuple[int, ...]:
+        return tuple(range(config.prunings + 1))
+
+    def summary(self, config: Config) -> str:
+        return f"level 0 (dense) and {config.prunings} ticket{'' if config.prunings == 1 else 's'}"
+
+    def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
+        """A density that `rigsa plan` was given stands for one ticket, however it was reached."""
+        return {1: config.density} if config.density else ticket_densities(config, same_sign_share)
+
+    def run(self, experiment: Experiment) -> None:
+        from rigsa.experiments.methods.rewinding import rewind  # here: reports import this file, and no transformers
+
+        config = experiment.config
+        experiment.measure_base()
+        experiment.attach()
+        for level in self.levels(config):
+            if experiment.is_finished(level):
+                continue
+            if level > 0:
+                experiment.enter_ticket(level, partial(prune_level, level - 1))
+                rewind(experiment)
+            first_step = config.rewind_step if level > 0 else 0
+            experiment.run_level(level, list(watchers(experiment, level)), first_step)
+
+
+def ticket_densities(config: Config, same_sign_share: float) -> dict[int, float]:
+    """Level to density, as pruning will make it if that share of the entries keeps its sign."""
+    return {level: (config.keep_fraction * same_sign_share) ** level for level in range(config.prunings + 1)}
 
 
 def watchers(experiment: Experiment, level: int) -> Iterator[TrainerCallback]:
     """What looks on while a level trains."""
+    from rigsa.experiments.methods.early_bird import EarlyBird
+    from rigsa.experiments.methods.rewinding import SaveEarly
+
     config = experiment.config
     if config.rewind_step and level == 0:
         yield SaveEarly(experiment, config.rewind_step)
     if config.early_bird_steps and level < config.prunings:  # the last level is never pruned
-        yield EarlyBird(
-            experiment.model, config, level_folder(experiment.run, level), lambda: choose(experiment, level)[0]
-        )
+        yield EarlyBird(experiment.model, config, experiment.folder(level), lambda: choose(experiment, level)[0])
 
 
 def prune_level(level: int, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
@@ -60,6 +88,8 @@ def prune_level(level: int, experiment: Experiment) -> tuple[dict[str, SparsePat
 
 def choose(experiment: Experiment, level: int) -> tuple[dict[str, SparsePattern], PruneCounts]:
     """Rank the values that the layers carry now, in `level`. Raises RigsaError where a layer would be empty."""
+    from rigsa.experiments.methods.rewinding import start_of
+
     config, start = experiment.config, start_of(experiment, level)
     trained = {
         name: TrainedLayer(
@@ -71,3 +101,12 @@ def choose(experiment: Experiment, level: int) -> tuple[dict[str, SparsePattern]
         return prune(trained, keep_fraction=config.keep_fraction, ranking=config.ranking, criterion=config.criterion)
     except ValueError as error:
         raise RigsaError(f"level {level + 1} cannot be chosen: {error}") from error
+
+
+IMP = Imp(
+    name="imp",
+    help="iterative magnitude pruning: train the dense adapter, prune it to tickets, train each (RIGSA)",
+    options=(*fields_of(Gates), *fields_of(Pruning), "ranking"),
+    look=Look("blue", "o", "solid", by_level=True),
+    is_reference=True,
+)

@@ -5,27 +5,49 @@ The change of a weight is its difference, which started at zero, so the largest 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rigsa.experiments.experiment import Experiment, level_folder
-from rigsa.experiments.methods.ticket import enter_ticket, highest
-from rigsa.files import is_done
+from rigsa.experiments.config import Config, Gates, Look, fields_of
+from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa_kernels import SparsePattern, gated_linears
 
+if TYPE_CHECKING:
+    from rigsa.experiments.experiment import Experiment
 
-def run_lt_sft(experiment: Experiment) -> None:
+
+class LtSft(TicketMethod):
     """Level 0 trains all entries, level 1 from zero again those that level 0 changed most."""
-    experiment.measure_base()
-    experiment.attach()
-    for level in (0, 1):
-        if is_done(level_folder(experiment.run, level)):
-            continue
-        if level == 1:
-            enter_ticket(experiment, level, choose_most_changed)
-        experiment.run_level(level)
+
+    def levels(self, config: Config) -> tuple[int, ...]:
+        return (0, 1)
+
+    def summary(self, config: Config) -> str:
+        return f"level 0 (dense) and one ticket of {config.density:.2%}"
+
+    def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
+        return {0: 1.0, 1: config.density}
+
+    def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
+        experiment.restore(0)
+        changes = {name: layer.rigsa_values.detach() for name, layer in gated_linears(experiment.model).items()}
+        return highest(experiment.config, changes, by="magnitude")
+
+    def run(self, experiment: Experiment) -> None:
+        experiment.measure_base()
+        experiment.attach()
+        for level in self.levels(experiment.config):
+            if experiment.is_finished(level):
+                continue
+            if level == 1:
+                experiment.enter_ticket(level, self.choose)
+            experiment.run_level(level)
 
 
-def choose_most_changed(experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-    experiment.restore(0)
-    changes = {name: layer.rigsa_values.detach() for name, layer in gated_linears(experiment.model).items()}
-    return highest(experiment.config, changes, by="magnitude")
+LT_SFT = LtSft(
+    name="lt-sft",
+    help="train all entries from zero, keep those that changed most, train these again (Ansell et al. 2022)",
+    options=(*fields_of(Gates), "ranking", "density"),
+    look=Look("green", "^", (0, (1, 1))),
+    usual={**FROM_ZERO, "density": PAPER_DENSITY},
+    quickstart_learning_rate=2e-4,
+)

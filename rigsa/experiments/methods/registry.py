@@ -1,30 +1,19 @@
-"""Every method by its name (`rigsa.experiments.config.METHODS` has a line on each)."""
+"""Every method by its name, in the order of help texts, tables and figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from rigsa.experiments.config import Method
+from rigsa.experiments.methods.baselines import FULL, LORA, QLORA, SHIRA
+from rigsa.experiments.methods.gradient_masks import FISHER, ROSA, SAM, SIFT
+from rigsa.experiments.methods.imp import IMP
+from rigsa.experiments.methods.lt_sft import LT_SFT
+from rigsa.experiments.methods.random_mask import RANDOM_MASK
+from rigsa.experiments.methods.spiel import SPIEL
+from rigsa.experiments.methods.super_mask import SUPER
 
-from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods.baselines import run_baseline
-from rigsa.experiments.methods.gradient_masks import run_gradient_mask
-from rigsa.experiments.methods.imp import run_imp
-from rigsa.experiments.methods.lt_sft import run_lt_sft
-from rigsa.experiments.methods.random_mask import run_random_mask
-from rigsa.experiments.methods.spiel import run_spiel
-from rigsa.experiments.methods.super_mask import run_super
-
-RUNNERS: dict[str, Callable[[Experiment], None]] = {
-    "imp": run_imp,
-    "random-mask": run_random_mask,
-    "lt-sft": run_lt_sft,
-    "sift": run_gradient_mask,
-    "fisher": run_gradient_mask,
-    "sam": run_gradient_mask,
-    "super": run_super,
-    "rosa": run_gradient_mask,
-    "spiel": run_spiel,
-    "full": run_baseline,
-    "lora": run_baseline,
-    "qlora": run_baseline,
-    "shira": run_baseline,
-}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        IMP, RANDOM_MASK, LT_SFT, SIFT, FISHER, SAM, SUPER, ROSA, SPIEL, FULL, LORA, QLORA, SHIRA,
+    )
+}  # fmt: skip

@@ -16,11 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rigsa.criteria import treated_values
 from rigsa.experiments.adapter import read_adapter, save_adapter, trained_parameters
 from rigsa.experiments.distributed import main_first
-from rigsa.experiments.experiment import Experiment, level_folder
+from rigsa.experiments.experiment import Experiment
+from rigsa.experiments.run_folder import EARLY_FILE
 from rigsa_kernels import GatedSparseLinear, gated_linears
-
-EARLY_FILE = "early.safetensors"
-"""In the folder of level 0: its adapter after `rewind_step` steps."""
 
 
 class SaveEarly(TrainerCallback):
@@ -28,7 +26,7 @@ class SaveEarly(TrainerCallback):
 
     def __init__(self, experiment: Experiment, step: int) -> None:
         self.model, self.step = experiment.model, step
-        self.path = level_folder(experiment.run, 0) / EARLY_FILE
+        self.path = experiment.folder(0) / EARLY_FILE
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == self.step:
@@ -68,8 +66,8 @@ def read_early(experiment: Experiment) -> dict[str, Tensor]:
     for name, layer in gated_linears(experiment.model).items():
         shapes |= {f"{name}.rigsa_values": layer.pattern.shape, f"{name}.rigsa_alpha": tuple(layer.rigsa_alpha.shape)}
     trained = trained_parameters(experiment.model)
-    shapes = {name: shape for name, shape in shapes.items() if name in trained}
-    return read_adapter(experiment.model, level_folder(experiment.run, 0) / EARLY_FILE, shapes)
+    shapes = {name: shape for name, shape in shapes.items() if name in trained}  # --gate none trains no gates
+    return read_adapter(experiment.model, experiment.folder(0) / EARLY_FILE, shapes)
 
 
 def treated(layer: GatedSparseLinear, treatment: str, seed: int) -> Tensor:
@@ -84,5 +82,5 @@ def _rewind_to_early_step(experiment: Experiment) -> None:
     early = read_early(experiment)
     for name, layer in gated_linears(experiment.model).items():
         layer.rigsa_values.copy_(layer.pattern.gather(early[f"{name}.rigsa_values"]))
-        if f"{name}.rigsa_alpha" in early:  # not with --gate none
+        if f"{name}.rigsa_alpha" in early:
             layer.rigsa_alpha.copy_(early[f"{name}.rigsa_alpha"])

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods.ticket import highest, run_ticket
+from rigsa.experiments.config import Gates, Look, fields_of
+from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa_kernels import SparsePattern, gated_linears
 
-
-def run_super(experiment: Experiment) -> None:
-    """One level."""
-    run_ticket(experiment, choose_by_pretrained_magnitude)
+if TYPE_CHECKING:
+    from rigsa.experiments.experiment import Experiment
 
 
-def choose_by_pretrained_magnitude(experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-    magnitudes = {name: layer.frozen_matrix().abs() for name, layer in gated_linears(experiment.model).items()}
-    return highest(experiment.config, magnitudes, largest=experiment.config.super_rank == "largest")
+class SuperMask(TicketMethod):
+    def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
+        magnitudes = {name: layer.frozen_matrix().abs() for name, layer in gated_linears(experiment.model).items()}
+        return highest(experiment.config, magnitudes, largest=experiment.config.super_rank == "largest")
+
+
+SUPER = SuperMask(
+    name="super",
+    help="train the entries whose pretrained weight is largest, or smallest (Super-Tuning)",
+    options=(*fields_of(Gates), "ranking", "density", "super_rank"),
+    look=Look("black", "X", (0, (1, 3))),
+    usual={**FROM_ZERO, "density": PAPER_DENSITY},
+)

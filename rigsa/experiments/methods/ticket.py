@@ -1,29 +1,35 @@
-"""How a level gets its ticket: chosen once, written down, read by every process, and adopted."""
+"""What methods share that train a ticket of a given density: how entries that rank highest become patterns, and the one
+level of those that choose their mask before anything is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.adapter import MASK_FILE
-from rigsa.experiments.config import Config
-from rigsa.experiments.distributed import main_first
-from rigsa.experiments.experiment import Experiment, level_folder, load_ticket
-from rigsa.files import is_done
+from rigsa.experiments.config import Config, Method, require
 from rigsa.masks import largest_patterns
 from rigsa_kernels import SparsePattern
 
-Choose = Callable[[Experiment], tuple[dict[str, SparsePattern], dict[str, Any]]]
-"""A mask strategy: a dense adapter as attached, to the patterns of its layers and what to record of the choice."""
+if TYPE_CHECKING:
+    from rigsa.experiments.experiment import Experiment
+
+PAPER_DENSITY = 0.0346
+"""The density of the paper's last level."""
+FROM_ZERO: Mapping[str, Any] = {
+    "init_scale": 0.0, "gate": "none", "alpha_init": 1.0, "weight_decay": 0.0, "learning_rate": 2e-4,
+}  # fmt: skip
+"""Values of a difference that starts at zero and needs no gate."""
 
 
 def highest(
     config: Config, scores: Mapping[str, Tensor], by: Literal["score", "magnitude"] = "score", largest: bool = True
 ) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-    """The entries that rank highest, as many as ``config.density`` says: what a `Choose` returns.
+    """The entries that rank highest, as many as ``config.density`` says, and what to record of the choice.
 
     Raises:
         RigsaError: a layer would be left empty, or a score is not finite.
@@ -35,19 +41,30 @@ def highest(
     return patterns, {"kept": sum(pattern.nnz for pattern in patterns.values())}
 
 
-def enter_ticket(experiment: Experiment, level: int, choose: Choose) -> None:
-    """Choose the ticket of `level`, unless that was done already, and put every layer at its start."""
-    path = level_folder(experiment.run, level) / MASK_FILE
-    with main_first():
-        if not path.exists():
-            experiment.save_ticket(level, *choose(experiment))
-    experiment.adopt(load_ticket(experiment.model, path.parent))
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TicketMethod(Method):
+    """A method of one level, number 1, whose mask is chosen before anything is trained."""
 
+    @abc.abstractmethod
+    def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
+        """The patterns of the layers, and what to record of the choice. The model carries the dense adapter."""
 
-def run_ticket(experiment: Experiment, choose: Choose, level: int = 1) -> None:
-    """A method of one level, whose mask is chosen before anything is trained."""
-    experiment.measure_base()
-    experiment.attach()
-    if not is_done(level_folder(experiment.run, level)):
-        enter_ticket(experiment, level, choose)
-        experiment.run_level(level)
+    def check(self, config: Config) -> None:
+        super().check(config)
+        require(config, "density", f"more than 0 for {self.name}", config.density > 0)
+
+    def levels(self, config: Config) -> tuple[int, ...]:
+        return (1,)
+
+    def summary(self, config: Config) -> str:
+        return f"one ticket of {config.density:.2%}"
+
+    def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
+        return {1: config.density}
+
+    def run(self, experiment: Experiment) -> None:
+        experiment.measure_base()
+        experiment.attach()
+        if not experiment.is_finished(1):
+            experiment.enter_ticket(1, self.choose)
+            experiment.run_level(1)

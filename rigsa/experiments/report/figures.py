@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from rigsa.experiments.config import Config, reads
+from rigsa.experiments.config import Colour
+from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.report.runs import Measure, Report, Setting, trainable
 from rigsa.experiments.report.statistics import Estimate, estimate, group
 from rigsa.experiments.tasks.textual_mnist import Images, image_text
@@ -26,29 +27,13 @@ STYLE: Any = {
     "axes.labelcolor": "#1a1a1a", "axes.edgecolor": "#555555",
     "svg.fonttype": "none", "svg.hashsalt": "rigsa",  # text stays text; equal figures have equal identifiers
 }  # fmt: skip
-_BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _RED, _PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
+PALETTE: dict[Colour, str] = {
+    "black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2", "red": "#D55E00",
+    "purple": "#CC79A7",
+}  # fmt: skip
 """Okabe & Ito, less yellow, which is lost on white: told apart by the colour-blind."""
-_LOOKS: dict[str, tuple[str, str, Any]] = {
-    "imp": (_BLUE, "o", "solid"),
-    "random-mask": (_RED, "s", (0, (5, 2))),
-    "lt-sft": (_GREEN, "^", (0, (1, 1))),
-    "sift": (_PURPLE, "v", (0, (5, 1, 1, 1))),
-    "fisher": (_ORANGE, "D", (0, (3, 1, 1, 1, 1, 1))),
-    "sam": (_SKY, "P", (0, (8, 2))),
-    "super": (_BLACK, "X", (0, (1, 3))),
-    "rosa": (_RED, "*", (0, (8, 2, 1, 2))),
-    "spiel": (_GREEN, "h", (0, (2, 2))),
-    "full": (_BLACK, "p", (0, (10, 3))),
-    "lora": (_ORANGE, "<", (0, (4, 4))),
-    "qlora": (_PURPLE, ">", (0, (6, 2, 2, 2))),
-    "shira": (_SKY, "d", (0, (2, 1, 2, 4))),
-}
-"""Colour, marker and line of each method; the last two tell them apart in black and white."""
 _FILLS = ("full", "none", "left", "right", "top", "bottom")
-"""Of the markers of several settings of one method."""
-BY_LEVEL = ("imp", "random-mask")
+"""How markers are filled, one fill for each of several settings of one method."""
 BASE_LINES = ("--", ":")
 
 
@@ -99,8 +84,9 @@ class Series:
 
 def look(method: str, variant: int = 0) -> dict[str, Any]:
     """Matplotlib's options for the line of a method; `variant` numbers several settings of it."""
-    color, marker, line = _LOOKS[method]
-    return {"color": color, "marker": marker, "linestyle": line, "fillstyle": _FILLS[variant % len(_FILLS)]}
+    look = METHODS[method].look
+    color, fill = PALETTE[look.colour], _FILLS[variant % len(_FILLS)]
+    return {"color": color, "marker": look.marker, "linestyle": look.line, "fillstyle": fill}
 
 
 def example_figure(images: Images) -> Drawing:
@@ -130,8 +116,8 @@ def example_figure(images: Images) -> Drawing:
 
 def level_figure(report: Report) -> Drawing:
     """Figure 2: the target task, the source tasks and drift by level; methods without levels stand to the right."""
-    series = [one for one in all_series(report) if one.points[0][0].config.method in BY_LEVEL]
-    others = [setting for setting in report.settings if setting.config.method not in BY_LEVEL]
+    series = [one for one in all_series(report) if one.points[0][0].config.method.look.by_level]
+    others = [setting for setting in report.settings if not setting.config.method.look.by_level]
     last = max((level for one in series for _, level in one.points), default=-1)
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels(report, width=max(3.6, 1.2 + 0.2 * (last + 1 + len(others))))
@@ -168,10 +154,10 @@ def level_figure(report: Report) -> Drawing:
 
 def rank_figure(report: Report) -> Drawing | None:
     """Figure 3: the same by rank, with the final level of imp and of the random mask as lines; None without ranks."""
-    ranked = [one for one in all_series(report) if _has_rank(one.points[0][0].config)]
+    ranked = [one for one in all_series(report) if one.points[0][0].config.method.reads("rank")]
     if not ranked:
         return None
-    fixed = [setting for setting in report.settings if setting.config.method in BY_LEVEL]
+    fixed = [setting for setting in report.settings if setting.config.method.look.by_level]
     ranks = sorted({setting.config.rank for one in ranked for setting, _ in one.points})
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels(report, width=4.0)
@@ -224,7 +210,7 @@ def density_figure(report: Report) -> Drawing:
     """Figure 5: accuracy on the target task by level and by density."""
     series = all_series(report)
     measure = report.accuracies[0]
-    levelled = [one for one in series if one.points[0][0].config.method in BY_LEVEL]
+    levelled = [one for one in series if one.points[0][0].config.method.look.by_level]
     with matplotlib.rc_context(STYLE):
         legend_rows = -(-(len(series) + 2) // 4)
         figure = Figure(figsize=(9, 3.4 + 0.2 * legend_rows), layout="constrained")
@@ -275,25 +261,21 @@ def all_series(report: Report) -> list[Series]:
         settings = [report.settings[index] for index in one.members]
         settings.sort(key=lambda setting: setting.config.rank)
         method = settings[0].config.method
-        variant = seen.get(method, 0)
-        seen[method] = variant + 1
+        variant = seen.get(method.name, 0)
+        seen[method.name] = variant + 1
         points = [
             (setting, level)
             for setting in settings
-            for level in (setting.levels if method in BY_LEVEL else [setting.final])
+            for level in (setting.levels if method.look.by_level else [setting.final])
         ]
         label = settings[0].label if len(settings) == 1 else one.label
-        series.append(Series(label, look(method, variant), points))
+        series.append(Series(label, look(method.name, variant), points))
     return series
 
 
 def _look_of(report: Report, setting: Setting) -> dict[str, Any]:
     """That of its series."""
     return next(one.look for one in all_series(report) if any(member is setting for member, _ in one.points))
-
-
-def _has_rank(config: Config) -> bool:
-    return reads(config.method, Config.__dataclass_fields__["rank"])
 
 
 def _by(series: Series, measure: Measure, what: str) -> list[tuple[float, Estimate]]:

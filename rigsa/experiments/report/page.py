@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import CONFIG_FILE
 from rigsa.experiments.report.figures import Drawing, drawings
 from rigsa.experiments.report.runs import Report, command_of, read_report
 from rigsa.experiments.report.tables import Table, csv_text, level_table, seeds_text, tables
+from rigsa.experiments.run_folder import CONFIG_FILE
 from rigsa.experiments.tasks.textual_mnist import Images, load_splits
 from rigsa.files import write_atomically, write_text
 
@@ -24,7 +24,7 @@ PAGE_FILE = "report.html"
 TEXT_FILE = "report.md"
 CSV_FILE = "report.csv"
 DEFAULT_OUT = Path("report")
-"""Where a report on several folders goes, in the working directory."""
+"""A report on several folders goes here, in the working directory."""
 _MARK = "<!-- written by rigsa report -->"
 """First line of report.md: what is ours may be written again."""
 
@@ -102,11 +102,12 @@ def make_sections(report: Report, figures: Sequence[Drawing], notes: Sequence[st
     def some(*names: str) -> list[Block]:
         return [by_number[name] for name in names if name in by_number]
 
+    reference = report.reference.config.method.name if report.reference else ""
     found = [
         Section("Left out and unfinished", list(notes)),
         Section("Task", some("Figure 1")),
         Section("What was learned and forgotten", some("Table 1", "Table 2", "Figure 2", "Figure 3", "Figure 4")),
-        Section("Differences from imp", some("Table 5")),
+        Section(f"Differences from {reference}", some("Table 5")),
         Section("Runs, level by level", some("Table 3", "Figure 5")),
         Section("Configuration", some("Table 4")),
         Section("How to run these again", [_AGAIN, Commands(_commands(report))]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import CONFIG_FILE, FAILED_FILE, PRESETS, Config, arguments_of, flag, load, reads
-from rigsa.experiments.experiment import BASE, METRICS_FILE, finished_levels, level_folder
+from rigsa.experiments.config import OPTIONS, Config, flag
+from rigsa.experiments.config_file import load
+from rigsa.experiments.presets import PRESETS, arguments_of
 from rigsa.experiments.records import FAILURE, RESOURCES, metrics_of, read_record
 from rigsa.experiments.report import paper_numbers
 from rigsa.experiments.report.statistics import Estimate, estimate, group
-from rigsa.experiments.train import RESOURCES_FILE
+from rigsa.experiments.run_folder import (
+    BASE,
+    CONFIG_FILE,
+    FAILED_FILE,
+    METRICS_FILE,
+    RESOURCES_FILE,
+    finished_levels,
+    level_folder,
+)
 
 TASKS = {"piqa": "PIQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8k"}
 SAME = ("model", "data", "test_images", "eval_shots", "system_prompt")
@@ -54,8 +62,10 @@ def _level(run: Path, number: int, config: Config) -> Metrics:
     folder = level_folder(run, number)
     metrics = read_record(folder / METRICS_FILE, metrics_of(config))
     if metrics["level"] != number:
-        raise RigsaError(f"{folder / METRICS_FILE} is damaged (level: expected {number}, got {metrics['level']}); "
-                         "delete its folder and run again")  # fmt: skip
+        raise RigsaError(
+            f"{folder / METRICS_FILE} is damaged (level: expected {number}, got {metrics['level']}); delete its folder "
+            "and run again"
+        )
     return metrics | read_record(folder / RESOURCES_FILE, RESOURCES)
 
 
@@ -154,7 +164,7 @@ class Report:
 
     @property
     def config(self) -> Config:
-        """Of any of the runs, for the fields in which they agree."""
+        """The first run's configuration; it speaks for all in the fields in which they agree."""
         return self.runs[0].config
 
     @property
@@ -182,8 +192,8 @@ class Report:
 
     @property
     def reference(self) -> Setting | None:
-        """What the others are compared with: imp, and of several the one closest to a preset."""
-        found = [setting for setting in self.settings if setting.config.method == "imp"]
+        """What the others are compared with: of the reference method's settings the one closest to a preset."""
+        found = [setting for setting in self.settings if setting.config.method.is_reference]
         return min(found, key=lambda setting: len(nearest_preset(setting.config)[1]), default=None)
 
     @property
@@ -212,7 +222,7 @@ def read_report(paths: Sequence[Path]) -> Report:
 
     Raises:
         RigsaError: a path is not there or holds no run, no run that can be read has a finished level, or the runs
-            cannot stand in one report.
+            cannot stand in one report. A damaged run beside others is left out, and `Report.notes` says so.
     """
     folders = list({folder.resolve(): folder for path in paths for folder in run_folders(path)}.values())
     failed = [(folder, _failure(folder / FAILED_FILE)) for folder in folders if (folder / FAILED_FILE).exists()]
@@ -265,8 +275,9 @@ def _failure(path: Path) -> str:
 def _unfinished(setting: Setting) -> Iterator[str]:
     for run in setting.runs:
         last = run.levels[-1]["level"]
-        if run.config.method == "imp" and last < run.config.prunings:
-            yield f"{run.path} has finished level {last} of {run.config.prunings}; run its command again to go on"
+        end = max(run.config.method.levels(run.config), default=last)
+        if last < end:
+            yield f"{run.path} has finished level {last} of {end}; run its command again to go on"
         if last < setting.final:
             yield f"{run.path} does not count towards the final numbers of {setting.label}, level {setting.final}"
 
@@ -307,16 +318,19 @@ def check_distinct(settings: Sequence[Setting]) -> None:
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
     """The preset with the fewest differences, and these: field to value. Of equals the first, quickstart leading."""
-    fields = [field for field in dataclasses.fields(Config) if field.name != "method" and reads(config.method, field)]
+    fields = [name for name in OPTIONS if config.method.reads(name)]
     found = []
     for name in ("quickstart", *PRESETS):
-        preset = PRESETS[name](config.method, config.device)
-        names = [field.name for field in fields if getattr(config, field.name) != getattr(preset, field.name)]
-        found.append((name, {name: getattr(config, name) for name in names}))
+        preset = PRESETS[name](config.method.name, config.device)
+        found.append(
+            (name, {field: value for field in fields if (value := getattr(config, field)) != getattr(preset, field)})
+        )
     return min(found, key=lambda item: len(item[1].keys() - {"seed"}))
 
 
 def command_of(config: Config) -> str:
     """The command that makes this configuration: a preset and the options that differ from it, quoted for a shell."""
     preset, _ = nearest_preset(config)
-    return shlex.join(["python", "-m", "rigsa.run", config.method, "--preset", preset, *arguments_of(config, preset)])
+    return shlex.join(
+        ["python", "-m", "rigsa.run", config.method.name, "--preset", preset, *arguments_of(config, preset)]
+    )

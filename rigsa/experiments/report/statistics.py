@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rigsa.experiments.config import METHODS, Config, reads
+from rigsa.experiments.config import OPTIONS, Config, Method
+from rigsa.experiments.methods.registry import METHODS
 
 CONFIDENCE = 0.95
 MEASURING = ("drift", "source_tasks", "data_dir", "limit")
@@ -92,27 +92,24 @@ def group(configs: Sequence[Config], ignore: Collection[str] = ()) -> list[Group
         setting = dict(key)
         alike = [dict(other) for other in members if dict(other)["method"] == setting["method"]]
         differing = {name: value for name, value in setting.items() if len({other[name] for other in alike}) > 1}
-        order = (list(METHODS).index(setting["method"]), tuple(differing.values()))
+        order = (list(METHODS).index(setting["method"].name), tuple(differing.values()))
         seeds = tuple(sorted(indices, key=lambda index: configs[index].seed))
         found.append((order, Group(_label(setting["method"], differing), seeds)))
     return [one for _, one in sorted(found, key=lambda item: item[0])]
 
 
 def _setting(config: Config, ignore: Collection[str]) -> dict[str, Any]:
-    """The fields that the method reads, without the seed, also where it stands in the path of the matched run."""
-    setting = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if reads(config.method, field) and field.name not in ("seed", *MEASURING, *ignore)
-    }
+    """The method and the fields that it reads, without the seed, also in the path of the matched run."""
+    names = [name for name in OPTIONS if config.method.reads(name) and name not in ("seed", *MEASURING, *ignore)]
+    setting = {"method": config.method} | {name: getattr(config, name) for name in names}
     if "match" in setting:
         setting["match"] = re.sub(r"[-_.]?seed[-_=]?\d+", "", setting["match"])
     return setting
 
 
-def _label(method: str, differing: Mapping[str, Any]) -> str:
+def _label(method: Method, differing: Mapping[str, Any]) -> str:
     parts = [f"{name.replace('_', ' ')} {_shown(name, value)}" for name, value in differing.items()]
-    return f"{method} ({', '.join(parts)})" if parts else method
+    return f"{method} ({', '.join(parts)})" if parts else method.name
 
 
 def _shown(name: str, value: Any) -> str:

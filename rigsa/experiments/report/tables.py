@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rigsa.experiments.config import Config, reads
+from rigsa.experiments.config import OPTIONS
 from rigsa.experiments.report import paper_numbers
 from rigsa.experiments.report.runs import TASKS, Measure, Metrics, Report, Run, Setting, trainable
 from rigsa.experiments.report.statistics import Estimate, compare, estimate
@@ -129,7 +129,7 @@ def level_table(report: Report) -> Table:
 
 
 def _early_end(record: Metrics) -> str:
-    """What `rigsa.experiments.methods.early_bird` saved."""
+    """The step at which an early bird ended the level and the steps saved; empty for a level that ran to its end."""
     return f"step {record['ended_at']}, {record['steps_saved']} saved" if record.get("ended_at") else ""
 
 
@@ -168,20 +168,19 @@ CONFIGURATION = (
 
 def configuration_table(report: Report) -> Table:
     """Table 4: how each setting was trained; a field that its method does not read is empty."""
-    known = {field.name: field for field in dataclasses.fields(Config)}
-    differing = [name for name in known if any(f"{name.replace('_', ' ')} " in one.label for one in report.settings)]
-    fields = [known[name] for name in dict.fromkeys([*CONFIGURATION, *differing])]
+    differing = [name for name in OPTIONS if any(f"{name.replace('_', ' ')} " in one.label for one in report.settings)]
+    fields = list(dict.fromkeys([*CONFIGURATION, *differing]))
     rows = []
     for setting in report.settings:
-        values = {field.name: getattr(setting.config, field.name) for field in fields
-                  if reads(setting.config.method, field)}  # fmt: skip
+        config = setting.config
+        values = {name: getattr(config, name) for name in fields if config.method.reads(name)}
         steps = str(setting.runs[0].levels[-1].get("steps", ""))
         rows.append([setting.label, _seeds_of(setting), steps, *_values(fields, values)])
-    methods = {setting.config.method for setting in report.settings}
+    methods = {setting.config.method.name for setting in report.settings}
     for method, values in paper_numbers.CONFIGURATIONS.items():
         if report.has_paper and method in methods:
             rows.append([f"{method}, paper", "", "", *_values(fields, values)])
-    columns = ["setting", "seeds", "steps a level", *(field.name.replace("_", " ") for field in fields)]
+    columns = ["setting", "seeds", "steps a level", *(name.replace("_", " ") for name in fields)]
     note = (
         "Fields of the configuration, by the names of the options. Max steps 0: as many as the epochs have; density 0: "
         "that of the matched run."
@@ -189,8 +188,8 @@ def configuration_table(report: Report) -> Table:
     return Table("Table 4. Configuration", note, columns, rows).without_empty_columns()
 
 
-def _values(fields: Sequence[dataclasses.Field[Any]], values: dict[str, Any]) -> list[str]:
-    shown = [values.get(field.name, "") for field in fields]
+def _values(fields: Sequence[str], values: dict[str, Any]) -> list[str]:
+    shown = [values.get(name, "") for name in fields]
     return [f"{value:g}" if isinstance(value, float) else str(value) for value in shown]
 
 
@@ -199,7 +198,7 @@ def _seeds_of(setting: Setting) -> str:
 
 
 def comparison_table(report: Report) -> Table | None:
-    """Table 5: the final level of each setting against imp's, pair by pair over common seeds; None without both."""
+    """Table 5: each setting's final level against the reference's, paired by seed; None without a reference."""
     reference = report.reference
     if reference is None or len(report.settings) == 1:
         return None
@@ -236,7 +235,7 @@ def _settings_and_levels(report: Report) -> Iterator[tuple[Setting, int]]:
 
 
 def _with_stderr(measure: Measure, value: Estimate | None, found: Sequence[Metrics]) -> str:
-    """With the standard error that was recorded, where there is no interval over seeds."""
+    """The value with its interval over seeds, or else with the standard error that was recorded."""
     text = measure.text(value)
     error = dataclasses.replace(measure, keys=(*measure.keys[:-1], "stderr")).of(found[0]) if found else None
     if value is None or value.half is not None or error is None or not math.isfinite(error):
@@ -274,10 +273,10 @@ TABLES: tuple[Callable[[Report], Table | None], ...] = (
 def csv_text(report: Report) -> str:
     """One row per run and level, the untrained model first; at the end the configuration as ``config.NAME``."""
     rows = [
-        {"run": str(run.path), "setting": setting.label, "method": run.config.method, "seed": run.config.seed}
+        {"run": str(run.path), "setting": setting.label, "method": run.config.method.name, "seed": run.config.seed}
         | {"level": metrics.get("level", "untrained")}
         | dict(_flat({key: value for key, value in metrics.items() if key not in ("level", "layer_density")}))
-        | {f"config.{name}": value for name, value in dataclasses.asdict(run.config).items()}
+        | {f"config.{name}": value for name, value in run.config.record().items()}
         for setting in report.settings
         for run in setting.runs
         for metrics in (run.base, *run.levels)

@@ -28,12 +28,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config
+from rigsa.experiments.config import Measuring
 
 TASK_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 """Textual MNIST for ``lm_eval run --include_path``."""
 EXAMPLES_SEED = 1234
-"""Of the examples' draw: lm-eval's default, and not the run's seed, so that every run answers the same prompts."""
+"""The seed that draws the examples: lm-eval's default and not the run's, so that every run answers the same prompts."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ TASKS = {
 }  # fmt: skip
 
 
-def check(config: Config) -> None:
+def check(config: Measuring) -> None:
     """Refuse, before anything is trained, source tasks that could not be measured after it.
 
     Loads the data, from --data-dir or from the hub (which caches them).

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from conftest import make_llama, make_tokenizer
 from rigsa.errors import RigsaError
 from rigsa.experiments.attach import attach
-from rigsa.experiments.config import Config, paper, quickstart
+from rigsa.experiments.config import Config
 from rigsa.experiments.memory.live_memory import LiveMemory
 from rigsa.experiments.memory.plan import (
     GIB,
@@ -29,8 +29,10 @@ from rigsa.experiments.memory.plan import (
     usable,
 )
 from rigsa.experiments.memory.simulate import SimulatedModel
-from rigsa.experiments.methods.gradient_masks import SCORES, score_entries
+from rigsa.experiments.methods.gradient_masks import score_entries
+from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_linears, spare_the_head
+from rigsa.experiments.presets import paper, quickstart
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.masks import random_patterns
@@ -138,17 +140,18 @@ def test_planned_peak_of_every_kind_of_method(method, options):
 def test_planned_peak_of_choosing_a_mask(method, options):
     pytest.importorskip("peft")
     config = dataclasses.replace(paper(method), micro_batch_size=4, numerics="composed", **options)
-    images = SCORES[method].images_at_a_time(config)
+    score = METHODS[method].score
+    images = score.images_at_a_time(config)
 
     def choose() -> None:
         model = small_model(config)
         attach(model, config)
         batch = {"input_ids": torch.zeros(images, 200, dtype=torch.int64), "answer": torch.zeros(images).long()}
-        score_entries(model, config, [batch])
+        score_entries(model, score, [batch], config.loss)
         mark()
-        score_entries(model, config, [batch])
+        score_entries(model, score, [batch], config.loss)
 
-    planned = SimulatedModel(SMALL, config, CPU, 1).scoring_pass(200, images)
+    planned = SimulatedModel(SMALL, config, CPU, 1).scoring_pass(score, 200)
     assert planned.peak == pytest.approx(allocated_peak(choose), rel=0.03)
 
 

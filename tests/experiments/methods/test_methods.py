@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 
 from rigsa.experiments.adapter import adapter_off, load_masks, trained_parameters
-from rigsa.experiments.config import GATED, METHODS, arguments_of, smoke
+from rigsa.experiments.config import Gates, Look, fields_of
 from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods.gradient_masks import SCORES, mask_batches, score_entries
+from rigsa.experiments.methods.gradient_masks import GradientMask, mask_batches, score_entries
+from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.methods.ticket import FROM_ZERO, TicketMethod, highest
+from rigsa.experiments.presets import arguments_of, smoke
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.experiments.train import make_optimizer
@@ -31,7 +35,7 @@ OPTIONS = {
 def config_of(method: str, model: Path, **options: object):
     own = {"density": DENSITY, "mask_images": 6, "rank": 3, "reselect_steps": 2}
     base = smoke(method)
-    read = {field.name for field in dataclasses.fields(base) if method in field.metadata["only"]}
+    read = set(METHODS[method].options)
     if method == "random-mask":
         read.discard("match")
     chosen = {name: value for name, value in own.items() if name in read}
@@ -45,7 +49,7 @@ def experiment(method: str, model: Path, run: Path, **options: object) -> Experi
 
 
 def command(config, out: Path) -> list[str]:
-    return [config.method, "--preset", "smoke", "--out", str(out), *arguments_of(config, "smoke")]
+    return [config.method.name, "--preset", "smoke", "--out", str(out), *arguments_of(config, "smoke")]
 
 
 def images_of(prepared: Experiment, size: int) -> DataLoader:
@@ -74,11 +78,12 @@ def by_definition(method: str, gradients: list[torch.Tensor]) -> torch.Tensor:
     return {"sift": mean.abs(), "fisher": square, "rosa": square, "sam": mean**2 / (square + square.mean())}[method]
 
 
-@pytest.mark.parametrize("method", SCORES)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if isinstance(method, GradientMask)])
 def test_gradient_scores_are_those_of_their_definition(method, small_model_folder, tmp_path):
     prepared = experiment(method, small_model_folder, tmp_path)
+    score = METHODS[method].score
     gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "sam") else 2)
-    scores = score_entries(prepared.model, prepared.config, mask_batches(prepared))
+    scores = score_entries(prepared.model, score, mask_batches(prepared, score), prepared.config.loss)
     assert {name.removesuffix(".base_layer") for name in scores} == gradients.keys()
     for name, score in scores.items():
         want = by_definition(method, gradients[name.removesuffix(".base_layer")])
@@ -213,4 +218,42 @@ def test_what_does_not_fit_the_model_is_named(method, options, message, small_mo
 
 def test_gated_methods_are_those_that_train_gated_layers(finished):
     for method, run in finished.items():
-        assert ("layer_density" in json.loads((last_level(run) / "metrics.json").read_text())) == (method in GATED)
+        assert ("layer_density" in json.loads((last_level(run) / "metrics.json").read_text())) == METHODS[method].gated
+
+
+class Leading(TicketMethod):
+    """Trains the first entries of every layer: a method that no file of the rig names."""
+
+    def choose(self, experiment):  # type: ignore[no-untyped-def]
+        layers = gated_linears(experiment.model).items()
+        return highest(
+            experiment.config,
+            {name: -torch.arange(float(layer.num_weights)).view(layer.pattern.shape) for name, layer in layers},
+        )
+
+
+def test_a_new_method_is_one_object_and_one_line(small_model_folder, tmp_path, monkeypatch, capsys):
+    """It runs, resumes, is planned, swept and drawn, and has its options, presets and checks."""
+    new = Leading(
+        name="leading",
+        help="the first entries",
+        options=(*fields_of(Gates), "ranking", "density"),
+        look=Look("blue", "8", "solid"),
+        usual={**FROM_ZERO, "density": DENSITY},
+    )
+    monkeypatch.setitem(METHODS, new.name, new)
+    run = tmp_path / "run"
+    asked = command(config_of("leading", small_model_folder), run)
+    for _ in range(2):
+        assert main(asked) == 0
+        assert re.search(r"\| leading \| +1 \| +10\.0\d%", capsys.readouterr().out)
+    prepared = experiment("leading", small_model_folder, run)
+    for pattern in load_masks(prepared.model, run / "level_1" / "mask.safetensors").values():
+        assert pattern.to_mask().flatten()[: pattern.nnz].all()
+    assert main(["plan", "--method", "leading", "--preset", "smoke", "--model", str(small_model_folder)]) == 0
+    assert re.search(r"\n +1 +10.00%", capsys.readouterr().out)
+    sweep = ["sweep", "--preset", "smoke", "--methods", "imp,leading", "--vary", "leading:density=0.1,0.2", "--dry-run"]
+    assert main([*sweep, "--out", str(tmp_path / "sweep")]) == 0
+    assert capsys.readouterr().out.count("rigsa.run leading") == 2
+    assert main(["leading", "--density", "0"]) == 1
+    assert "--density: expected more than 0 for leading, got 0.0" in capsys.readouterr().err

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from conftest import make_llama, make_tokenizer
 from rigsa import files
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config, smoke
+from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import join
 from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods import spiel
-from rigsa.experiments.methods.spiel import Reselection, accumulated_gradients, entries_to_move, run_spiel
+from rigsa.experiments.methods.reselection import Reselection, accumulated_gradients, entries_to_move
+from rigsa.experiments.presets import smoke
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, Prompts, load_splits
 from rigsa.masks import random_patterns
@@ -259,12 +259,6 @@ def test_what_is_not_finite_is_one_error_and_changes_nothing(dataset, what):
     assert not layer._forward_hooks
 
 
-def test_shards_are_refused(monkeypatch):
-    monkeypatch.setattr(spiel, "is_sharding", lambda: True)
-    with pytest.raises(RigsaError, match="spiel under FSDP: expected whole layers in every process"):
-        run_spiel(None)  # type: ignore[arg-type]
-
-
 # ---- whole runs
 
 
@@ -280,7 +274,7 @@ def config(small_model_folder: Path) -> Config:
 def run(config: Config, out: Path) -> Path:
     """As the command line does it, but for the report."""
     join(on_cpu=True)
-    run_spiel(Experiment.prepare(config, out))
+    config.method.run(Experiment.prepare(config, out))
     return out
 
 

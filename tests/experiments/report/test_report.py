@@ -7,6 +7,8 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ import numpy as np
 import pytest
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import METHODS, PRESETS, Config, quickstart
+from rigsa.experiments.config import Config
+from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.presets import PRESETS, quickstart
 from rigsa.experiments.report import figures, page, paper_numbers
 from rigsa.experiments.report.page import CSV_FILE, PAGE_FILE, TEXT_FILE, write_report
 from rigsa.experiments.report.runs import command_of, read_report
@@ -31,8 +35,6 @@ from rigsa.run import build_parser, configure
 
 WEIGHTS = 106_168_320
 SOURCES = {"piqa": ("acc", 67.0, 0), "hellaswag": ("acc", 42.0, 0), "gsm8k": ("exact_match", 12.0, 5)}
-LEVELS = {"lt-sft": (0, 1), "full": (0,), "lora": (0,), "qlora": (0,), "shira": (0,)}
-"""Those of a method; imp has as many as its prunings say, the others level 1."""
 IMAGES = Images(np.arange(64, dtype=np.uint8).reshape(1, 8, 8) % 10, np.array([7]))
 RANKS = (1, 4, 16)
 
@@ -40,12 +42,12 @@ RANKS = (1, 4, 16)
 def write_run(folder: Path, config: Config, accuracy: float = 90.0, levels: tuple[int, ...] | None = None) -> Path:
     """A finished run whose accuracy lies within a point of `accuracy`, by seed and level, repeatably."""
     chance = random.Random(f"{config.method} {config.rank} {config.seed}")
-    write(folder / "config.json", dataclasses.asdict(config))
+    write(folder / "config.json", config.record())
     write(
         folder / "base/metrics.json", {"tokenizer": "0123abcd", **learned(config, 7.5, 3.0), **forgotten(config, 0.0)}
     )
     if levels is None:
-        levels = tuple(range(config.prunings + 1)) if config.method == "imp" else LEVELS.get(config.method, (1,))
+        levels = config.method.levels(config) or (1,)
     for level in levels:
         write_level(folder / f"level_{level}", config, level, accuracy + chance.uniform(-1, 1), chance)
     return folder
@@ -55,9 +57,9 @@ def write_level(folder: Path, config: Config, level: int, accuracy: float, chanc
     density = 0.43**level
     sizes: dict[str, Any] = {"density": density, "free": round(density * WEIGHTS), "weights": WEIGHTS}
     sizes["trainable"] = sizes["free"] + 210
-    if config.method in ("lora", "qlora", "shira"):
+    if not config.method.gated:
         sizes |= {"free": 0, "trainable": 305_000 * config.rank, "density": 305_000 * config.rank / WEIGHTS}
-    pruned = config.method == "imp" and level > 0
+    pruned = config.method.name == "imp" and level > 0
     pruning = {"same_sign_share": 0.539, "free": 1000, "eligible": 539, "kept": 431} if pruned else {}
     metrics = {"level": level, **sizes, "pruning": pruning, "steps": 280, "train_loss": 0.2 + chance.uniform(0, 0.1)}
     metrics |= learned(config, accuracy, 0.3 + chance.uniform(0, 0.05)) | forgotten(config, chance.uniform(-4, 1))
@@ -112,7 +114,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 levels = (3,) if method == "random-mask" else None
                 write_run(folder / method / f"rank{rank}-seed{seed}", config, 80 + position, levels)
     write(folder / "broken" / "failed.json", {"exit_code": 1, "message": "rigsa: training <diverged> at step 7"})
-    write(folder / "begun" / "config.json", dataclasses.asdict(make("imp", seed=9, **measured)))
+    write(folder / "begun" / "config.json", make("imp", seed=9, **measured).record())
     return folder
 
 
@@ -481,3 +483,13 @@ def test_machine_says_what_was_recorded(tmp_path):
     text = (write_report([run], None, IMAGES)[1].parent / TEXT_FILE).read_text()
     assert "Trained on a machine that was not recorded: 720 s in all, and at most 4.00 GiB." in text
     assert page.version("matplotlib") in text
+
+
+def test_a_report_imports_no_transformers(tmp_path):
+    """Its numbers come from run folders alone, so it does not wait for a library that trains."""
+    run = write_run(tmp_path / "run", make("imp"))
+    code = "import sys; from rigsa.run import main; main(sys.argv[1:]); sys.exit('transformers' in sys.modules)"
+    command = [sys.executable, "-c", code, "report", str(run)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (run / PAGE_FILE).is_file()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rigsa.experiments.config import quickstart
+from rigsa.experiments.presets import quickstart
 from rigsa.experiments.report.statistics import Comparison, Estimate, compare, estimate, group
 
 VALUES = st.lists(st.floats(-1000, 1000), min_size=2, max_size=8)

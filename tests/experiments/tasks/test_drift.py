@@ -11,8 +11,8 @@ from torch import nn
 from conftest import make_llama, make_tokenizer
 from rigsa.experiments.adapter import adapter_off
 from rigsa.experiments.attach import attach_adapter
-from rigsa.experiments.config import quickstart
 from rigsa.experiments.model import load_model
+from rigsa.experiments.presets import quickstart
 from rigsa.experiments.tasks.drift import drift, drift_prompts, replies
 from rigsa_kernels import SparsePattern, gated_linears, replace_linears
 

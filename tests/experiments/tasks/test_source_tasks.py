@@ -19,8 +19,8 @@ from lm_eval.tasks import TaskManager
 
 from conftest import make_llama, make_tokenizer
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import quickstart
 from rigsa.experiments.model import load_model
+from rigsa.experiments.presets import quickstart
 from rigsa.experiments.tasks import source_tasks
 from rigsa.experiments.tasks.evaluation import answer_logits, evaluate
 from rigsa.experiments.tasks.source_tasks import TASK_FOLDER, TASKS, check, measure
