@@ -15,11 +15,11 @@ FLOORS = {
     "library": ["rigsa/*"],
     "settings": [
         f"{RIG}/{name}"
-        for name in ("config", "run_folder", "records", "lock", "hardware", "peak_memory", "distributed")
+        for name in ("bounds", "config", "run_folder", "records", "lock", "hardware", "peak_memory", "distributed")
     ],
     "model": [f"{RIG}/{name}" for name in ("model", "attach", "adapter")],
     "tasks": [f"{RIG}/tasks/*", f"{RIG}/tasks/lm_eval_tasks/*"],
-    "training": [f"{RIG}/{name}" for name in ("checkpoints", "train", "experiment")],
+    "training": [f"{RIG}/{name}" for name in ("checkpoints", "layer_checks", "train", "experiment")],
     "methods": [f"{RIG}/methods/*"],
     "recipes": [f"{RIG}/{name}" for name in ("presets", "config_file")],
     "memory": [f"{RIG}/memory/*"],

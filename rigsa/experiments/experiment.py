@@ -26,6 +26,7 @@ from rigsa.experiments.adapter import (
 from rigsa.experiments.attach import attach
 from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import is_sharded, main_first, wait_for_all
+from rigsa.experiments.layer_checks import check_layers
 from rigsa.experiments.model import load_model, resolve_device
 from rigsa.experiments.records import EARLY_BIRD, PRUNING, REPLIES, RESOURCES, metrics_of, read_record
 from rigsa.experiments.run_folder import (
@@ -91,10 +92,20 @@ class Experiment:
             raise RigsaError(
                 f"--mask-images: there are only {len(splits.train)} training images, got {config.mask_images}"
             )
+        if config.logging_steps > steps - config.rewind_step:
+            raise RigsaError(
+                f"--logging-steps: expected at most the {steps - config.rewind_step} steps of a level, so that its log "
+                f"has a line, got {config.logging_steps}"
+            )
+        if max(config.shots) > len(splits.train):
+            raise RigsaError(
+                f"--eval-shots: there are only {len(splits.train)} training images to show, got {config.eval_shots}"
+            )
         model, tokenizer = load_model(config, resolve_device(config.device))
         prompts = Prompts(tokenizer, config.system_prompt)
         set_seed(config.seed % 2**32)
         layers, _ = select_linears(model, "*", ())
+        check_layers(config, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
         num_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
         return cls(config, run, model, prompts, splits, num_weights)
 

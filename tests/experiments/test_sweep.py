@@ -138,7 +138,7 @@ def test_a_random_mask_takes_the_settings_of_its_imp_run(tmp_path):
         ({"vary": ["drift=yes"]}, "--vary drift: expected true or false, got 'yes'"),
         ({"vary": ["eps=1e-8,0.00000001"]}, "--vary eps: expected every value once"),
         ({"vary": ["epochs=1", "imp:epochs=2"]}, "--vary imp:epochs: epochs of imp is varied twice"),
-        ({"vary": ["epochs=0"]}, "--epochs: expected 1 or more, got 0"),
+        ({"vary": ["epochs=0"]}, "--epochs: expected 1 to 1,000,000,000, got 0"),
         ({"vary": ["gate=round"]}, "--gate: expected one of layer, model"),
         ({"vary": ["data=a/b,a_b"]}, "2 runs would have the folder .*imp-data-a_b-seed0"),
         ({"rank": 4}, "--rank: no run of this sweep would use it"),

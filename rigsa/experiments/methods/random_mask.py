@@ -25,6 +25,12 @@ class RandomMask(Method):
     def levels(self, config: Config) -> tuple[int, ...]:
         return (1,) if config.density else ()
 
+    def has_ticket(self, config: Config) -> bool:
+        return True
+
+    def most_kept(self, config: Config, weights: int) -> int:
+        return round(config.density * weights) if config.density else weights
+
     def summary(self, config: Config) -> str:
         return f"one ticket of {config.density:.2%}" if config.density else "one ticket, drawn at random"
 
