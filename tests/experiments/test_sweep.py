@@ -59,9 +59,11 @@ class FakeRuns:
         if code == 0:
             test = {f"{shots}-shot": {"accuracy": 10 + config.seed, "loss": 1.0, "images": 9} for shots in config.shots}
             for level in ("base", "level_0", "level_1"):
-                metrics = {"level": int(level[-1]) if level != "base" else -1, "density": 0.5, "test": test}
+                metrics = {"level": int(level[-1]) if level != "base" else -1, "density": 0.5, "free": 1, "test": test}
                 write_json(folder / level / "metrics.json", metrics | {"pruning": {}})
-                write_json(folder / level / "resources.json", {"train_seconds": 1.5, "peak_memory_bytes": 1})
+                write_json(
+                    folder / level / "resources.json", {"steps": 1, "train_seconds": 1.5, "peak_memory_bytes": 1}
+                )
                 mark_done(folder / level)
         return code
 

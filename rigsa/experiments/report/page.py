@@ -178,7 +178,7 @@ def _titled(title: str, text: str) -> str:
 
 def _code(command: str) -> str:
     """In the line, unless something in it would end that."""
-    return _fenced([command]) if "`" in command or "\n" in command else f"`{command}`"
+    return _fenced([command]) if "`" in command or len(command.splitlines()) > 1 else f"`{command}`"
 
 
 def _fenced(lines: Sequence[str]) -> str:

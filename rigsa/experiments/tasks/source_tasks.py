@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Measuring
+from rigsa.experiments.tasks.special_tokens import special_tokens
 
 TASK_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 """Textual MNIST for ``lm_eval run --include_path``."""
@@ -118,6 +119,35 @@ def check(config: Measuring) -> None:
     for name in config.tasks:
         with _quiet():
             _load_task(name, config.data_dir)
+
+
+def check_content(config: Measuring, tokenizer: Any) -> None:
+    """Refuse documents that hold a special token of `tokenizer`, where it would end a turn of the chat.
+
+    Raises:
+        RigsaError: as `check`, or there is such a document (task and number are named).
+    """
+    special = special_tokens(tokenizer)
+    for name in config.tasks:
+        with _quiet():
+            task = _load_task(name, config.data_dir)
+            shown = list(task.fewshot_docs()) if TASKS[name].shots else []
+        for documents in (task.eval_docs, shown):
+            for number, document in enumerate(documents, 1):
+                if found := next((match for text in _texts(document) if (match := special.search(text))), None):
+                    raise RigsaError(
+                        f"--source-tasks {name}: document {number} holds {found[0]!r}, which is a special token of the "
+                        "model; expected text without it"
+                    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a document."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def measure(

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rigsa.errors import RigsaError
+from rigsa.experiments.tasks.special_tokens import refuse_special_tokens
 from rigsa.files import require_regular
 
 ANSWER_PREFIX = "The digit is "
@@ -232,6 +233,7 @@ class Prompts:
         if not getattr(tokenizer, "chat_template", None):
             raise RigsaError("--model: its tokenizer has no chat template; Textual MNIST needs an instruct model")
         self.tokenizer = tokenizer
+        refuse_special_tokens(tokenizer, system_prompt, "--system-prompt")
         self.system = [] if system_prompt == "default" else [{"role": "system", "content": system_prompt}]
         self.digit_ids = torch.tensor([self._digit_id(digit) for digit in range(10)])
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
