@@ -188,7 +188,11 @@ class Training:
         "of the optimiser's two moments; paper: not stated, and float32 would not fit its 24 GB",
         choices=get_args(StateDtype),
     )
-    loss: str = _field("answer", "of the answer token or of all tokens; paper: not stated", choices=("answer", "all"))
+    loss: str = _field(
+        "answer",
+        "of the answer token, or the mean over all tokens of a prompt; paper: not stated",
+        choices=("answer", "all"),
+    )
     epochs: int = _field(1, "passes over the training images in each level", COUNT)
     max_steps: int = _field(0, "at most this many steps a level; 0: as many as the epochs have", COUNT_OR_0)
     batch_size: int = _field(16, "prompts per optimiser step", COUNT)

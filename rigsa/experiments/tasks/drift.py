@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from rigsa.experiments.adapter import adapter_off
 from rigsa.experiments.tasks.special_tokens import refuse_special_tokens
-from rigsa.experiments.tasks.textual_mnist import Prompts
+from rigsa.experiments.tasks.textual_mnist import Prompts, positions
 
 PROMPTS_FILE = "drift_prompts.txt"
 PROMPTS_A_PASS = 8
@@ -160,7 +160,7 @@ def _reply_logits(model: nn.Module, replies: Sequence[Reply]) -> list[Tensor]:
     logits = model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        position_ids=positions(mask),
         logits_to_keep=max(lengths),
         use_cache=False,
     ).logits

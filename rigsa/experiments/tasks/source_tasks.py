@@ -1,7 +1,8 @@
 """What fine-tuning forgets: the source tasks of RIGSA (section 4.3), measured by lm-eval (Gao et al. 2024).
 
 Tasks, prompts, metrics and the model's wrapper are lm-eval's own, so the scores of a model are those of
-``lm_eval run --apply_chat_template --tasks piqa,hellaswag,gsm8k`` with the same batch size and dtype. The model is
+``lm_eval run --apply_chat_template --tasks piqa,hellaswag,gsm8k`` with the same batch size and dtype, and, if the
+tokenizer puts a token before what its chat template writes, ``--model_args add_bos_token=False``. The model is
 measured as it stands, adapter unmerged, and every model of a run through the same chat template, system prompt and
 examples.
 """
@@ -240,7 +241,12 @@ def _language_model(model: PreTrainedModel, tokenizer: Any, batch_size: int, sys
             bar.update(len(context))
             return replies
 
-    return LanguageModel(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    return LanguageModel(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),
+        batch_size=batch_size,
+        add_bos_token=False,  # the chat template alone says what a prompt begins with, as in all of a run's prompts
+    )
 
 
 def _load_task(name: str, data_dir: str) -> Any:

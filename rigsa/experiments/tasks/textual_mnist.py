@@ -283,6 +283,14 @@ class PromptDataset(Dataset[dict[str, Any]]):
         return {"input_ids": ids, "answer": int(self.prompts.digit_ids[self.images.labels[index]])}
 
 
+def positions(mask: Tensor) -> Tensor:
+    """int64 ``[B, T]``: each token's place in its own prompt, from a mask that is 0 where a row is padded on the left.
+
+    A model with learned positions would else read a prompt as one that begins in the middle.
+    """
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 def collate(samples: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
     """``input_ids [B, T]`` and ``answer [B]``, padded on the left so that the answer is always the next token.
 

@@ -172,7 +172,7 @@ def test_what_is_read_is_escaped(written):
 
 def test_failed_and_unfinished_runs_are_named(sweep, written):
     text = (written / TEXT_FILE).read_text()
-    assert f"{sweep}/broken failed: rigsa: training <diverged> at step 7" in text
+    assert f"{sweep}/broken failed: rigsa: training \\<diverged> at step 7" in text
     assert f"{sweep}/begun has no finished level yet; run its command again to go on" in text
 
 
