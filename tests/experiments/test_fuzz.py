@@ -251,12 +251,8 @@ def test_a_damaged_file_is_an_error_or_what_was_saved(name, model, tmp_path, req
     def check(edits: list[tuple[str, float, bytes]]) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(damage(data, edits))
-        try:
-            loaded = load_it()
-        except RigsaError as error:
-            assert str(error)
-            return
-        assert loaded == whole
+        with contextlib.suppress(RigsaError):
+            assert load_it() == whole
 
     check()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_MEMORY
