@@ -17,10 +17,16 @@ PACKAGES = ("torch", "transformers", "triton", "peft", "bitsandbytes", "pytest-b
 
 
 class Machine:
-    """Peaks of one device, each measured when it is first asked for: the best of a few runs."""
+    """Peaks of one device, each measured when it is first asked for: the best of a few runs.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Args:
+        device: what is measured.
+        side: of the square matrices that are multiplied.
+        copied: bytes that are copied.
+    """
+
+    def __init__(self, device: torch.device, side: int = SIDE, copied: int = COPIED) -> None:
+        self.device, self.side, self.copied = device, side, copied
         self.stopwatch = Stopwatch(device)
         self.flops = cache(self._flops)
         self.bandwidth = cache(self._bandwidth)
@@ -40,13 +46,14 @@ class Machine:
         return {"device": gpu or "cpu", "threads": torch.get_num_threads(), "versions": versions}
 
     def _flops(self, dtype: torch.dtype) -> float:
-        a, b = (torch.randn(SIDE, SIDE, device=self.device).to(dtype) for _ in range(2))
-        return 2 * SIDE**3 / self.best(lambda: a @ b)
+        a, b = (torch.randn(self.side, self.side, device=self.device).to(dtype) for _ in range(2))
+        return 2 * self.side**3 / self.best(lambda: a @ b)
 
     def _bandwidth(self) -> float:
-        source = torch.zeros(COPIED, dtype=torch.int8, device=self.device)
+        noise = torch.randint(-128, 128, (2**16,), dtype=torch.int8, device=self.device)  # zeros can be faster
+        source = noise.repeat(-(-self.copied // 2**16))[: self.copied]
         target = torch.zeros_like(source)
-        return 2 * COPIED / self.best(lambda: target.copy_(source))
+        return 2 * self.copied / self.best(lambda: target.copy_(source))
 
     def best(self, run: Any) -> float:
         run()

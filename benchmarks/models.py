@@ -17,16 +17,26 @@ from rigsa.experiments.model import model_shape, spare_the_head
 from rigsa.experiments.tasks.evaluation import answer_logits
 
 
-@lru_cache(maxsize=1)
-def base_model(batch: Batch, device: torch.device) -> nn.Module:
-    """Frozen, in evaluation mode."""
+def make_model(batch: Batch, device: torch.device, attention: str = "eager", **changes: int) -> nn.Module:
+    """Frozen, in evaluation mode; made on its device, as a CPU takes long to draw a billion weights.
+
+    `changes` are fields of the configuration.
+    """
     config = model_shape(f"HuggingFaceTB/SmolLM2-{batch.size}")
+    config.update(changes)
     config.num_hidden_layers = batch.layers
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(device, getattr(torch, batch.dtype))
+    with device:
+        model = LlamaForCausalLM(config).to(getattr(torch, batch.dtype))
     spare_the_head(model)
     return model.requires_grad_(False).eval()
+
+
+@lru_cache(maxsize=1)
+def base_model(batch: Batch, device: torch.device) -> nn.Module:
+    """`make_model`, once: for contestants that share its frozen weights (`benchmarks.providers.share`)."""
+    return make_model(batch, device)
 
 
 def prompts(batch: Batch, device: torch.device) -> Tensor:

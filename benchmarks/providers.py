@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from benchmarks.checks import Problem
 from benchmarks.race import UnavailableError
 from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_linears, merge_linears, replace_linears
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import select_linears
 
 ALPHA = 0.1
 """An open gate, as it stands through most of a training run."""
+TICKET = 0.0346
+"""Density of the paper's last ticket."""
 LORA_RANK = 8
 LORA = {"r": LORA_RANK, "lora_alpha": 32}
 SPARSE_PRODUCTS = 2e8
@@ -62,8 +64,12 @@ def build_plain(problem: Problem, density: float) -> Layer:
     return Layer(plain_linear(problem.weight), lambda parameters: parameters["weight"])
 
 
+@lru_cache(maxsize=8)
 def ticket_mask(shape: tuple[int, int], density: float, device: torch.device) -> Tensor:
-    """The same entries for every provider that lets one choose; of density `density` but for the luck of the draw."""
+    """The same entries for every provider that lets one choose; of density `density` but for the luck of the draw.
+
+    Nobody may write to it: the next caller gets the same tensor.
+    """
     return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < density).to(device)
 
 
@@ -199,7 +205,7 @@ def build_supertuning(problem: Problem, density: float) -> Layer:
     return Layer(layer, weight)
 
 
-def build_ours(problem: Problem, density: float, *, fresh: bool = True, **options: str) -> Layer:
+def build_ours(problem: Problem, density: float, *, fresh: bool = True, **options: object) -> Layer:
     pattern = SparsePattern.dense(*problem.weight.shape)
     if density < 1:
         pattern = SparsePattern.from_mask(ticket_mask(problem.shape, density, problem.x.device))
@@ -321,6 +327,8 @@ def tune_dense_composition(model: nn.Module, density: float) -> Trainee:
 
 
 def tune_gated(model: nn.Module, density: float | None = None, **options: object) -> Trainee:
+    if options.get("force") == "fused" and next(model.parameters()).device.type != "cuda":
+        raise UnavailableError("the fused kernel needs a CUDA device")
     replace_linears(model, alpha_init=ALPHA, **options)
     if density is not None:
         for layer in gated_linears(model).values():
@@ -359,23 +367,24 @@ def tune_with_peft(model: nn.Module, kind: str, density: float | None = None, **
 
 FULL = "full fine-tuning"
 TICKET_NAME, LEVEL_0, MERGED = "ours, 3.46 %", "ours, level 0", "ours, 3.46 %, merged"
+LEVEL_0_HALF = "ours, level 0, bf16 values"
 LORA_DEFAULT, LORA_16, SHIRA = "PEFT LoRA", "PEFT LoRA, bf16", "PEFT SHiRA, 3.46 %"
 FROZEN, GRADIENTS = "frozen model", "frozen model and whole gradients"
 TRAINEES: dict[str, Callable[[nn.Module], Trainee]] = {  # in the order of their heats: neighbours race each other
     FULL: tune_fully,
-    TICKET_NAME: partial(tune_gated, density=0.0346, numerics="composed"),
+    TICKET_NAME: partial(tune_gated, density=TICKET, numerics="composed"),
     LORA_16: partial(tune_with_peft, kind="LoRA", autocast_adapter_dtype=False),
     FROZEN: pass_through,
     GRADIENTS: partial(tune_fully, optimizer=NoUpdate),
     LORA_DEFAULT: partial(tune_with_peft, kind="LoRA"),
-    SHIRA: partial(tune_with_peft, kind="SHiRA", density=0.0346),
-    "PEFT Super-Tuning, 3.46 %": partial(tune_with_peft, kind="Super-Tuning", density=0.0346),
-    "ours, 3.46 %, exact": partial(tune_gated, density=0.0346, numerics="exact"),
+    SHIRA: partial(tune_with_peft, kind="SHiRA", density=TICKET),
+    "PEFT Super-Tuning, 3.46 %": partial(tune_with_peft, kind="Super-Tuning", density=TICKET),
+    "ours, 3.46 %, exact": partial(tune_gated, density=TICKET, numerics="exact"),
     LEVEL_0: partial(tune_gated, numerics="composed"),
-    "ours, level 0, bf16 values": partial(tune_gated, numerics="composed", values_dtype=torch.bfloat16),
+    LEVEL_0_HALF: partial(tune_gated, numerics="composed", values_dtype=torch.bfloat16),
     "ours, 43 %": partial(tune_gated, density=0.43, numerics="composed"),
     "ours, level 0, exact": partial(tune_gated, numerics="exact"),
-    "dense composition, 3.46 %": partial(tune_dense_composition, density=0.0346),
+    "dense composition, 3.46 %": partial(tune_dense_composition, density=TICKET),
     "full fine-tuning, bitsandbytes 8-bit": partial(tune_fully, optimizer=adamw_8bit),
 }
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.providers import TICKET
 from rigsa.experiments.hardware import usual_dtype
 from rigsa.experiments.model import SMOLLM2
 
 LEVELS = ("smoke", "core", "full")
-TICKET = 0.0346
-"""Density of the paper's last ticket."""
-
 TOKENS = {"smoke": (32,), "core": (1, 32, 860, 4096), "full": (1, 32, 860, 4096)}
 DENSITIES = {"smoke": (1.0, TICKET), "core": (1.0, 0.54, 0.2, TICKET, 0.01), "full": (1.0, 0.54, 0.2, TICKET, 0.01)}
 USUAL = usual_dtype("auto")

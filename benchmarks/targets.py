@@ -1,4 +1,4 @@
-"""What the project set out to reach on a CPU, as ratios between two providers of one question."""
+"""What the project set out to reach, as ratios between two providers of one question, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.providers import FROZEN, FULL, GRADIENTS, LEVEL_0, LORA_16, LORA_DEFAULT, MERGED, SHIRA, TICKET_NAME
+from benchmarks.providers import (
+    FROZEN,
+    FULL,
+    GRADIENTS,
+    LEVEL_0,
+    LORA_16,
+    LORA_DEFAULT,
+    MERGED,
+    SHIRA,
+    TICKET,
+    TICKET_NAME,
+)
 
 BASE = "base model"
 
@@ -30,6 +41,53 @@ TARGETS = (
     Target("training step", LEVEL_0, FULL, 1.2),
     Target("generation", TICKET_NAME, BASE, 1.03),
     Target("generation", MERGED, BASE, 1.03),
+)
+
+
+@dataclass(frozen=True)
+class GpuTarget(Target):
+    """A target of `benchmarks.gpu_proof`; `question` is the name of a section.
+
+    Attributes:
+        words: the question for a reader.
+        field: of a row, in which less is better.
+        where: fields that a row has to have.
+        density: of the numerator, where it was measured at several.
+    """
+
+    words: str = ""
+    field: str = ""
+    where: tuple[tuple[str, object], ...] = ()
+    density: float | None = None
+
+    def matches(self, row: Mapping[str, Any]) -> bool:
+        return all(row.get(name) == value for name, value in self.where)
+
+
+LIBRARY, OURS = "library", "ours, composed"
+
+
+def _product(what: str, bound: float) -> GpuTarget:
+    words = {"y": "Forward", "dx": "Gradient of the input", "gradient": "Gradient at the free entries"}[what]
+    return GpuTarget("kernels", OURS, LIBRARY, bound, False, f"{words}, 3.46 %", "us", (("what", what),), TICKET)
+
+
+def _step(size: str, numerator: str, denominator: str, bound: float, field: str = "step_ms") -> GpuTarget:
+    words = f"{'Step' if field == 'step_ms' else 'Peak memory of a step'} of SmolLM2-{size}"
+    return GpuTarget(f"steps_{size}", numerator, denominator, bound, False, words, field)
+
+
+def _decode(size: str, numerator: str) -> GpuTarget:
+    words = f"Decoding, SmolLM2-{size}"
+    return GpuTarget("decode", numerator, BASE, 1.03, False, words, "ms_per_token", (("size", size),))
+
+
+SIZES = ("135M", "1.7B")
+GPU_TARGETS = (
+    *(_product(what, bound) for what, bound in (("y", 1.05), ("dx", 1.05), ("gradient", 1.2))),
+    *(_step(size, TICKET_NAME, FULL, 0.9) for size in SIZES),
+    *(_step(size, TICKET_NAME, FROZEN, 1.1, "peak_gib") for size in SIZES),
+    *(_decode(size, name) for size in SIZES for name in (TICKET_NAME, MERGED)),
 )
 
 

@@ -1,10 +1,48 @@
-"""RIGSA: fine-tune language models with gated sparse adapters, pruned by the lottery-ticket method."""
+"""RIGSA: fine-tune language models with gated sparse adapters, pruned by the lottery-ticket method.
 
-from __future__ import annotations
+Adapt a model
+    replace_linears(model)                every nn.Linear but the head; ``density=0.1`` starts sparse
+    restore_linears(model)                the inverse
+    merge_linears(model)                  plain layers with the adapter in their weights
+    adapter_summary(model)                how much is adapted, in one line
+    gated_linears(model)                  the layers by name; each is a GatedSparseLinear
+    MaskedAdamW(model, lr=2e-3)           the optimiser
+
+Choose which entries are free; each returns a TicketReport of what it did
+    prune(model, keep_fraction=0.8)       keep a share, and rewind: one step of a level loop
+    random_ticket(model, density=0.1)     drawn
+    magnitude_ticket(model, density=0.1)  where the pretrained weights are largest
+    gradient_ticket(model, loss_fn, batches, density=0.1)   where a loss has the largest gradients
+    set_ticket(model, patterns)           your own: a SparsePattern for each layer
+    snapshot(model), restore_snapshot(model, snapshot)      the adapter as it is now, and back
+
+Keep it
+    save_adapter(model, folder)           one folder, without the base
+    load_adapter(model, folder)           onto a bare base, or in place of the adapter that the model carries
+
+Under transformers.Trainer
+    AdapterCheckpoints()                  resume from the last whole checkpoint
+    PruningLevels(prunings=4)             train, prune, rewind, train in one run
+
+Several adapters on one base
+    Adapters(model)                       add, use, delete and combine them by name
+    adapter_off(model)                    a context in which the model is its base
+    overlap(a, b), union(a, b), intersection(a, b)          of two tickets
+    describe(tickets), plot_densities(tickets, path)        densities by layer, in a table and in a figure
+
+Bad arguments raise ValueError, files that cannot be used RigsaError. docs/library.md has examples that run.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rigsa.adapters import Adapters, adapter_off
+    from rigsa.callbacks import AdapterCheckpoints, PruningLevels
+    from rigsa.errors import RigsaError
+    from rigsa.inspection import describe, intersection, overlap, plot_densities, union
+    from rigsa.saving import load_adapter, save_adapter
+    from rigsa.state import restore_snapshot, snapshot
+    from rigsa.tickets import TicketReport, gradient_ticket, magnitude_ticket, prune, random_ticket, set_ticket
     from rigsa_kernels import (
         GatedSparseLinear,
         MaskedAdamW,
@@ -13,27 +51,74 @@ if TYPE_CHECKING:
         adapter_summary,
         gated_linears,
         merge_linears,
+        parameter_groups,
         replace_linears,
         restore_linears,
+        stepping_in_backward,
     )
 
-__all__ = [
-    "GatedSparseLinear",
-    "MaskedAdamW",
-    "SparsePattern",
-    "__version__",
-    "adapter_summary",
-    "gated_linears",
-    "merge_linears",
-    "replace_linears",
-    "restore_linears",
-]
+_MODULES = {
+    "rigsa.adapters": ("Adapters", "adapter_off"),
+    "rigsa.callbacks": ("AdapterCheckpoints", "PruningLevels"),  # this one imports transformers
+    "rigsa.errors": ("RigsaError",),
+    "rigsa.inspection": ("describe", "intersection", "overlap", "plot_densities", "union"),
+    "rigsa.saving": ("load_adapter", "save_adapter"),
+    "rigsa.state": ("restore_snapshot", "snapshot"),
+    "rigsa.tickets": (
+        "TicketReport", "gradient_ticket", "magnitude_ticket", "prune", "random_ticket", "set_ticket",
+    ),
+    "rigsa_kernels": (
+        "GatedSparseLinear", "MaskedAdamW", "SparsePattern", "__version__", "adapter_summary", "gated_linears",
+        "merge_linears", "parameter_groups", "replace_linears", "restore_linears", "stepping_in_backward",
+    ),
+}  # fmt: skip
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The names above, once one is asked for: so the command line can answer Ctrl-C while PyTorch is imported."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import rigsa_kernels
+    """A name of the library, from its module, which is imported when the first of its names is asked for.
 
-    return getattr(rigsa_kernels, name)
+    So nothing imports PyTorch before the command line can answer Ctrl-C, nor transformers before it is needed.
+    """
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    from rigsa import checkpoints  # noqa: F401  # models that are adapted from now on save and load in its ways
+
+    return globals().setdefault(name, getattr(importlib.import_module(_HOME[name]), name))
+
+
+__all__ = [
+    "AdapterCheckpoints",
+    "Adapters",
+    "GatedSparseLinear",
+    "MaskedAdamW",
+    "PruningLevels",
+    "RigsaError",
+    "SparsePattern",
+    "TicketReport",
+    "__version__",
+    "adapter_off",
+    "adapter_summary",
+    "describe",
+    "gated_linears",
+    "gradient_ticket",
+    "intersection",
+    "load_adapter",
+    "magnitude_ticket",
+    "merge_linears",
+    "overlap",
+    "parameter_groups",
+    "plot_densities",
+    "prune",
+    "random_ticket",
+    "replace_linears",
+    "restore_linears",
+    "restore_snapshot",
+    "save_adapter",
+    "set_ticket",
+    "snapshot",
+    "stepping_in_backward",
+    "union",
+]

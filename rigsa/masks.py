@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -98,13 +98,23 @@ def prune(
         where Zhou et al. draw at random.
 
     Raises:
-        ValueError: `keep_fraction` out of range, `criterion` unknown, a value is not finite, or a layer would be left
-            empty (named).
+        ValueError: `keep_fraction` out of range, `criterion` or `ranking` unknown, a value is not finite, or a layer
+            would be left empty (named).
     """
+    kept, counts = prune_by_layer(layers, keep_fraction=keep_fraction, ranking=ranking, criterion=criterion)
+    free = sum(layer.pattern.nnz for layer in layers.values())
+    return kept, PruneCounts(free, sum(counts.values()), sum(pattern.nnz for pattern in kept.values()))
+
+
+def prune_by_layer(
+    layers: Mapping[str, TrainedLayer], *, keep_fraction: float, ranking: Ranking, criterion: str = "rigsa"
+) -> tuple[dict[str, SparsePattern], dict[str, int]]:
+    """`prune`, with the number of eligible entries of each layer instead of the sums."""
     if not 0 < keep_fraction <= 1:
         raise ValueError(f"keep_fraction: expected more than 0 and at most 1, got {keep_fraction}")
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
+    check_ranking(ranking)
     if criterion == "rigsa":
         kept, counts = _share_of_same_sign(layers, keep_fraction, ranking)
     else:
@@ -115,8 +125,13 @@ def prune(
                 f"keep_fraction: {keep_fraction} leaves {name} empty "
                 f"({counts[name]} eligible entries of {layers[name].pattern.nnz}); prune less, or fewer levels"
             )
-    free = sum(layer.pattern.nnz for layer in layers.values())
-    return kept, PruneCounts(free, sum(counts.values()), sum(pattern.nnz for pattern in kept.values()))
+    return kept, counts
+
+
+def check_ranking(ranking: str) -> None:
+    """Raises ValueError where it is no `Ranking`."""
+    if ranking not in get_args(Ranking):
+        raise ValueError(f"ranking: expected one of {', '.join(get_args(Ranking))}, got {ranking!r}")
 
 
 def _share_of_same_sign(
@@ -208,10 +223,12 @@ def largest_patterns(
         Name to packed pattern. Among equals the first in storage order are kept.
 
     Raises:
-        ValueError: `density` out of range, a score is no matrix or not finite, or a layer would be left empty (named).
+        ValueError: `density` out of range, `ranking` unknown, a score is no matrix or not finite, or a layer would be
+            left empty (named).
     """
     if not 0 < density <= 1:
         raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
+    check_ranking(ranking)
     for name, matrix in scores.items():
         if matrix.dim() != 2:
             raise ValueError(f"scores: expected an [N, K] matrix for {name}, got {list(matrix.shape)}")

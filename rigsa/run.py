@@ -235,7 +235,7 @@ def utf8_path(text: str) -> Path:
 
 
 def configure(options: argparse.Namespace, device: str = "auto") -> Config:
-    """The preset with what the command line overrides; `device` is the one that ``auto`` stands for."""
+    """The preset's configuration with the options of the command line; ``auto`` stands for `device`."""
     given = given_fields(options)
     named = given.get("device", "auto")
     return dataclasses.replace(PRESETS[options.preset](options.method, device if named == "auto" else named), **given)
@@ -388,7 +388,7 @@ def run_chat(options: argparse.Namespace) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep what other libraries say on every start out of our output; errors still show."""
+    """Silence what other libraries print on every start. Their errors still show."""
     import transformers
 
     transformers.logging.set_verbosity_error()

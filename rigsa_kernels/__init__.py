@@ -3,14 +3,25 @@
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.init import layer_key, uniform_init
 from rigsa_kernels.linear import GatedSparseLinear, composed_is_safe
+from rigsa_kernels.merging import merge_linears, rounding_losses, unmerge_linears
 from rigsa_kernels.ops import gated_linear
-from rigsa_kernels.optim import MaskedAdamW
-from rigsa_kernels.replace import adapter_summary, gated_linears, merge_linears, replace_linears, restore_linears
+from rigsa_kernels.optim import MaskedAdamW, parameter_groups, stepping_in_backward
+from rigsa_kernels.parametrized import GatedSparseWeight
+from rigsa_kernels.replace import (
+    adapter_summary,
+    gated_linears,
+    left_out,
+    replace_linears,
+    restore_linears,
+    restore_weights,
+)
+from rigsa_kernels.verify import verify_adapted
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GatedSparseLinear",
+    "GatedSparseWeight",
     "MaskedAdamW",
     "SparsePattern",
     "adapter_summary",
@@ -18,8 +29,15 @@ __all__ = [
     "gated_linear",
     "gated_linears",
     "layer_key",
+    "left_out",
     "merge_linears",
+    "parameter_groups",
     "replace_linears",
     "restore_linears",
+    "restore_weights",
+    "rounding_losses",
+    "stepping_in_backward",
     "uniform_init",
+    "unmerge_linears",
+    "verify_adapted",
 ]

@@ -1,31 +1,43 @@
-"""Which of two ways a layer's products take: the written rule, and how to override it.
+"""Which way a layer's products and gradients take: the written rule, and how to override it.
 
 *fused*: one kernel puts the weight tile together and multiplies it; nothing of the size of the matrix is kept.
-*gemm*: a matrix is kept over the step (``W0 + alpha * D`` when composed, D when exact), and the library multiplies it.
+*gemm*: the library multiplies a plain matrix. A packed ticket that composes takes its own weight, which holds
+``W0 + alpha * D`` while passes need it (`rigsa_kernels.in_place`). Everything else keeps a matrix over the step: the
+sum of a dense difference, or D alone where two products are asked for.
 
 | device | operand dtype | layer | path | why |
 |---|---|---|---|---|
 | CPU | any | matrix | gemm | there is no kernel; the matrix is made once a step instead of once a micro-batch |
 | any | any | NF4 | fused | a 16-bit copy is what four bits are there to avoid (on a CPU: dequantised in each call) |
+| CUDA 9.0 and newer | any | matrix | gemm | measured on an H200: the fused product takes 17 to 42 times cuBLAS's time |
+| CUDA | any | packed, composed | gemm | nothing is kept, and no kernel is faster than the library's plain product |
 | CUDA | float64, float32 | matrix | gemm | no tensor cores at full precision, so nothing hides the decoding |
 | CUDA | 16-bit | N or K not a multiple of 16 | gemm | asynchronous copies of 128 bits need aligned rows |
 | CUDA | 16-bit | up to 16 tokens a call | gemm | generation reads each weight once: 2 bytes of a kept matrix, not 4 |
-| CUDA | 16-bit | any other | fused | no copy, for up to 4 % of a product's time (a dense float32 D: 23 %) |
+| CUDA 8.x | 16-bit | any other | fused | no copy; not measured on a GPU of this kind |
 
-The density decides nothing: a packed tile costs the same instructions at any density, because loads of entries that are
-not free are switched off, not skipped. The numbers are predictions from the compiled kernels
-(``python -m rigsa_kernels.inspect``); the rule was not measured on a GPU.
+The gradient at the pattern is one kernel on CUDA 8.x in 16 bits. Elsewhere on CUDA the library makes the whole product
+and a kernel reads the entries from it: measured on an H200, the one kernel takes 2.3 to 6 times as long.
+
+docs/benchmarks/gpu has the measurements.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, get_args
 
 import torch
 
 Path = Literal["fused", "gemm"]
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes in which composing can lose the adapter."""
 GENERATION_TOKENS = 16
 ALIGNED_ENTRIES = 16
+HOPPER = 90
+"""Compute capability from which the library's products win everywhere."""
+REFERENCE_ARCHITECTURE = 89
+"""Compute capability that is planned for where there is no GPU to ask: an RTX 4090's."""
 
 
 def choose_path(
@@ -35,6 +47,7 @@ def choose_path(
     tokens: int,
     *,
     nf4: bool = False,
+    in_place: bool = False,
     force: Path | None = None,
 ) -> Path:
     """The path of one call.
@@ -44,13 +57,14 @@ def choose_path(
         shape: (N, K) of the layer.
         tokens: M, the rows of x.
         nf4: whether W0 is in four bits.
+        in_place: whether the layer can multiply by its own weight, composed.
         force: take this path instead of the rule's.
 
     Raises:
         ValueError: `force` is unknown, or that path cannot run here.
     """
     if force is None:
-        return _rule(device, dtype, shape, tokens, nf4)
+        return _rule(device, dtype, shape, tokens, nf4, in_place)
     if force not in get_args(Path):
         raise ValueError(f"force: expected one of {', '.join(get_args(Path))} or None, got {force!r}")
     if force == "gemm" and nf4:
@@ -64,9 +78,25 @@ def choose_path(
     return force
 
 
-def _rule(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], tokens: int, nf4: bool) -> Path:
+def _rule(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], tokens: int, nf4: bool, in_place: bool
+) -> Path:
     if nf4:
         return "fused"
-    if device.type != "cuda" or tokens <= GENERATION_TOKENS or dtype not in (torch.bfloat16, torch.float16):
+    if in_place or tokens <= GENERATION_TOKENS or not kernels_win(device, dtype):
         return "gemm"
     return "fused" if all(size % ALIGNED_ENTRIES == 0 for size in shape) else "gemm"
+
+
+def kernels_win(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our own products and gradients are taken on `device` where nothing else speaks against them."""
+    return device.type == "cuda" and dtype in HALF_DTYPES and architecture(device.index) < HOPPER
+
+
+@functools.cache  # asking the driver takes longer than a launch
+def architecture(index: int | None) -> int:
+    """Compute capability of a GPU, as 89 for 8.9; `REFERENCE_ARCHITECTURE` where there is none."""
+    if not torch.cuda.is_available():
+        return REFERENCE_ARCHITECTURE
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor

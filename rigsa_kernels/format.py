@@ -18,6 +18,7 @@ Bit mask, offsets and base cost 0.19 byte a weight; a bf16 matrix costs 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,12 @@ MAX_IN_FEATURES = 65_536
 class SparsePattern:
     """The free entries of an ``[out_features, in_features]`` matrix. Make one with `dense` or `from_mask`.
 
+    A packed pattern is its bit mask: `word_offsets` and `row_base` follow from `words`, so files hold `words` alone and
+    whoever reads one counts them again (`from_words`). A pattern is never changed in place.
+
+    Raises:
+        ValueError: `in_features` exceeds `MAX_IN_FEATURES`.
+
     Attributes:
         out_features, in_features: N and K.
         nnz: number of free entries.
@@ -47,6 +54,10 @@ class SparsePattern:
     words: Tensor | None = None
     word_offsets: Tensor | None = None
     row_base: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.in_features > MAX_IN_FEATURES:
+            raise ValueError(f"in_features: expected at most {MAX_IN_FEATURES} columns, got {self.in_features}")
 
     @classmethod
     def dense(cls, out_features: int, in_features: int) -> SparsePattern:
@@ -64,16 +75,22 @@ class SparsePattern:
             raise ValueError(f"mask: expected a boolean [N, K] tensor, got {mask.dtype} {list(mask.shape)}")
         if mask.shape[1] > MAX_IN_FEATURES:
             raise ValueError(f"mask: expected at most {MAX_IN_FEATURES} columns, got {mask.shape[1]}")
-        words = pack_bits(mask)
-        return cls.from_words(words, mask.shape[1])
+        return cls.from_words(pack_bits(mask), mask.shape[1])
 
     @classmethod
     def from_words(cls, words: Tensor, in_features: int) -> SparsePattern:
-        """A packed pattern from its bit mask alone; offsets and bases are counted again.
+        """A packed pattern from its bit mask alone, which is copied; offsets and bases are counted again.
+
+        Args:
+            words: int32 ``[ceil(K / 32), N]``; who holds it may write to it afterwards.
+            in_features: K.
 
         Raises:
-            ValueError: the shape of `words` does not fit `in_features`, or a bit beyond the last column is set.
+            ValueError: K exceeds `MAX_IN_FEATURES`, the shape of `words` does not fit it, a bit beyond
+                the last column is set, or there are 2**31 free entries or more.
         """
+        if not 0 <= in_features <= MAX_IN_FEATURES:
+            raise ValueError(f"in_features: expected at most {MAX_IN_FEATURES} columns, got {in_features}")
         num_words = -(-in_features // WORD_BITS)
         if words.dtype != torch.int32 or words.dim() != 2 or words.shape[0] != num_words:
             raise ValueError(
@@ -83,7 +100,7 @@ class SparsePattern:
         beyond = num_words * WORD_BITS - in_features
         if beyond and (words[-1] >> (WORD_BITS - beyond) != 0).any():
             raise ValueError(f"words: a bit beyond column {in_features - 1} is set, so the mask is damaged")
-        words = words.contiguous()
+        words = words.clone(memory_format=torch.contiguous_format)
         counts = popcount(words)
         per_row = counts.sum(0)
         nnz = int(per_row.sum())
@@ -120,7 +137,11 @@ class SparsePattern:
 
     def to(self, device: torch.device | str) -> SparsePattern:
         """The same pattern with its index tensors on `device`."""
-        return SparsePattern(*self.shape, self.nnz, *(tensor.to(device) for tensor in self.tensors))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SparsePattern:
+        """The same pattern with `function` of each index tensor in its place: what moves or copies it as a whole."""
+        return SparsePattern(*self.shape, self.nnz, *map(function, self.tensors))
 
     def to_mask(self) -> Tensor:
         """Boolean ``[N, K]``, True where an entry is free."""

@@ -158,10 +158,8 @@ def uniform_init(
     Raises:
         ValueError: `seed`, `key` or `bound` out of range.
     """
-    columns = shape[-1] if shape else 1
-    rows = torch.Size(shape[:-1]).numel()
-    matrix = initial_values(SparsePattern.dense(rows, columns), bound, seed=seed, key=key, dtype=dtype, device=device)
-    return matrix.view(shape)
+    column = SparsePattern.dense(torch.Size(shape).numel(), 1)  # entries are numbered in row-major order, so any shape
+    return initial_values(column, bound, seed=seed, key=key, dtype=dtype, device=device).view(shape)
 
 
 def check_stream(seed: int, key: int) -> None:

@@ -4,40 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast, get_args
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from rigsa_kernels import ops, reference
-from rigsa_kernels.dispatch import Path, choose_path
+from rigsa_kernels import ops
+from rigsa_kernels.dispatch import GENERATION_TOKENS, HALF_DTYPES, Path, choose_path
 from rigsa_kernels.format import SparsePattern, carry
+from rigsa_kernels.in_place import InPlaceWeight, Peers, optimizer_steps, restore
 from rigsa_kernels.init import initial_values
 from rigsa_kernels.nf4 import dequantize, is_nf4_linear, nf4_base
+from rigsa_kernels.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
 Numerics = Literal["auto", "exact", "composed"]
-T = TypeVar("T")
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-"""Where composing can lose the adapter."""
 ALPHA_INIT = 1e-6
 """The gate's initial value (RIGSA, section 3)."""
-
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-# PyTorch's fused optimisers change parameters without raising their version counters, so steps are counted as well.
-register_optimizer_step_post_hook(_count_optimizer_step)
+_claims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""A weight, and a weak reference to the layer that composes it in place."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -57,18 +48,43 @@ def _same_words(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def rms(tensor: Tensor) -> Tensor:
-    """Root mean square in float32; 0 for an empty tensor."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32) / math.sqrt(max(tensor.numel(), 1))
+    """Root mean square in float32 (float64 of float64); 0 for an empty tensor."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dtype=dtype) / math.sqrt(max(tensor.numel(), 1))
 
 
 def composed_is_safe(alpha: Tensor, values: Tensor, weight_rms: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Whether rounding ``W0 + alpha * D`` to `dtype` keeps the adapter: a boolean tensor, shape ``(1,)``.
 
-    The rule is ``|alpha| * rms(D) >= eps * rms(W0)`` with the dtype's eps. tests/test_numerics.py holds what it rests
-    on: in bfloat16, the whole adapter term reaches y at the threshold, with about 20 % noise, a third of it at a tenth
-    of the threshold and next to nothing at a hundredth. In float32 and float64 composing is always safe.
+    The rule is ``|alpha| * rms(D) >= eps * rms(W0)`` with the dtype's eps. `weight_rms` is that of W0 at the free
+    entries, where the sum is rounded. tests/kernels/test_numerics.py holds what the rule rests on: in bfloat16, the
+    whole adapter term reaches y at the threshold, with about 20 % noise, a third of it at a tenth of the threshold and
+    next to nothing at a hundredth. In float32 and float64 composing is always safe.
     """
     return alpha.abs() * rms(values) >= torch.finfo(dtype).eps * weight_rms
+
+
+@dataclass(slots=True, frozen=True)
+class _Way:
+    """How a layer computes, and what that decision rests on.
+
+    The way of the last call serves the next one as long as nothing has changed that it rests on: the parameters, the
+    layer's settings, autocast, the dtype of x, and whether there are few tokens.
+
+    Attributes:
+        dtype: of the products.
+        exact: two products or one; a flag on the device where a fused kernel decides.
+        operand: the matrix to multiply by; None for the fused kernel.
+        base: the frozen weight as operators take it; empty where `operand` says it all.
+    """
+
+    made_from: Snapshot
+    settings: tuple[object, ...]
+    dtype: torch.dtype
+    exact: bool | Tensor
+    operand: Tensor | None
+    base: list[Tensor]
+    pattern: list[Tensor]
 
 
 class GatedSparseLinear(nn.Module):
@@ -90,18 +106,23 @@ class GatedSparseLinear(nn.Module):
         values_dtype: of `rigsa_values`; float32 by default (float64 beside a float64 weight), because in bfloat16 a
             small update rounds to nothing unless the optimiser rounds stochastically (`MaskedAdamW` does).
         numerics: ``"exact"`` (two products), ``"composed"`` (one, over the rounded sum) or ``"auto"``: composed where
-            that keeps the adapter, which is always in float32 and float64, and by `composed_is_safe`, once a step, in
-            bfloat16 and float16: decided by the host on a CPU and by the device in a fused kernel. Where a CUDA layer
-            takes the gemm path the host would have to wait for the answer, so 16-bit layers are exact there.
+            that keeps the adapter (`composed_is_safe`), which is always in float32 and float64. In bfloat16 and float16
+            `auto` decides once a step on a CPU. On a GPU a fused kernel decides by itself; elsewhere the host decides
+            in evaluation mode, and in training, where it must not wait for the device, goes by what `MaskedAdamW` has
+            found (exact until then, and with other optimisers).
         force: ``"fused"`` or ``"gemm"`` in place of the rule in `rigsa_kernels.dispatch`.
+        in_place: whether a packed pattern may be composed into the weight itself (`rigsa_kernels.in_place`). False
+            keeps `weight` as it is at any moment, for a base whose weights other modules read, and costs a second
+            matrix.
 
     Raises:
         ValueError: `linear` is neither of the two, or an argument is out of range; in `forward`, `force` names a path
             that cannot run there.
 
-    On the gemm path the matrix that every call of a step needs (W0 + alpha D when composed, D in the weight's dtype
-    when exact) is made once and kept until an optimiser steps or a parameter's version counter moves (a write through
-    ``.data`` outside an optimiser moves neither). It is not part of the state dict.
+    With a packed pattern, `weight` holds ``W0 + alpha * D`` from a pass until the optimiser's next step or
+    `restore_weight`. `frozen_matrix`, state dicts and copies show W0 at any time. On the other paths the matrix that
+    every call of a step needs is made once and kept until an optimiser steps or a parameter changes (a write through
+    ``.data`` outside an optimiser is not seen). It is not part of the state dict.
 
     Where `enabled` is set to False, the layer is the frozen one alone; nothing that is trained or saved changes.
     """
@@ -110,6 +131,10 @@ class GatedSparseLinear(nn.Module):
     rigsa_words: Tensor | None
     rigsa_word_offsets: Tensor | None
     rigsa_row_base: Tensor | None
+    rule_device: torch.device | None = None
+    """The device by whose rule a path is chosen; None for the operands'. For plans of a device that is not there."""
+    exact_in_training: bool = True
+    """What `auto` goes by in training on a GPU, where the host must not ask. `MaskedAdamW` sets it."""
 
     def __init__(
         self,
@@ -124,6 +149,7 @@ class GatedSparseLinear(nn.Module):
         values_dtype: torch.dtype | None = None,
         numerics: Numerics = "auto",
         force: Path | None = None,
+        in_place: bool = True,
     ) -> None:
         super().__init__()
         self.is_nf4 = is_nf4_linear(linear)
@@ -138,19 +164,35 @@ class GatedSparseLinear(nn.Module):
         if not math.isfinite(alpha_init):
             raise ValueError(f"alpha_init: expected a finite number, got {alpha_init}")
         self.out_features, self.in_features = linear.out_features, linear.in_features
-        self.seed, self.key, self.numerics, self.force = seed, key, numerics, force
+        self.seed, self.key, self.numerics, self.force, self.in_place = seed, key, numerics, force, in_place
         self.alpha_init, self.bound = alpha_init, init_scale / math.sqrt(linear.in_features)
         self.weight = linear.weight.requires_grad_(False)
-        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))
         self._origin = (linear,)  # in a tuple, or it would be a submodule
-        self._kept: dict[str, tuple[object, Any]] = {}
-        self._last: tuple[object, str, Tensor] | None = None
+        self._start()
+        self.join(Peers())
         combine_dtype = torch.promote_types(self.dtype, torch.float32)
         self._values_dtype = values_dtype or combine_dtype
         if alpha is None:
             alpha = nn.Parameter(torch.empty(1, dtype=combine_dtype, device=self.weight.device))
         self.rigsa_alpha = alpha
         self.set_pattern(pattern or SparsePattern.dense(self.out_features, self.in_features))
+
+    def _start(self) -> None:
+        """Nothing is composed, and no way is known."""
+        self.in_place_weight: InPlaceWeight | None = None
+        self._way: _Way | None = None
+        self._base_kept: tuple[Snapshot, torch.dtype, list[Tensor]] | None = None
+        self._weight_rms: tuple[Snapshot, Tensor] | None = None
+        self._threshold: Tensor | None = None
+        self._was_exact: bool | None = None
+        # FSDP and functional_call put another tensor in the weight's place for a pass, which must not be written to.
+        self._home = weakref.ref(self.weight)
+
+    def join(self, peers: Peers) -> None:
+        """Be composed and restored together with the layers of `peers`."""
+        self._peers = peers
+        peers.join(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,6 +206,7 @@ class GatedSparseLinear(nn.Module):
 
     def restored(self) -> nn.Linear:
         """The linear layer that was adapted, with its present weight and bias."""
+        self.restore_weight()
         (linear,) = self._origin
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
         return linear.train(self.training)
@@ -181,9 +224,7 @@ class GatedSparseLinear(nn.Module):
             raise ValueError(
                 "merged: W0 is in four bits, which have no room for a difference; load it in 16 or 32 bits"
             )
-        weight = torch.ops.rigsa.compose(
-            self.weight, self.rigsa_values.detach(), self.rigsa_alpha.detach(), self.pattern.tensors
-        )
+        weight = self._composed(self.frozen_matrix())
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")  # draws no weight
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias  # type: ignore[assignment]
         return linear.train(self.training)
@@ -196,7 +237,7 @@ class GatedSparseLinear(nn.Module):
         """
         if self.numerics == "composed" or self.dtype not in HALF_DTYPES:
             return False
-        return bool(self.rigsa_alpha * rms(self.rigsa_values)) and not self._is_safe(self.dtype).item()
+        return bool(self.rigsa_alpha * rms(self.rigsa_values)) and not self.is_safe(self.dtype).item()
 
     @property
     def pattern(self) -> SparsePattern:
@@ -245,161 +286,328 @@ class GatedSparseLinear(nn.Module):
         return places
 
     def _adopt_indices(self, pattern: SparsePattern) -> None:
-        self._forget()
+        self.restore_weight()
+        self._start()
         self.register_buffer("rigsa_words", pattern.words)
         self.register_buffer("rigsa_word_offsets", pattern.word_offsets)
         self.register_buffer("rigsa_row_base", pattern.row_base)
 
+    @torch.no_grad()
     def composed_threshold(self) -> float:
         """The |alpha| from which composing in the layer's dtype keeps the adapter (`composed_is_safe`)."""
-        weight_rms, delta_rms = rms(self.frozen_matrix()), rms(self.rigsa_values.detach())
-        return (torch.finfo(self.dtype).eps * weight_rms / delta_rms).item()
+        return (torch.finfo(self.dtype).eps * self._free_weight_rms() / rms(self.rigsa_values)).item()
 
     def delta(self) -> Tensor:
         """``m . D`` as an ``[N, K]`` matrix in the values' dtype, without alpha."""
         return self.pattern.scatter(self.rigsa_values.detach())
 
+    def frozen_matrix(self) -> Tensor:
+        """W0 as an ``[N, K]`` matrix in `dtype`: decoded behind NF4, a copy where `weight` can be composed in place."""
+        if self.in_place_weight is not None:
+            return self.in_place_weight.frozen()
+        return dequantize(self._base(self.dtype), (self.out_features, self.in_features), self.dtype)
+
+    def kept_tensors(self) -> list[Tensor]:
+        """What is kept from one pass to the next beside parameters and buffers."""
+        kept = list(self._base_kept[2]) if self._base_kept is not None and not self.is_nf4 else []
+        if self.in_place_weight is not None:
+            kept.append(self.in_place_weight.base_values)
+        elif self._way is not None and self._way.operand is not None:
+            kept.append(self._way.operand)
+        return kept
+
+    def restore_weight(self) -> None:
+        """Bring W0 back into `weight`, bit for bit. The next pass composes it again."""
+        if self.in_place_weight is not None:
+            restore([self.in_place_weight])
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``; under autocast in its dtype, else in `dtype`, to which x is cast."""
-        without_grad = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        stamp = self._stamp(x) if without_grad else None
-        if without_grad and self._last is not None:
-            last_stamp, last_device, matrix = self._last
-            if last_stamp == stamp and not torch.is_autocast_enabled(last_device):
-                return F.linear(x, matrix, self.bias)
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.dtype
+        if torch.compiler.is_compiling():
+            return self._traced_forward(x)
+        weight, values, alpha = self._trio()
+        settings, way = self._settings(x), self._way
+        if way is None or way.settings != settings or not way.made_from.is_of(weight, values, alpha):
+            self._way = None  # or it would keep the matrix before the next one
+            way = self._way = self._find_way(x, settings)
+        if x.is_cuda and self.training and torch.cuda.is_current_stream_capturing():
+            self._refuse_capture(way)
+        bias, dtype = self.bias, way.dtype
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        if x.dtype != dtype:
+            x = x.to(dtype)
         if not self.enabled:
-            return self._frozen(x.to(dtype), dtype)
-        exact, operand = self._way(x, dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        if operand is not None and not exact and without_grad:
-            if x.dtype == dtype and bias is self.bias and not autocast:
-                self._last = stamp, device, operand
-            return F.linear(x.to(dtype), operand, bias)
-        return ops.gated_linear(
-            x.to(dtype), self._base(dtype), bias, self.rigsa_values, self.rigsa_alpha, self.pattern,
-            exact=exact, operand=operand,
+            return F.linear(x, dequantize(way.base, (self.out_features, self.in_features), dtype), bias)
+        if way.operand is not None and not way.exact and not torch.is_grad_enabled():
+            return F.linear(x, way.operand, bias)
+        return ops.apply_gated_linear(x, way.base, bias, values, alpha, way.pattern, way.exact, way.operand)
+
+    def _settings(self, x: Tensor) -> tuple[object, ...]:
+        """What a way rests on beside the parameters."""
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return (
+            optimizer_steps(), self.enabled, self.numerics, self.force, self.in_place, self.training, x.dtype, autocast,
+            x.numel() <= GENERATION_TOKENS * self.in_features, self.exact_in_training,
         )  # fmt: skip
 
-    def _way(self, x: Tensor, dtype: torch.dtype) -> tuple[bool | Tensor, Tensor | None]:
-        """How this call is computed: `exact` and `operand` of `ops.gated_linear`."""
-        tokens, shape = x.numel() // max(self.in_features, 1), (self.out_features, self.in_features)
-        if choose_path(x.device, dtype, shape, tokens, nf4=self.is_nf4, force=self.force) == "fused":
-            return self._exact_flag(dtype), None
-        if torch.compiler.is_compiling():
-            return self._is_exact(dtype), None  # a traced graph holds no state of ours: each call makes the matrix
-        return self._keep("operand", (dtype, self.numerics, self._versions()), lambda: self._make_operand(dtype))
+    def _find_way(self, x: Tensor, settings: tuple[object, ...]) -> _Way:
+        """Decide how to compute, and make the matrix that it takes. A matrix outlives a pass in inference mode."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
+        dtype, pattern = self._compute_dtype(x), self.pattern.tensors
+        with torch.inference_mode(False), torch.no_grad():
+            if self.enabled:
+                exact, operand, base = self._choose(x, dtype)
+            else:
+                self.restore_weight()
+                exact, operand, base = False, None, self._base(dtype)
+        return _Way(Snapshot(*self._trio()), settings, dtype, exact, operand, base, pattern)
 
-    def _stamp(self, x: Tensor) -> tuple[object, ...]:
-        """Where a call without gradients has the last one's, so is its matrix: a token of text waits for every layer's
-        host time, and to find the way again takes most of it (docs/benchmarks.md)."""
-        return (*self._versions(), x.shape, x.dtype, self.enabled, self.numerics, self.force)
+    def _choose(self, x: Tensor, dtype: torch.dtype) -> tuple[bool | Tensor, Tensor | None, list[Tensor]]:
+        """`exact`, `operand` and `base` of a way."""
+        device, tokens = self.rule_device or x.device, x.numel() // max(self.in_features, 1)
+        may_write = self._may_write(dtype)
+        exact = self._is_exact(dtype) if may_write else None
+        path = choose_path(
+            device, dtype, (self.out_features, self.in_features), tokens,
+            nf4=self.is_nf4, in_place=may_write and not exact, force=self.force,
+        )  # fmt: skip
+        if path == "fused":
+            self.restore_weight()
+            return self._exact_flag(dtype), None, self._base(dtype)
+        if exact is None:
+            exact = self._is_exact(dtype)
+        self._log_switch(exact)
+        if not exact and may_write and self._compose_in_place():
+            return False, self.weight, []
+        self.restore_weight()
+        base = self._base(dtype)
+        if exact:
+            # A dense difference is at hand. A packed one is scattered for each product, and no matrix is kept.
+            dense = self.rigsa_values.detach().to(dtype) if self.rigsa_words is None else None
+            return True, dense, base
+        return False, self._composed(self.weight.detach()).to(dtype), []
 
-    def _frozen(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The layer that was adapted."""
-        weight = dequantize(self._base(dtype), (self.out_features, self.in_features), dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(dtype))
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """Autocast leaves float64 layers alone, as it does nn.Linear."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        return self.dtype
+
+    def _composed(self, frozen: Tensor) -> Tensor:
+        """``W0 + alpha * D``, a new matrix in W0's dtype, with the bits that composing in place gives."""
+        values, alpha, pattern = self.rigsa_values.detach(), self.rigsa_alpha.detach(), self.pattern.tensors
+        if not pattern:
+            return torch.ops.rigsa.compose(frozen, values, alpha, pattern)
+        matrix, base_values = frozen.clone(), frozen.new_empty(values.numel())
+        torch.ops.rigsa.gather_free_([base_values], [matrix], pattern)
+        torch.ops.rigsa.compose_free_([matrix], [base_values], [values], [alpha], pattern)
+        return matrix
+
+    def _may_write(self, dtype: torch.dtype) -> bool:
+        """Whether composing in place is open to this layer: a packed difference over a weight that is its own."""
+        weight = self._trio()[0]
+        return (
+            self.in_place
+            and not self.is_nf4
+            and self.rigsa_words is not None
+            and dtype == weight.dtype
+            and self._home() is weight
+            and weight.is_contiguous()
+            and not weight.is_inference()
+            and not getattr(self, "_is_replica", False)
+        )
+
+    def _compose_in_place(self) -> bool:
+        """Have `weight` hold the sum. False where another layer writes into it; neither does from then on."""
+        own = self.in_place_weight
+        if own is not None and not own.check_untouched():
+            own = self.in_place_weight = self._weight_rms = None
+        if own is None:
+            if not self._claim_weight():
+                return False
+            own = self.in_place_weight = InPlaceWeight(self.weight, self.pattern)
+        if not own.holds(self.rigsa_values, self.rigsa_alpha):
+            self._peers.compose(self)
+        return True
+
+    def _claim_weight(self) -> bool:
+        """False where another layer writes into this weight; then neither does any more."""
+        other = _claims.get(self.weight, lambda: None)()
+        if other is None or other is self or other.weight is not self.weight:
+            _claims[self.weight] = weakref.ref(self)
+            return True
+        for layer in (self, other):
+            layer.restore_weight()
+            layer.in_place, layer.in_place_weight, layer._way = False, None, None
+        return False
+
+    def awaits_composing(self) -> bool:
+        """Whether the last pass composed in place, and the weight does not hold the present sum."""
+        own = self.in_place_weight
+        return (
+            own is not None
+            and self.enabled
+            and self._home() is self._trio()[0]
+            and self._way is not None
+            and self._way.operand is self.weight
+            and own.check_untouched()
+            and not own.holds(self.rigsa_values, self.rigsa_alpha)
+        )
+
+    def _traced_forward(self, x: Tensor) -> Tensor:
+        """For torch.compile: a graph holds no state of ours, so each call makes the matrix from W0."""
+        dtype = self._compute_dtype(x)
+        weight, own = self.weight, self.in_place_weight
+        if own is not None and own.is_composed:
+            weight = torch.ops.rigsa.with_free(weight, own.base_values, own.pattern.tensors)
+        base = self._base(dtype) if self.is_nf4 else [weight.to(dtype)]
+        bias = None if self.bias is None else self.bias.to(dtype)
+        x = x.to(dtype)
+        if not self.enabled:
+            return F.linear(x, dequantize(base, (self.out_features, self.in_features), dtype), bias)
+        exact = self.numerics == "exact" or (self.numerics == "auto" and dtype in HALF_DTYPES)
+        return ops.gated_linear(x, base, bias, self.rigsa_values, self.rigsa_alpha, self.pattern, exact=exact)
 
     def _base(self, dtype: torch.dtype) -> list[Tensor]:
-        """The frozen weight as operators take it."""
-        if self.is_nf4:
-            return self._keep("base", self._weight_version, lambda: nf4_base(self.weight))
-        if dtype == self.weight.dtype or torch.compiler.is_compiling():
-            return [self.weight.to(dtype)]
-        return self._keep("base", (dtype, self._weight_version), lambda: [self.weight.to(dtype)])
+        """The frozen weight as operators take it, in `dtype`. What is decoded or cast for it is kept."""
+        weight = self._trio()[0]
+        if not self.is_nf4 and dtype == weight.dtype:
+            return [weight]
+        kept = self._base_kept
+        if kept is None or kept[1] != dtype or not kept[0].is_of(weight):
+            base = nf4_base(weight) if self.is_nf4 else [weight.to(dtype)]
+            kept = self._base_kept = Snapshot(weight), dtype, base
+        return kept[2]
 
     def _is_exact(self, dtype: torch.dtype) -> bool:
-        """The host's decision, for the gemm path."""
+        """The host's decision between two products and one."""
         if self.numerics != "auto":
             return self.numerics == "exact"
         if dtype not in HALF_DTYPES:
             return False
-        if torch.compiler.is_compiling() or self.weight.device.type != "cpu":
-            return True
-        return not self._is_safe(dtype).item()
+        if self.training and self.decides_by_optimizer():
+            return self.exact_in_training
+        return not self.is_safe(dtype).item()
+
+    def decides_by_optimizer(self) -> bool:
+        """Whether `exact_in_training` is what `auto` goes by (`rigsa_kernels.switching`)."""
+        return (self.rule_device or self.weight.device).type != "cpu"
+
+    def composing_norm(self) -> Tensor:
+        """``|alpha|`` times the 2-norm of the values from which composing is safe: a scalar on the layer's device.
+
+        `composed_is_safe` with its root of the count on the other side. It changes with the pattern only.
+        """
+        weight_rms = self._free_weight_rms()
+        if self._threshold is None:
+            root = math.sqrt(max(self.rigsa_values.numel(), 1))
+            self._threshold = torch.finfo(self.dtype).eps * root * weight_rms
+        return self._threshold
 
     def _exact_flag(self, dtype: torch.dtype) -> Tensor:
         """The device's decision, for the fused path: a boolean of shape ``(1,)`` that nobody waits for."""
-        if self.numerics == "auto" and dtype in HALF_DTYPES and not torch.compiler.is_compiling():
-            return self._keep("exact_flag", (dtype, self._versions()), lambda: ~self._is_safe(dtype))
-        return torch.full((1,), self._is_exact(dtype), dtype=torch.bool, device=self.rigsa_alpha.device)
+        if self.numerics == "auto" and dtype in HALF_DTYPES:
+            return ~self.is_safe(dtype)
+        exact = self.numerics == "exact"
+        return torch.full((1,), exact, dtype=torch.bool, device=self.rigsa_alpha.device)
 
-    def _is_safe(self, dtype: torch.dtype) -> Tensor:
-        weight_rms = self._keep("weight_rms", self._weight_version, lambda: rms(self.frozen_matrix()))
-        return composed_is_safe(self.rigsa_alpha.detach(), self.rigsa_values.detach(), weight_rms, dtype)
+    @torch.no_grad()
+    def is_safe(self, dtype: torch.dtype) -> Tensor:
+        """`composed_is_safe` of the layer as it is now: a boolean of shape ``(1,)`` on its device."""
+        alpha, values = self.rigsa_alpha.detach(), self.rigsa_values.detach()
+        return composed_is_safe(alpha, values, self._free_weight_rms(), dtype)
 
-    @property
-    def _weight_version(self) -> tuple[int, int]:
-        """Of a frozen weight: no optimiser moves it."""
-        return self.weight.data_ptr(), self.weight._version
+    def _free_weight_rms(self) -> Tensor:
+        """Of W0 at the free entries. It changes with the weight and the pattern only, so it is kept."""
+        weight, own = self._trio()[0], self.in_place_weight
+        if self._weight_rms is None or not (own is not None or self._weight_rms[0].is_of(weight)):
+            self._threshold = None
+            self._weight_rms = Snapshot(weight), rms(self._free_weight_entries())
+        return self._weight_rms[1]
 
-    def frozen_matrix(self) -> Tensor:
-        """W0 as an ``[N, K]`` matrix in `dtype`; decoded, behind NF4."""
-        return dequantize(self._base(self.dtype), (self.out_features, self.in_features), self.dtype)
+    def _free_weight_entries(self) -> Tensor:
+        if self.in_place_weight is not None:
+            return self.in_place_weight.base_values
+        entries = self.frozen_matrix()
+        if self.rigsa_words is not None:
+            matrix, entries = entries, entries.new_empty(self.rigsa_values.numel())
+            torch.ops.rigsa.gather_free_([entries], [matrix], self.pattern.tensors)
+        return entries
 
-    def _make_operand(self, dtype: torch.dtype) -> tuple[bool, Tensor]:
-        """Whether the gemm path is exact, and the matrix, in `dtype`, that every call of a step multiplies by."""
-        self._last = None  # or it would keep the matrix before this one
-        exact, before = self._is_exact(dtype), self._kept.get("operand")
-        if before is not None and before[1][0] != exact:
-            logger.info(
-                "%s x %s layer: %s from here on, at alpha = %.2e",
-                self.out_features, self.in_features, "exact" if exact else "composed", self.rigsa_alpha.item(),
-            )  # fmt: skip
-        if not exact:
-            return False, self._composed(dtype)
-        self._kept.pop("composed", None)  # no second matrix
-        pattern = self.pattern
-        return True, reference.delta_matrix(self.rigsa_values.detach(), pattern.shape, pattern.tensors, dtype)
+    def _log_switch(self, exact: bool) -> None:
+        if self._was_exact not in (None, exact):
+            how = "exact" if exact else "composed"
+            logger.info("%s x %s layer: %s from here on", self.out_features, self.in_features, how)
+        self._was_exact = exact
 
-    def _composed(self, dtype: torch.dtype) -> Tensor:
-        """``W0 + alpha D``: of a packed D, the one matrix of all steps, in which only the free entries are written."""
-        values, alpha, pattern = self.rigsa_values.detach(), self.rigsa_alpha.detach(), self.pattern
-        if pattern.is_dense or dtype != self.weight.dtype:
-            return torch.ops.rigsa.compose(self.weight, values, alpha, pattern.tensors).to(dtype)
-        weight = self.weight.detach()
-        made = self._keep("composed", self._weight_version, lambda: (weight.clone(), pattern.gather(weight)))
-        composed, base_values = made
-        torch.ops.rigsa.compose_(composed, base_values, values, alpha, pattern.tensors)
-        return composed
+    def _refuse_capture(self, way: _Way) -> None:
+        """A captured graph replays products; what is decided and written once a step would not be part of it."""
+        if self.enabled and (way.operand is not None or self.numerics == "auto"):
+            raise RuntimeError(
+                "CUDA graph: a layer in training cannot be captured, as its matrix is made outside the graph and a "
+                "replay would use an old one; capture in evaluation mode, or train without a graph"
+            )
 
-    def _keep(self, name: str, versions: object, make: Callable[[], T]) -> T:
-        """What `make` gives, remembered under `name` until `versions` change."""
-        kept = self._kept.get(name)
-        if kept is None or kept[0] != versions:
-            with torch.inference_mode(False), torch.no_grad():  # or backward could not save it
-                kept = self._kept[name] = (versions, make())
-        return cast(T, kept[1])
+    def _trio(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, values and gate, in an nn.DataParallel replica, too, which has no parameters."""
+        tensors: Any = self._parameters  # faster than a module's attributes
+        if "weight" not in tensors:
+            tensors = self.__dict__
+        return tensors["weight"], tensors["rigsa_values"], tensors["rigsa_alpha"]
 
-    def _forget(self) -> None:
-        self._kept.clear()
-        self._last = None
+    def _replicate_for_data_parallel(self) -> GatedSparseLinear:
+        """The copies that replicas get of the weight are made before this, so they must be of W0."""
+        own = self.in_place_weight
+        if own is not None and own.is_composed:
+            raise RuntimeError(
+                "weight: it holds W0 + alpha * D after a pass outside nn.DataParallel; call "
+                "rigsa.restore_weights(model) first"
+            )
+        self.in_place = False
+        return super()._replicate_for_data_parallel()
 
-    def _versions(self) -> tuple[int, ...]:
-        """These differ where the weight, the values or the gate have moved."""
-        # Faster than a module's attributes; nn.DataParallel's replicas have no parameters.
-        tensors: Any = self._parameters or self.__dict__
-        weight, values, alpha = tensors["weight"], tensors["rigsa_values"], tensors["rigsa_alpha"]
-        return (
-            _optimizer_steps, weight.data_ptr(), weight._version, values.data_ptr(), values._version,
-            alpha.data_ptr(), alpha._version,
-        )  # fmt: skip
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold W0 and nothing that was made from it."""
+        self.restore_weight()
+        made = ("in_place_weight", "_way", "_base_kept", "_weight_rms", "_threshold", "_home", "_made")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+        self._peers.join(self)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        """A state shows W0, in a matrix of its own where passes write into `weight`."""
+        if keep_vars:
+            self.restore_weight()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars and self._may_write(self.weight.dtype):
+            own = self.in_place_weight
+            destination[f"{prefix}weight"] = self.weight.detach().clone() if own is None else own.frozen()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         """A state brings its pattern along: a ticket loads into a dense layer, and the other way round."""
         alpha, words = (state_dict.get(f"{prefix}rigsa_{name}") for name in ("alpha", "words"))
         if alpha is not None and not alpha.isfinite().all():
             raise ValueError(f"{prefix}rigsa_alpha: expected a finite gate, got {alpha.item()}")
+        self.restore_weight()
+        self._start()
         if f"{prefix}rigsa_values" in state_dict and not _same_words(words, self.rigsa_words):
             dense = SparsePattern.dense(self.out_features, self.in_features)
             self.set_pattern(dense if words is None else SparsePattern.from_words(words, self.in_features))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        self._forget()
-        return super()._apply(fn, recurse)
+        self.restore_weight()
+        self._start()
+        result = super()._apply(fn, recurse)
+        self._home = weakref.ref(self.weight)
+        return result
 
     def extra_repr(self) -> str:
         return (

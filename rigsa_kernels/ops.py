@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rigsa_kernels import reference
+from rigsa_kernels import free_entries, reference  # noqa: F401 (free_entries defines operators)
+from rigsa_kernels.dispatch import kernels_win
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.library import define, on_first_use
 from rigsa_kernels.nf4 import num_weights
@@ -34,17 +36,25 @@ def _on_cuda(reference: Callable[..., Any], launcher: str) -> Callable[..., Any]
     return lambda operand, *others: (reference if operand.dtype == torch.float64 else kernel)(operand, *others)
 
 
+_FUSED_DVALUES = on_first_use("triton_grad.linear_dvalues")
+_GATHERED_DVALUES = on_first_use("triton_gather.linear_dvalues")
+
+
+def _dvalues_on_cuda(
+    dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The fused kernel where it wins (`rigsa_kernels.dispatch`), else the library's product and a gathering kernel."""
+    if x.dtype == torch.float64:
+        return reference.linear_dvalues(dy, x, values, alpha, pattern)
+    fused = kernels_win(x.device, x.dtype)
+    return (_FUSED_DVALUES if fused else _GATHERED_DVALUES)(dy, x, values, alpha, pattern)
+
+
 define(
     "compose(Tensor weight, Tensor values, Tensor alpha, Tensor[] pattern) -> Tensor",
     reference.compose,
     reference.compose,
     lambda weight, values, alpha, pattern: torch.empty_like(weight),
-)
-define(
-    "compose_(Tensor(a!) composed, Tensor base_values, Tensor values, Tensor alpha, Tensor[] pattern) -> ()",
-    reference.compose_,
-    reference.compose_,
-    lambda composed, base_values, values, alpha, pattern: None,
 )
 define(
     "add_scaled(Tensor base, Tensor term, Tensor alpha) -> Tensor",
@@ -68,15 +78,8 @@ define(
 define(
     "linear_dvalues(Tensor dy, Tensor x, Tensor values, Tensor alpha, Tensor[] pattern) -> (Tensor, Tensor)",
     reference.linear_dvalues,
-    _on_cuda(reference.linear_dvalues, "triton_grad.linear_dvalues"),
+    _dvalues_on_cuda,
     lambda dy, x, values, alpha, pattern: (torch.empty_like(values), torch.empty_like(alpha)),
-)
-define(
-    "linear_dvalues_(Tensor dy, Tensor x, Tensor values, Tensor alpha, Tensor[] pattern, Tensor(a!) dvalues,"
-    " Tensor(b!) dalpha) -> ()",
-    reference.linear_dvalues_,
-    _on_cuda(reference.linear_dvalues_, "triton_grad.linear_dvalues_"),
-    lambda dy, x, values, alpha, pattern, dvalues, dalpha: None,
 )
 
 
@@ -84,7 +87,9 @@ class _GatedLinear(torch.autograd.Function):
     """Saves x and pointers, never a dense matrix made for one call.
 
     `operand` is a matrix that outlives the step and takes the place of the fused products: the composed weight when not
-    `exact`, the difference in the weight's dtype when `exact`. `indices` are the base's tensors, then the pattern's.
+    `exact`, the difference in the weight's dtype when `exact`. Without an operand, `exact` is a flag on the device for
+    the fused products, or True: then the difference is made for each product and dropped. `indices` are the base's
+    tensors, then the pattern's; the base is empty where `operand` holds all that is multiplied by.
     """
 
     @staticmethod
@@ -92,21 +97,24 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, values, alpha, operand, exact if isinstance(exact, Tensor) else None, *indices)
         ctx.exact, ctx.num_base = exact, num_base
         base, pattern = list(indices[:num_base]), list(indices[num_base:])
-        if operand is None:
+        if isinstance(exact, Tensor):
             return torch.ops.rigsa.linear_fwd(x, base, bias, values, alpha, pattern, exact)
         if exact:
-            return torch.ops.rigsa.add_scaled(F.linear(x, base[0], bias), F.linear(x, operand), alpha)
+            operand = _delta(values, base[0], pattern) if operand is None else operand
+            return torch.ops.rigsa.add_scaled(F.linear(x, indices[0], bias), F.linear(x, operand), alpha)
         return F.linear(x, operand, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, values, alpha, operand, flag, *indices = ctx.saved_tensors
         base, pattern = indices[: ctx.num_base], indices[ctx.num_base :]
         dx = dbias = dvalues = dalpha = None
         if ctx.needs_input_grad[0]:
-            if operand is None:
+            if flag is not None:
                 dx = torch.ops.rigsa.linear_dx(dy, base, values, alpha, pattern, flag)
             elif ctx.exact:
+                operand = _delta(values, base[0], pattern) if operand is None else operand
                 dx = torch.ops.rigsa.add_scaled(dy @ base[0], dy @ operand, alpha)
             else:
                 dx = dy @ operand
@@ -115,6 +123,27 @@ class _GatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             dvalues, dalpha = torch.ops.rigsa.linear_dvalues(dy, x, values, alpha, pattern)
         return dx, dbias, dvalues, dalpha, None, None, None, *(None for _ in indices)
+
+
+def _delta(values: Tensor, like: Tensor, pattern: list[Tensor]) -> Tensor:
+    """A packed ``m . D`` as a matrix of the frozen weight's shape and dtype."""
+    matrix = torch.zeros_like(like)
+    torch.ops.rigsa.scatter_free_([matrix], [values], pattern)
+    return matrix
+
+
+def apply_gated_linear(
+    x: Tensor,
+    base: list[Tensor],
+    bias: Tensor | None,
+    values: Tensor,
+    alpha: Tensor,
+    pattern: list[Tensor],
+    exact: bool | Tensor,
+    operand: Tensor | None,
+) -> Tensor:
+    """`gated_linear` of arguments that a layer has checked once for many calls."""
+    return _GatedLinear.apply(x, bias, values, alpha, operand, exact, len(base), *base, *pattern)
 
 
 def gated_linear(
@@ -158,7 +187,7 @@ def gated_linear(
     _check(x, base, bias, values, alpha, pattern, exact, operand)
     if operand is None and not isinstance(exact, Tensor):
         exact = torch.full((1,), exact, dtype=torch.bool, device=x.device)
-    return _GatedLinear.apply(x, bias, values, alpha, operand, exact, len(base), *base, *pattern.tensors)
+    return apply_gated_linear(x, base, bias, values, alpha, pattern.tensors, exact, operand)
 
 
 def _check(

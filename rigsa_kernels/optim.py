@@ -21,58 +21,37 @@ are. A shard draws random bits and cuts blocks of its own, so float32 states alo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rigsa_kernels.adamw import check_options, move_codes, num_blocks
+from rigsa_kernels.adamw import check_options, hyper_parameters, move_codes, random_key
 from rigsa_kernels.format import carry
+from rigsa_kernels.in_place import after_step
+from rigsa_kernels.launches import (
+    Launch,
+    Members,
+    Remembered,
+    StateDtype,
+    check_state,
+    launches_of,
+    local_part,
+)
+from rigsa_kernels.library import on_first_use
+from rigsa_kernels.replace import gated_linears
+from rigsa_kernels.switching import Switch
 
-StateDtype = Literal["float32", "bfloat16", "int8"]
+_update_on_cuda = on_first_use("triton_adamw.update_")
 
-
-@dataclass
-class _Launch:
-    """Parameters of one group that can be updated together."""
-
-    options: dict[str, Any]
-    step: int
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a DTensor (told by its method: its module takes a second to import), else `tensor`."""
-    return cast(Tensor, tensor.to_local().detach()) if hasattr(tensor, "to_local") else tensor
-
-
-def _shard(param: Any) -> tuple[int, int]:
-    """``(number, count)`` of the shard that this process holds, which replicas share; (0, 1) of a plain tensor."""
-    number, count = 0, 1
-    if hasattr(param, "to_local"):
-        mesh = param.device_mesh
-        for size, place, placement in zip(mesh.shape, mesh.get_coordinate(), param.placements, strict=True):
-            if placement.is_shard():
-                number, count = number * size + place, count * size
-    return number, count
-
-
-def _new_scales(param: Any) -> Tensor:
-    """Of 8-bit moments: two rows of a scale for each block.
-
-    Of a DTensor, whose blocks are cut within shards: a DTensor with one row for each shard, as long as the first, the
-    largest one, needs. So it is saved and loaded as moments are, by as many processes.
-    """
-    if not hasattr(param, "to_local"):
-        return torch.zeros(2, num_blocks(param.numel()), device=param.device)
-    largest = -(-param.shape[0] // _shard(param)[1]) * param.shape[1:].numel()
-    row = torch.zeros(1, 2 * num_blocks(largest), device=param.device)
-    return cast(Tensor, type(param).from_local(row, param.device_mesh, param.placements, run_check=False))
+PENDING_BYTES = 4 << 20
+"""Gradients that `stepping_in_backward` collects before it updates. To update so many, a GPU moves some 30 MB, which
+takes it about as long as the host takes to launch the update: fewer would be bound by the host."""
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -82,48 +61,75 @@ class MaskedAdamW(torch.optim.Optimizer):
     state is as large as the free entries. Gates are not decayed unless asked, as decay would pull them to the closed
     position they started from.
 
+    The state of a parameter, ``optimizer.state[parameter]``, is empty until its first step and then holds:
+
+    ================  ======================================  ====================================================
+    ``step``          int, from 1                             steps made; the host's, so a GPU is never asked for it
+    ``exp_avg``       the parameter's shape; float32          first moment
+                      (float64, bfloat16 or int8 codes)
+    ``exp_avg_sq``    the parameter's shape; float32          second moment
+                      (float64, bfloat16 or uint8 codes)
+    ``scales``        float32 ``[2, ceil(numel / 256)]``      only beside codes: the scale of each block of 256
+                                                              values, first those of exp_avg
+    ================  ======================================  ====================================================
+
+    All of it lies contiguous on the parameter's device. Codes are decoded by `rigsa_kernels.adamw.decode_exp_avg` and
+    `decode_exp_avg_sq`. Of a DTensor, moments are DTensors placed as it is, and scales one with a row for each shard.
+
     Args:
-        params: a model with gated sparse layers (its trainable parameters are sorted into groups by
-            `parameter_groups`), or a list of groups as in any ``torch.optim`` class, each with its own options.
-            Parameters are float32 or bfloat16 (float64 on a CPU); bfloat16 is rounded stochastically.
+        params: a model with gated sparse layers, whose trainable parameters are sorted into groups by
+            `parameter_groups`; or its named parameters, ``(name, parameter)``, sorted in the same way; or a list of
+            groups as in any ``torch.optim`` class, each with its own options, where gates that stand in one group
+            with others by name get a group of their own. Parameters are float32 or bfloat16 (float64 on a CPU);
+            bfloat16 is rounded stochastically.
         lr: step size.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: of the values; the paper's 1.0 (section 4.4) by default.
-        alpha_lr: step size of the gates; `lr` by default.
-        alpha_weight_decay: of the gates.
+        alpha_lr: step size of the gates; that of the others by default.
+        alpha_weight_decay: of the gates; 0 by default.
         state_dtype: of the moments: ``"float32"`` (float64 beside float64 parameters), ``"bfloat16"`` (rounded
             stochastically) or ``"int8"`` (codes with a scale for every 256 values: Dettmers et al. 2022). 8, 4 and 2
             bytes a value. Gates keep float32: they are one value each.
         seed: of the stochastic rounding. It is saved with the state, so a resumed run repeats to the bit.
 
     Raises:
-        ValueError: an option out of range, or nothing to train; in `step`, a gradient that is sparse, or parameters and
-            gradients whose dtypes do not fit, before anything is changed.
+        ValueError: an option out of range, or nothing to train.
+
+    Under ``transformers.Trainer`` pass ``optimizers=(MaskedAdamW(model, ...), None)``, or
+    ``optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, ...})``, which makes it when training begins. Without
+    ``"model"`` the Trainer passes groups of nameless parameters, in which gates cannot be told from values, and
+    whose weight decay is that of the ``TrainingArguments``.
     """
 
     def __init__(
         self,
-        params: nn.Module | list[dict[str, Any]],
+        params: nn.Module | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
         lr: float = 2e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1.0,
         *,
         alpha_lr: float | None = None,
-        alpha_weight_decay: float = 0.0,
+        alpha_weight_decay: float | None = None,
         state_dtype: StateDtype = "float32",
         seed: int = 0,
     ) -> None:
-        if isinstance(params, nn.Module):
-            params = parameter_groups(params, lr if alpha_lr is None else alpha_lr, alpha_weight_decay)
-        elif not all(isinstance(group, dict) for group in params):
-            raise ValueError(
-                "params: expected a model or a list of groups, got bare parameters, among which gates cannot be told "
-                "from values; pass the model"
-            )
+        groups = _groups(params, lr, alpha_lr, alpha_weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"state_dtype": state_dtype, "seed": seed})
+        super().__init__(groups, defaults | {"state_dtype": state_dtype, "seed": seed})
+        self._remembered: Remembered = {}
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        if isinstance(params, nn.Module):
+            self._model, self._places = weakref.ref(params), _places(params, self.param_groups)
+        self._switch = Switch(gated_linears(params).values() if isinstance(params, nn.Module) else [])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle, which leave out what is only remembered."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_remembered", {})
+        self.__dict__.setdefault("_model", lambda: None)
+        self.__dict__.setdefault("_switch", Switch([]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any ``torch.optim`` class.
@@ -131,13 +137,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: an option of the group is out of range.
         """
-        options = self.defaults | param_group
-        _check_options(options)
-        if options["state_dtype"] not in get_args(StateDtype):
-            expected = ", ".join(get_args(StateDtype))
-            raise ValueError(f"state_dtype: expected one of {expected}, got {options['state_dtype']!r}")
-        if not isinstance(options["seed"], int) or not -(2**63) <= options["seed"] < 2**63:
-            raise ValueError(f"seed: expected an integer of 64 bits, got {options['seed']!r}")
+        _check_group(self.defaults | param_group)
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -148,74 +148,102 @@ class MaskedAdamW(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss, which is returned.
 
         Raises:
-            ValueError: a gradient or an option that does not fit; nothing is changed then.
+            ValueError: a gradient, a state or an option that does not fit, or parameters that left the model which
+                this optimiser was made with; nothing is changed then.
+            RuntimeError: the step would be captured into a CUDA graph, which would repeat its learning rate, its step
+                count and its random bits for ever.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for launch in self._launches():
+        self._check_places()
+        _refuse_capture()
+        launches = self._launches()
+        self._switch.before_step()
+        for launch in launches:
             self._run(launch)
         return loss
 
-    def _launches(self) -> list[_Launch]:
-        """What to run together, checked as a whole before the first of it runs."""
-        launches: dict[tuple[Any, ...], _Launch] = {}
+    @torch.no_grad()
+    def step_early(self, positions: Sequence[Sequence[int]]) -> None:
+        """The update that `step` would make of some parameters, before the others: see `stepping_in_backward`.
+
+        Only what has a gradient is updated; the gradient is left to the caller. Hooks on steps are not called, as the
+        step is not done.
+
+        Args:
+            positions: of the parameters within each group.
+
+        Raises:
+            ValueError, RuntimeError: as `step`.
+        """
+        _refuse_capture()
+        launches = self._launches(positions)
+        for launch in launches:
+            self._run(launch)
+        after_step(param for launch in launches for param in launch.owned)
+
+    def _check_places(self) -> None:
+        """Raises ValueError where a layer of the model holds another parameter now than the one given to us.
+
+        Of a model that nobody else holds any more there is nothing to check.
+        """
+        if self._model() is None:
+            return
+        groups = [group["params"] for group in self.param_groups]
+        lost = [
+            name
+            for layer, attribute, name, index, at in self._places
+            if (module := layer()) is None or module._parameters.get(attribute) is not groups[index][at]
+        ]
+        if lost:
+            raise ValueError(
+                f"params: {len(lost)} of {len(self._places)} parameters are no longer those of the model "
+                f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}): a layer took another pattern, loaded "
+                "another parameter, or was replaced; make a new MaskedAdamW(model)"
+            )
+
+    def _launches(self, chosen: Sequence[Sequence[int]] | None = None) -> list[Launch]:
+        """What to run, checked as a whole before the first of it runs; gates first.
+
+        Args:
+            chosen: positions of parameters in each group; all that have a gradient by default.
+        """
+        launches = []
         number = 0
         for index, group in enumerate(self.param_groups):
             _check_options(group)
-            for position, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    _check_gradient(f"params[{position}] of group {index}", *map(local_part, (param, param.grad)))
-                    step = self.state.get(param, {}).get("step", 0) + 1
-                    key = (index, param.device, param.dtype, param.grad.dtype, step)
-                    launch = launches.setdefault(key, _Launch(group, step))
-                    launch.params.append(param)
-                    launch.grads.append(param.grad)
-                    launch.numbers.append(number + position + (_shard(param)[0] << 24))
+            members = Members(index, group, number, None if chosen is None else chosen[index])
+            launches += launches_of(members, self.state, self._remembered)
             number += len(group["params"])
-        return list(launches.values())
+        launches.sort(key=lambda launch: not launch.gates)
+        return launches
 
-    def _run(self, launch: _Launch) -> None:
-        options = launch.options
-        states = [self._state_of(param, options["state_dtype"]) for param in launch.params]
-        params, grads = ([local_part(tensor) for tensor in tensors] for tensors in (launch.params, launch.grads))
-        exp_avgs, exp_avg_sqs = ([local_part(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
-        scales = [
-            local_part(state["scales"]).view(-1)[: 2 * num_blocks(param.numel())].view(2, -1)
-            for state, param in zip(states, params, strict=True)
-            if "scales" in state
-        ]
+    def _run(self, launch: Launch) -> None:
+        options, step = launch.options, launch.step
         lr, (beta1, beta2), eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
-        if _is_for_pytorch([*params, *grads, *exp_avgs, *exp_avg_sqs]):
-            steps = [torch.tensor(float(launch.step))] * len(states)
+        columns = [launch.params, launch.grads, launch.exp_avgs, launch.exp_avg_sqs]
+        if _is_for_pytorch(columns):
+            steps = [torch.tensor(float(step))] * len(launch.params)
             torch._fused_adamw_(
-                params, grads, exp_avgs, exp_avg_sqs, [], steps,
+                launch.params, launch.grads, launch.exp_avgs, launch.exp_avg_sqs, [], steps,
                 lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
             )  # fmt: skip
+        elif launch.addresses is not None and _has_kernels(launch.params[0].device):
+            hyper = hyper_parameters(lr, beta1, beta2, eps, weight_decay, step)
+            key = random_key(options["seed"], step)
+            _update_on_cuda([*columns, launch.scales], launch.addresses, launch.numbers, hyper, key, launch.held)
         else:
-            grads = [grad.contiguous() for grad in grads]
             torch.ops.rigsa.adamw_(
-                params, grads, exp_avgs, exp_avg_sqs, scales, launch.numbers,
-                lr, beta1, beta2, eps, weight_decay, launch.step, options["seed"],
+                *columns, launch.scales, launch.numbers,
+                lr, beta1, beta2, eps, weight_decay, step, options["seed"],
             )  # fmt: skip
-            torch.autograd.graph.increment_version(params)
-        for state in states:
-            state["step"] = launch.step
-
-    def _state_of(self, param: Tensor, state_dtype: StateDtype) -> dict[str, Any]:
-        """exp_avg, exp_avg_sq, scales where they are 8-bit, and step, an int: a GPU is never asked for it."""
-        state = cast(dict[str, Any], self.state[param])
-        if not state:
-            if state_dtype == "int8":
-                first, second = torch.int8, torch.uint8
-                state["scales"] = _new_scales(param)
-            else:
-                wide = state_dtype == "float32" and param.dtype == torch.float64
-                first = second = torch.float64 if wide else getattr(torch, state_dtype)
-            state["exp_avg"] = torch.zeros_like(param, dtype=first)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=second)
-        return state
+        torch.autograd.graph.increment_version(launch.params)
+        for state in launch.states:
+            state["step"] = step
+        if step == 1:
+            self.state.update(zip(launch.owned, launch.states, strict=True))
 
     @torch.no_grad()
     def move_state(self, param: Tensor, places: Tensor) -> None:
@@ -240,22 +268,125 @@ class MaskedAdamW(torch.optim.Optimizer):
         number = list(seeds).index(id(param))
         move_codes(exp_avg, exp_avg_sq, state["scales"], places, number, state["step"], seeds[id(param)])
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in any ``torch.optim`` class; where 16-bit layers are `auto` on a GPU, with the decisions about them."""
+        state, numerics = super().state_dict(), self._switch.state()
+        return state if numerics is None else state | {"numerics": numerics}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in any ``torch.optim`` class, but what is loaded keeps its dtype.
+        """As in any ``torch.optim`` class, but what is loaded keeps its dtype, and is checked and copied.
 
         PyTorch casts state to the dtype of its parameter, which would turn float32 moments and scales beside bfloat16
         parameters into bfloat16, and codes into floats.
+
+        Raises:
+            ValueError: groups or options that do not fit, or a state that is not one of its parameter (the state of
+                another pattern has another shape); nothing is changed then.
         """
-        super().load_state_dict(state_dict)
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for number, param in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    value = int(value) if name == "step" else value.to(param.device)
-                self.state[param][name] = value
+        loaded: dict[Tensor, dict[str, Any]] = {}
+
+        def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            loaded.update(self._loaded(final))
+
+        hook = self.register_load_state_dict_pre_hook(check)  # the last one: others may change what is loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        self.state.update(loaded)
+        self._switch.load(state_dict.get("numerics"))
+        self._remembered.clear()
         for group in self.param_groups:  # a state of torch.optim.AdamW has no options of ours
             group |= {name: value for name, value in self.defaults.items() if name not in group}
+
+    def _loaded(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """Each parameter's state out of `state_dict`, checked, on the parameter's device."""
+        saved = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in self.param_groups]:
+            return {}  # PyTorch names what does not fit
+        loaded = {}
+        for index, (group, own) in enumerate(zip(saved, self.param_groups, strict=True)):
+            _check_group(self.defaults | group)
+            names = own.get("param_names")
+            for at, (number, param) in enumerate(zip(group["params"], own["params"], strict=True)):
+                found = state_dict["state"].get(number)
+                if found:
+                    name = f"state of params[{at}] of group {index}" + (f" ({names[at]})" if names else "")
+                    loaded[param] = _checked_state(name, param, found)
+        return loaded
+
+
+def _checked_state(name: str, param: Tensor, found: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `found` on the device of `param`, its step count an int."""
+    required = {"step", "exp_avg", "exp_avg_sq"}
+    if not required <= set(found) <= required | {"scales"}:
+        raise ValueError(f"{name}: expected step, exp_avg, exp_avg_sq and beside codes scales, got {', '.join(found)}")
+    step = found["step"]
+    count = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    if not isinstance(count, int | float) or not 1 <= count < 2**63 or count != int(count):
+        raise ValueError(f"{name}: expected a step count from 1, got {step!r}")
+    state = {
+        key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value
+        for key, value in found.items()
+        if key != "step"
+    }
+    check_state(name, param, state["exp_avg"], state["exp_avg_sq"], state.get("scales"))
+    return state | {"step": int(count)}
+
+
+@contextlib.contextmanager
+def stepping_in_backward(optimizer: MaskedAdamW) -> Iterator[None]:
+    """Inside, `backward` updates parameters soon after their gradients are complete, and frees the gradients.
+
+    Gradients then take the memory of one layer, or `PENDING_BYTES` where layers are smaller. The bits are those of an
+    ordinary step, as no parameter's update looks at another's gradient; that is why there can be no clipping, and one
+    micro-batch a step only. The `step` that follows updates what is left.
+    """
+    groups = [group["params"] for group in optimizer.param_groups]
+    pending: list[dict[int, int]] = [{} for _ in groups]  # of each group, bytes of the gradient by position
+    held = 0
+
+    def collect(index: int, at: int, parameter: Tensor) -> None:
+        nonlocal held
+        pending[index][at] = local_part(cast(Tensor, parameter.grad)).nbytes
+        held += pending[index][at]
+        if held >= PENDING_BYTES:
+            optimizer.step_early([sorted(positions) for positions in pending])
+            for params, positions in zip(groups, pending, strict=True):
+                for position in positions:
+                    params[position].grad = None
+            forget()
+
+    def forget(*_: Any) -> None:
+        nonlocal held
+        held = 0
+        for positions in pending:
+            positions.clear()
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(partial(collect, index, at))
+        for index, params in enumerate(groups)
+        for at, parameter in enumerate(params)
+    ]
+    hooks.append(optimizer.register_step_post_hook(forget))
+    try:
+        yield
+    finally:
+        for hook in hooks:  # the gates live on in the next level, which has an optimiser of its own
+            hook.remove()
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "MaskedAdamW: expected no CUDA graph capture, as the learning rate, the step count and the random bits of "
+            "a captured step would be repeated in every replay; capture forward and backward alone and step outside"
+        )
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether updates of tensors in memory run in Triton kernels there."""
+    return device.type == "cuda"
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -265,38 +396,95 @@ def _check_options(options: dict[str, Any]) -> None:
     check_options(options["lr"], beta1, beta2, options["eps"], options["weight_decay"])
 
 
-def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
-    wide = (torch.float64,) if param.device.type == "cpu" else ()
-    for what, tensor in (("parameter", param), ("gradient", grad)):
-        if tensor.dtype not in (torch.float32, torch.bfloat16, *wide):
-            expected = "float32 or bfloat16 (float64 on a CPU)"
-            raise ValueError(f"{name}: expected a {what} in {expected}, got {tensor.dtype} on {tensor.device}")
-    if not param.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous parameter, got strides {list(param.stride())}")
-    if grad.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense gradient, got {grad.layout}")
-    if grad.shape != param.shape or grad.device != param.device:
-        expected = f"{list(param.shape)} on {param.device}"
-        raise ValueError(f"{name}: expected a gradient {expected}, got {list(grad.shape)} on {grad.device}")
+def _check_group(options: dict[str, Any]) -> None:
+    _check_options(options)
+    if options["state_dtype"] not in get_args(StateDtype):
+        expected = ", ".join(get_args(StateDtype))
+        raise ValueError(f"state_dtype: expected one of {expected}, got {options['state_dtype']!r}")
+    if not isinstance(options["seed"], int) or not -(2**63) <= options["seed"] < 2**63:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {options['seed']!r}")
+    for name in ("maximize", "amsgrad"):
+        if options.get(name):
+            raise ValueError(f"{name}: expected False, which is all that MaskedAdamW does, got {options[name]!r}")
 
 
-def _is_for_pytorch(tensors: list[Tensor]) -> bool:
+def _is_for_pytorch(columns: list[list[Tensor]]) -> bool:
     """On a CPU PyTorch's fused AdamW takes them: no rounding but its own, and published results have its bits."""
-    dtype = tensors[0].dtype
-    wide = dtype in (torch.float32, torch.float64) and all(tensor.dtype == dtype for tensor in tensors)
-    return wide and tensors[0].device.type == "cpu"
+    dtypes = {column[0].dtype for column in columns}
+    return columns[0][0].device.type == "cpu" and dtypes in ({torch.float32}, {torch.float64})
 
 
-def parameter_groups(model: nn.Module, alpha_lr: float, alpha_weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """The trainable parameters of `model`: all but the gates, and a second group of the gates with their own options.
+def parameter_groups(
+    model: nn.Module, alpha_lr: float | None = None, alpha_weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` in two groups: all but the gates, and the gates with their own options.
+
+    For any ``torch.optim`` class. Under ``transformers.Trainer``, whose own groups would decay the gates, say
+    ``optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": parameter_groups(model), "lr": ..., ...})``.
+
+    Args:
+        model: with gated sparse layers.
+        alpha_lr: step size of the gates; the optimiser's own by default.
+        alpha_weight_decay: of the gates.
+
+    Returns:
+        Groups of named parameters, ``(name, parameter)``. The second is left out where the model has no gate.
 
     Raises:
         ValueError: `model` has no trainable parameter.
     """
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trainable:
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
         raise ValueError("params: the model has no trainable parameter; call replace_linears(model) first")
-    gates = [item for item in trainable if item[0].rpartition(".")[2] == "rigsa_alpha"]
-    values = [item for item in trainable if item[0].rpartition(".")[2] != "rigsa_alpha"]
-    options = {"lr": alpha_lr, "weight_decay": alpha_weight_decay, "state_dtype": "float32"}
-    return [{"params": values}, *([{"params": gates, **options}] if gates else [])]
+    return _gates_apart([{"params": named}], alpha_lr, alpha_weight_decay)
+
+
+def _groups(params: Any, lr: float, alpha_lr: float | None, alpha_weight_decay: float | None) -> list[dict[str, Any]]:
+    """What `MaskedAdamW` was given, as groups with the gates apart."""
+    if isinstance(params, nn.Module):
+        return parameter_groups(params, lr if alpha_lr is None else alpha_lr, alpha_weight_decay or 0.0)
+    params = list(params)
+    if params and all(isinstance(item, tuple) for item in params):
+        params = [{"params": [item for item in params if item[1].requires_grad]}]
+    if not all(isinstance(item, dict) for item in params):
+        raise ValueError(
+            "params: expected a model or a list of groups, got bare parameters, among which gates cannot be told "
+            "from values; pass the model"
+        )
+    groups = _gates_apart(params, alpha_lr, alpha_weight_decay or 0.0)
+    if len(groups) == len(params) and not (alpha_lr is None and alpha_weight_decay is None):
+        raise ValueError(
+            "alpha_lr, alpha_weight_decay: expected none beside groups in which no gate can be told from values by "
+            "its name; pass the model (under a Trainer as optimizer_cls_and_kwargs=(MaskedAdamW, {'model': model}))"
+        )
+    return groups
+
+
+def _gates_apart(
+    groups: list[dict[str, Any]], alpha_lr: float | None, alpha_weight_decay: float
+) -> list[dict[str, Any]]:
+    """`groups` of which each that holds gates and others, by name, has given its gates to a group of their own."""
+    options = {"weight_decay": alpha_weight_decay, "state_dtype": "float32"}
+    options |= {} if alpha_lr is None else {"lr": alpha_lr}
+    others, apart = [], []
+    for group in groups:
+        params = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
+        gates = [item for item in params if isinstance(item, tuple) and item[0].rpartition(".")[2] == "rigsa_alpha"]
+        if 0 < len(gates) < len(params):
+            kept = {id(item[1]) for item in gates}
+            others.append(group | {"params": [item for item in params if id(item[1]) not in kept]})
+            apart.append(group | {"params": gates} | options)
+        else:
+            others.append(group)
+    return others + apart
+
+
+def _places(model: nn.Module, groups: list[dict[str, Any]]) -> list[tuple[weakref.ref[nn.Module], str, str, int, int]]:
+    """Where `model` holds each parameter of `groups`: layer, attribute, qualified name, group and position."""
+    positions = {param: (index, at) for index, group in enumerate(groups) for at, param in enumerate(group["params"])}
+    return [
+        (weakref.ref(module), attribute, f"{prefix}.{attribute}".lstrip("."), *positions[param])
+        for prefix, module in model.named_modules()
+        for attribute, param in module._parameters.items()
+        if param in positions
+    ]

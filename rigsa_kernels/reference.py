@@ -59,12 +59,6 @@ def compose(weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]
     return weight.reshape(-1).index_put((index,), free).view(weight.shape)
 
 
-def compose_(composed: Tensor, base_values: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> None:
-    """`compose`, into a matrix that is W0 outside a packed pattern; `base_values` are W0's entries at the pattern."""
-    free = add_scaled(base_values, values, alpha)
-    composed.view(-1).index_put_((flat_indices(pattern[0], composed.shape[1]),), free)
-
-
 def linear_fwd(
     x: Tensor,
     base: list[Tensor],
@@ -185,12 +179,3 @@ def linear_dvalues(
     grad = sampled_grad(dy, x, pattern, values.numel()).to(alpha.dtype)
     dalpha = torch.dot(values.to(alpha.dtype).view(-1), grad.view(-1)).view(1)
     return grad.mul_(alpha).to(values.dtype), dalpha
-
-
-def linear_dvalues_(
-    dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor], dvalues: Tensor, dalpha: Tensor
-) -> None:
-    """Adds the two gradients to `dvalues` and `dalpha`, in place: a micro-batch without a second buffer."""
-    more, more_alpha = linear_dvalues(dy, x, values, alpha, pattern)
-    dvalues.add_(more)
-    dalpha.add_(more_alpha)

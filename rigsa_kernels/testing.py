@@ -11,7 +11,7 @@ things are put right or added on the way:
   as they are: an element seen at one through two widths is two.)
 - Order. Programs run in shuffled order, and what ``torch.empty`` returns is filled with NaN.
 
-All this leans on private names of triton 3.9; the canary test says when they change.
+All this leans on private names of triton 3.5 to 3.9; the canary test says when they change.
 """
 
 from __future__ import annotations
@@ -240,15 +240,17 @@ class GuardedBuilder(interpreter.InterpreterBuilder):
         _no_bfloat16(x, y, z)
         return super().create_fma(x, y, z)
 
-    def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):  # type: ignore[no-untyped-def]
+    # What follows the mask differs between versions: one cache policy, or a modifier and an eviction policy.
+
+    def create_masked_load(self, ptrs, mask, other, *policy):  # type: ignore[no-untyped-def]
         mask = _as_bits(mask)
         self.guard.check("load", ptrs, mask.data)
-        return super().create_masked_load(ptrs, mask, other, cache_policy, is_volatile)
+        return super().create_masked_load(ptrs, mask, other, *policy)
 
-    def create_masked_store(self, ptrs, value, mask, cache_policy):  # type: ignore[no-untyped-def]
+    def create_masked_store(self, ptrs, value, mask, *policy):  # type: ignore[no-untyped-def]
         mask = _as_bits(mask)
         self.guard.check("store", ptrs, mask.data)
-        return super().create_masked_store(ptrs, value, mask, cache_policy)
+        return super().create_masked_store(ptrs, value, mask, *policy)
 
     def create_atomic_rmw(self, op, ptr, val, mask, sem, scope):  # type: ignore[no-untyped-def]
         if not val.dtype.scalar.is_int():

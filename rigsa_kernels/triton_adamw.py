@@ -3,8 +3,8 @@
 The pass is bound by memory, so the kernel is built around its traffic: every value, gradient and moment is read once
 and every value and moment written once, 128 bits at a time. 168 layers are one launch: a table on the device holds a
 row of addresses and sizes for each tensor, and a list says which tensor a chunk of values belongs to. Both depend on
-nothing but the addresses and sizes they hold, so they are remembered by those and cannot go stale; a new one travels
-from pinned memory without a synchronisation.
+nothing but the addresses and sizes they hold, so they are remembered by those (and by the stream that sent them) and
+cannot go stale; a new one travels from pinned memory without a synchronisation.
 
 An address in a table carries no alignment that the compiler knows, so it is promised (`multiple_of`) where the host
 saw it; tensors that are not aligned to 16 bytes go into a launch of their own without the promise. A mask on an unknown
@@ -23,6 +23,8 @@ is mostly idle lanes; there the flat pass is followed by one that composes. The 
 from __future__ import annotations
 
 import functools
+from array import array
+from typing import Any
 
 import torch
 import triton
@@ -202,9 +204,10 @@ def adamw_flat_kernel(table_ptr, chunks_ptr, hyper, key0, key1,
     if left >= CHUNK:
         _flat_chunk(table_ptr, tensor, start, left, hyper, key0, key1,
                     PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, CHUNK, ALIGNED, True)  # fmt: skip
-    else:
-        _flat_chunk(table_ptr, tensor, start, left, hyper, key0, key1,
-                    PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, CHUNK, ALIGNED, False)  # fmt: skip
+    else:  # block after block: under a mask every value has an address of its own, too many for the registers at once
+        for done in range(0, left, 256):
+            _flat_chunk(table_ptr, tensor, start + done, left - done, hyper, key0, key1,
+                        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHT, 256, ALIGNED, False)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key0", "key1"])
@@ -264,7 +267,7 @@ def adamw_(
     """`rigsa_kernels.adamw.adamw_` in Triton, in at most two launches."""
     adamw.check(params, grads, exp_avgs, exp_avg_sqs, scales, numbers, lr, beta1, beta2, eps, weight_decay, step)
     hyper = adamw.hyper_parameters(lr, beta1, beta2, eps, weight_decay, step)
-    columns = [params, grads, exp_avgs, exp_avg_sqs, scales or params]
+    columns = [params, grads, exp_avgs, exp_avg_sqs, scales]
     _launch_flat(columns, [], numbers, hyper, adamw.random_key(seed, step))
 
 
@@ -292,7 +295,7 @@ def adamw_compose_(
     adamw.check_composed(params, composed, base_values, alphas, patterns)
     hyper = adamw.hyper_parameters(lr, beta1, beta2, eps, weight_decay, step)
     key = adamw.random_key(seed, step)
-    columns = [params, grads, exp_avgs, exp_avg_sqs, scales or params]
+    columns = [params, grads, exp_avgs, exp_avg_sqs, scales]
     weights = [composed, base_values, alphas]
     if not patterns:
         _launch_flat(columns, weights, numbers, hyper, key)
@@ -305,6 +308,35 @@ def adamw_compose_(
     _launch_packed(columns, weights, numbers, hyper, key, update=one_pass)
 
 
+def update_(
+    columns: list[list[Tensor]],
+    addresses: list[list[int]],
+    numbers: list[int],
+    hyper: adamw.Hyper,
+    key: tuple[int, int],
+    held: dict[str, Any],
+) -> None:
+    """`adamw_` of tensors that have been checked, and whose addresses are known: `rigsa_kernels.launches`.
+
+    Args:
+        columns: params, grads, exp_avgs, exp_avg_sqs and scales, which may be empty.
+        addresses: of the same tensors.
+        numbers: as in `adamw_`.
+        hyper: `adamw.hyper_parameters`.
+        key: `adamw.random_key`.
+        held: what the call before left, with the same tensors but for the gradients; empty at first.
+    """
+    device = columns[0][0].device
+    stream = _stream(device)
+    if not held:
+        held["rows"] = _rows(columns, [], numbers, addresses)
+    if held.get("for") != (addresses[1], stream):
+        held["rows"][1::COLUMNS] = array("q", addresses[1])
+        held["tables"] = _on_device(held["rows"].tobytes(), device, stream, True)
+        held["for"] = (addresses[1], stream)
+    _run_flat(held["tables"], columns, [], hyper, key)
+
+
 def _launch_flat(
     columns: list[list[Tensor]],
     weights: list[list[Tensor]],
@@ -312,20 +344,24 @@ def _launch_flat(
     hyper: adamw.Hyper,
     key: tuple[int, int],
 ) -> None:
-    rows = list(zip(*columns, *weights, strict=True))
-    aligned = [all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in row[:4] + row[5:7]) for row in rows]
-    for alignment in (True, False):
-        chosen = [index for index, row in enumerate(rows) if aligned[index] == alignment and row[0].numel()]
-        if chosen:
-            chunks = [triton.cdiv(rows[index][0].numel(), CHUNK) for index in chosen]
-            table, owners = _tables(rows, numbers, chosen, chunks)
-            with torch.cuda.device_of(table):
-                adamw_flat_kernel[(sum(chunks),)](
-                    table, owners, hyper, *key,
-                    *(_TYPES[column[0].dtype] for column in columns[:4]),
-                    WEIGHT=_TYPES[weights[0][0].dtype] if weights else None, CHUNK=CHUNK, ALIGNED=alignment,
-                    num_warps=NUM_WARPS, enable_fp_fusion=False,
-                )  # fmt: skip
+    _run_flat(_tables(columns, weights, numbers, flat=True), columns, weights, hyper, key)
+
+
+def _run_flat(
+    tables: list[_Table],
+    columns: list[list[Tensor]],
+    weights: list[list[Tensor]],
+    hyper: adamw.Hyper,
+    key: tuple[int, int],
+) -> None:
+    for table, owners, grid, aligned in tables:
+        with torch.cuda.device_of(table):
+            adamw_flat_kernel[(grid,)](
+                table, owners, hyper, *key,
+                *(_TYPES[column[0].dtype] for column in columns[:4]),
+                WEIGHT=_TYPES[weights[0][0].dtype] if weights else None, CHUNK=CHUNK, ALIGNED=aligned,
+                num_warps=NUM_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
 
 
 def _launch_packed(
@@ -337,13 +373,9 @@ def _launch_packed(
     *,
     update: bool,
 ) -> None:
-    rows = list(zip(*columns, *weights, strict=True))
-    chosen = [index for index, row in enumerate(rows) if row[0].numel()]
-    if chosen:
-        chunks = [triton.cdiv(rows[index][5].shape[0], ROWS) for index in chosen]
-        table, owners = _tables(rows, numbers, chosen, chunks)
+    for table, owners, grid, _ in _tables(columns, weights, numbers, flat=False):
         with torch.cuda.device_of(table):
-            adamw_packed_kernel[(sum(chunks),)](
+            adamw_packed_kernel[(grid,)](
                 table, owners, hyper, *key,
                 *(_TYPES[column[0].dtype] for column in columns[:4]),
                 WEIGHT=_TYPES[weights[0][0].dtype], ROWS=ROWS, WORDS=WORDS, UPDATE=update,
@@ -358,32 +390,65 @@ _TYPES = {
     torch.int8: tl.int8,
     torch.uint8: tl.uint8,
 }
+_Table = tuple[Tensor, Tensor, int, bool]
+"""The rows of one launch, the number of the row that each program works on, how many programs there are, and whether
+the addresses of vectors, columns 0 to 3, 8 and 9, are aligned (told of the flat kernel alone)."""
 
 
 def _tables(
-    rows: list[tuple[Tensor, ...]], numbers: list[int], chosen: list[int], chunks: list[int]
-) -> tuple[Tensor, Tensor]:
-    """The table of the `chosen` tensors, and the number of the row that each program works on."""
-    table, first = [], 0
-    for index, count in zip(chosen, chunks, strict=True):
-        address = [tensor.data_ptr() for tensor in rows[index]]
-        shape = rows[index][5].shape if len(address) > 5 else (0, 0)
-        middle = (rows[index][0].numel(), numbers[index], first)
-        table.append((*address[:5], *middle, *address[5:], *[0] * (11 - len(address)), *shape))
-        first += count
-    device = rows[0][0].device
-    return _on_device(tuple(table), device), _owners(tuple(chunks), device)
+    columns: list[list[Tensor]], weights: list[list[Tensor]], numbers: list[int], *, flat: bool
+) -> list[_Table]:
+    """What each launch reads its tensors' addresses and sizes from."""
+    if not numbers:
+        return []
+    addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
+    device = columns[0][0].device
+    return _on_device(_rows(columns, weights, numbers, addresses).tobytes(), device, _stream(device), flat)
+
+
+def _rows(
+    columns: list[list[Tensor]], weights: list[list[Tensor]], numbers: list[int], addresses: list[list[int]]
+) -> array[int]:
+    """int64: a row for each tensor, the first chunk left out."""
+    rows = array("q", bytes(8 * COLUMNS * len(numbers)))
+    filled = dict(enumerate(addresses)) | {5: [param.numel() for param in columns[0]], 6: numbers}
+    filled |= dict(enumerate(([tensor.data_ptr() for tensor in column] for column in weights), 8))
+    if weights:
+        filled |= {14 + at: [matrix.shape[at] for matrix in weights[0]] for at in (0, 1)}
+    for at, column in filled.items():
+        if column:
+            rows[at::COLUMNS] = array("q", column)
+    return rows
+
+
+def _stream(device: torch.device) -> int:
+    """A table that one stream has sent may not have arrived when another stream reads it."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @functools.lru_cache(maxsize=64)
-def _on_device(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return _sent(torch.tensor(table, dtype=torch.int64), device)
+def _on_device(content: bytes, device: torch.device, stream: int, flat: bool) -> list[_Table]:
+    """The tables of `content`, rows without the first chunk: a pure function of it, so it cannot go stale."""
+    rows = torch.frombuffer(bytearray(content), dtype=torch.int64).view(-1, COLUMNS)
+    counts = (rows[:, 5] + CHUNK - 1) // CHUNK if flat else (rows[:, 14] + ROWS - 1) // ROWS
+    exists = rows[:, 5] > 0
+    odd = (rows[:, :4] % ALIGNMENT).any(1) | (rows[:, 8:10] % ALIGNMENT).any(1) if flat else ~exists
+    tables = []
+    for alignment, chosen in ((True, exists & ~odd), (False, exists & odd)):
+        if chosen.any():
+            table, chunks = rows[chosen], counts[chosen]
+            table[:, 7] = chunks.cumsum(0) - chunks
+            owners = _owners(tuple(chunks.tolist()), device, stream)
+            tables.append((_sent(table, device), owners, owners.numel(), alignment))
+    return tables
 
 
 @functools.lru_cache(maxsize=64)
-def _owners(chunks: tuple[int, ...], device: torch.device) -> Tensor:
+def _owners(chunks: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """int32: row of the table for each program."""
-    return _sent(torch.repeat_interleave(torch.arange(len(chunks), dtype=torch.int32), torch.tensor(chunks)), device)
+    del stream  # part of the key
+    rows = torch.arange(len(chunks), dtype=torch.int32, device="cpu")
+    return _sent(rows.repeat_interleave(torch.tensor(chunks, device="cpu")), device)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

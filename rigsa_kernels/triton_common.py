@@ -12,22 +12,30 @@ from torch import Tensor
 
 from rigsa_kernels.format import WORD_BITS
 
+MIN_TRITON = (3, 5)
+"""Older compilers know no recursion in a kernel, no masked histogram and no tuple of arguments."""
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+    raise RuntimeError(f"triton: expected 3.5 or newer, which PyTorch 2.9 and newer bring, got {triton.__version__}")
+
 MIN_ARCHITECTURE = 80
 """Tensor cores for bfloat16 and asynchronous copies came with compute capability 8.0 (Ampere)."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of operands and values. Triton has no float64 tensor product; float64 runs on PyTorch on every device."""
 
+MAX_REGISTERS = 255
+"""A thread of a product may have as many as there are, which leaves room for two programs of four warps on a
+multiprocessor. Unless it is told a limit, the assembler aims at one program more and spills a few bytes to get there.
+"""
+
 
 @triton.jit
 def popcount(bits):
-    """Number of set bits, int32, of each uint32. LLVM turns these shifts and masks into one POPC."""
+    """Number of set bits, int32, of each uint32. LLVM turns these shifts, masks and the product into one POPC."""
     bits = bits.to(tl.uint32)
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-    bits = bits + (bits >> 8)
-    bits = bits + (bits >> 16)
-    return (bits & 0x3F).to(tl.int32)
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rigsa_kernels.triton_common import (
+    MAX_REGISTERS,
     as_rows,
     check_product,
     clamped,
@@ -35,18 +36,15 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _store(grad, at, ok, values_ptr, dvalues_ptr, alpha, ADD: tl.constexpr):
-    """``dvalues = alpha * grad`` (+ what stands there) at `at`; returns the terms of dalpha, elementwise."""
+def _store(grad, at, ok, values_ptr, dvalues_ptr, alpha):
+    """``dvalues = alpha * grad`` at `at`; returns the terms of dalpha, elementwise."""
     values = tl.load(values_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    dvalues = alpha * grad
-    if ADD:
-        dvalues += tl.load(dvalues_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(dvalues_ptr + at, dvalues.to(dvalues_ptr.dtype.element_ty), mask=ok)
+    tl.store(dvalues_ptr + at, (alpha * grad).to(dvalues_ptr.dtype.element_ty), mask=ok)
     return values * grad
 
 
 @triton.jit
-def _store_packed(grad, words, first, values_ptr, dvalues_ptr, alpha, ADD: tl.constexpr, ROWS: tl.constexpr,
+def store_packed(grad, words, first, values_ptr, dvalues_ptr, alpha, ROWS: tl.constexpr,
                   COLUMNS: tl.constexpr):  # fmt: skip
     """A tile of a packed pattern, its words ``[ROWS, COLUMNS / 32]`` halved along with it until a column is left."""
     if COLUMNS > 32:
@@ -54,39 +52,39 @@ def _store_packed(grad, words, first, values_ptr, dvalues_ptr, alpha, ADD: tl.co
         left, right = _halves(grad, ROWS, COLUMNS)
         words_left, words_right = _halves(words, ROWS, Q)
         first_left, first_right = _halves(first, ROWS, Q)
-        terms = _store_packed(left, words_left, first_left, values_ptr, dvalues_ptr, alpha, ADD, ROWS, COLUMNS // 2)
-        return terms + _store_packed(right, words_right, first_right, values_ptr, dvalues_ptr, alpha, ADD, ROWS,
+        terms = store_packed(left, words_left, first_left, values_ptr, dvalues_ptr, alpha, ROWS, COLUMNS // 2)
+        return terms + store_packed(right, words_right, first_right, values_ptr, dvalues_ptr, alpha, ROWS,
                                      COLUMNS // 2)  # fmt: skip
     else:
         free, position = free_entries(words[:, :, None], first[:, :, None])
         grad = tl.reshape(grad, (ROWS, 1, 32))
-        return _store(grad, position, free, values_ptr, dvalues_ptr, alpha, ADD)
+        return _store(grad, position, free, values_ptr, dvalues_ptr, alpha)
 
 
 @triton.jit
-def _store_dense(grad, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, ADD: tl.constexpr, ROWS: tl.constexpr,
+def store_dense(grad, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, ROWS: tl.constexpr,
                  COLUMNS: tl.constexpr):  # fmt: skip
     if COLUMNS > 32:
         HALF: tl.constexpr = COLUMNS // 2
         left, right = _halves(grad, ROWS, COLUMNS)
-        terms = _store_dense(left, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, ADD, ROWS, HALF)
-        return terms + _store_dense(right, start_n, start_k + HALF, values_ptr, dvalues_ptr, alpha, N, K, ADD, ROWS,
+        terms = store_dense(left, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, ROWS, HALF)
+        return terms + store_dense(right, start_n, start_k + HALF, values_ptr, dvalues_ptr, alpha, N, K, ROWS,
                                     HALF)  # fmt: skip
     else:
         rel_n, rel_k = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
         at = tl.cast(start_n, tl.int64) * K + start_k + (rel_n * K + rel_k)
         ok = (rel_n < N - start_n) & (rel_k < K - start_k)
-        return _store(grad, at, ok, values_ptr, dvalues_ptr, alpha, ADD)
+        return _store(grad, at, ok, values_ptr, dvalues_ptr, alpha)
 
 
 @triton.jit
 def grad_kernel(dy_ptr, x_ptr, values_ptr, words_ptr, word_offsets_ptr, row_base_ptr, alpha_ptr, dvalues_ptr,
-                shares_ptr, M, N, K, stride_dym, stride_xm, PACKED: tl.constexpr, ADD: tl.constexpr,
+                shares_ptr, M, N, K, stride_dym, stride_xm, PACKED: tl.constexpr,
                 EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
                 GROUP: tl.constexpr):  # fmt: skip
     """One tile ``[BLOCK_N, BLOCK_K]`` of G from dy ``[M, N]`` and x ``[M, K]``, and its share of dalpha.
 
-    ADD: add to dvalues instead of overwriting it. EVEN: M is a multiple of BLOCK_M.
+    EVEN: M is a multiple of BLOCK_M.
     """
     pid_n, pid_k = grouped_program(tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
     start_n, start_k = pid_n * BLOCK_N, pid_k * BLOCK_K
@@ -115,9 +113,9 @@ def grad_kernel(dy_ptr, x_ptr, values_ptr, words_ptr, word_offsets_ptr, row_base
         row_base = tl.load(row_base_ptr + start_n + rel_n, mask=ok_n, other=0)
         at = tl.cast(start_k // 32, tl.int64) * N + start_n + (rel_q * N + rel_n)
         words, first = load_words(words_ptr, word_offsets_ptr, row_base, at, ok_n & (start_k + rel_q * 32 < K))
-        terms = _store_packed(acc, words, first, values_ptr, dvalues_ptr, alpha, ADD, BLOCK_N, BLOCK_K)
+        terms = store_packed(acc, words, first, values_ptr, dvalues_ptr, alpha, BLOCK_N, BLOCK_K)
     else:
-        terms = _store_dense(acc, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, ADD, BLOCK_N, BLOCK_K)
+        terms = store_dense(acc, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, BLOCK_N, BLOCK_K)
     tl.store(shares_ptr + tl.program_id(0), tl.sum(terms))
 
 
@@ -142,19 +140,10 @@ def linear_dvalues(
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``rigsa::linear_dvalues`` (`rigsa_kernels.ops`)."""
     dvalues = torch.empty_like(values)
-    return dvalues, _launch(dy, x, values, alpha, pattern, dvalues, add=False)
+    return dvalues, _launch(dy, x, values, alpha, pattern, dvalues)
 
 
-def linear_dvalues_(
-    dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor], dvalues: Tensor, dalpha: Tensor
-) -> None:
-    """Launcher of ``rigsa::linear_dvalues_``: the same, added to what the buffers hold."""
-    dalpha.add_(_launch(dy, x, values, alpha, pattern, dvalues, add=True))
-
-
-def _launch(
-    dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor], dvalues: Tensor, *, add: bool
-) -> Tensor:
+def _launch(dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor], dvalues: Tensor) -> Tensor:
     """One launch; returns dalpha, shape ``(1,)``."""
     dy, x = as_rows(dy), as_rows(x)
     m, n, k = *dy.shape, x.shape[1]
@@ -170,7 +159,8 @@ def _launch(
     with torch.cuda.device_of(x):
         grad_kernel[grid](
             dy, x, values, words, word_offsets, row_base, alpha, dvalues, shares, m, n, k, dy.stride(0), x.stride(0),
-            PACKED=bool(pattern), ADD=add, EVEN=m % tile.block_m == 0, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            BLOCK_M=tile.block_m, GROUP=8, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            PACKED=bool(pattern), EVEN=m % tile.block_m == 0, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            BLOCK_M=tile.block_m, GROUP=8, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
     return shares.sum().view(1)

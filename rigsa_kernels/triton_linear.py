@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rigsa_kernels.nf4 import BASE_NAMES, num_weights
 from rigsa_kernels.triton_common import (
-    architecture,
+    MAX_REGISTERS,
     as_rows,
     check_product,
     clamped,
@@ -155,18 +155,18 @@ class Tile:
     num_stages: int
 
 
-def choose_tile(m: int, dtype: torch.dtype, *, nf4: bool, packed: bool, arch: int) -> Tile:
+def choose_tile(m: int, dtype: torch.dtype, *, nf4: bool, packed: bool) -> Tile:
     """The tile of every launch: no spill and at least two programs a multiprocessor (`rigsa_kernels.inspect`).
 
     float32 is multiplied by ordinary cores, which want fewer accumulators. A few tokens (generation) need few rows.
-    Decoding NF4 beside a packed difference fills the registers, and only sm_89's compiler fits 128 rows.
+    Decoding NF4 beside a packed difference fills the registers, so the tile has half the columns.
     """
     if dtype == torch.float32:
         return Tile(64, 32, 32, 4, 3)
     if m <= 16:
         return Tile(16, 64, 32, 4, 3)
     if nf4:
-        return Tile(64 if packed and arch != 89 else 128, 64, 32, 4, 3)
+        return Tile(128, 32 if packed else 64, 32, 4, 3)
     return Tile(64 if m <= 64 else 128, 64, 32, 4, 2)
 
 
@@ -218,7 +218,7 @@ def _launch(
     if m == 0:
         return
     nf4, packed = len(base) > 1, bool(pattern)
-    tile = choose_tile(m, a.dtype, nf4=nf4, packed=packed, arch=architecture())
+    tile = choose_tile(m, a.dtype, nf4=nf4, packed=packed)
     weight, absmax, levels = base if nf4 else (base[0], alpha, alpha)  # alpha stands where nothing is read
     words, word_offsets, row_base = pattern or (alpha, alpha, alpha)
     out_size, sum_size = (k, n) if dx else (n, k)
@@ -229,5 +229,6 @@ def _launch(
             exact, out, m, n, k, a.stride(0),
             DX=dx, PACKED=packed, NF4_BLOCK=num_weights(base) // absmax.numel() if nf4 else 0,
             HAS_BIAS=bias is not None, EVEN=sum_size % tile.block_c == 0, BLOCK_M=tile.block_m, BLOCK_O=tile.block_o,
-            BLOCK_C=tile.block_c, GROUP=8, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            BLOCK_C=tile.block_c, GROUP=8, num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=MAX_REGISTERS,
+            enable_fp_fusion=True,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,25 +18,28 @@ def flag(exact: bool) -> Tensor:
     return torch.tensor([exact])
 
 
-def make_pattern(n: int, k: int, density: str) -> SparsePattern:
+def make_pattern(n: int, k: int, density: str, device: str = "cpu") -> SparsePattern:
     share = DENSITIES[density]
     if share is None:
         return SparsePattern.dense(n, k)
-    return SparsePattern.from_mask(torch.rand(n, k, generator=torch.Generator().manual_seed(1)) < share)
+    generator = torch.Generator(device).manual_seed(1)
+    return SparsePattern.from_mask(torch.rand(n, k, generator=generator, device=device) < share)
 
 
-def make_inputs(m, n, k, density, alpha, dtype, bias=True):  # type: ignore[no-untyped-def]
+def make_inputs(m, n, k, density, alpha, dtype, bias=True, device="cpu"):  # type: ignore[no-untyped-def]
     """Drawn in `dtype`, so that rounding the inputs is not charged to the operator; W0 and D on their usual scales."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    pattern = make_pattern(n, k, density)
+    pattern = make_pattern(n, k, density, device)
     master = torch.promote_types(dtype, torch.float32)
-    values = pattern.gather((torch.rand(n, k, generator=generator, dtype=master) * 2 - 1) / k**0.5)
+    uniform = torch.rand(n, k, generator=generator, dtype=master, device=device)
+    values = pattern.gather((uniform * 2 - 1) / k**0.5)
     x, weight, dy = normal(m, k), normal(n, k) * 0.1, normal(m, n)
-    return x, weight, normal(n) if bias else None, values, torch.tensor([alpha], dtype=master), pattern, dy
+    gate = torch.tensor([alpha], dtype=master, device=device)
+    return x, weight, normal(n) if bias else None, values, gate, pattern, dy
 
 
 def quantize_nf4(weight: Tensor, block: int = 64) -> list[Tensor]:
@@ -47,7 +52,8 @@ def quantize_nf4(weight: Tensor, block: int = 64) -> list[Tensor]:
             -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
             -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
             0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-        ]
+        ],
+        device=weight.device,
     )  # fmt: skip
     blocks = weight.float().reshape(-1, block)
     absmax = blocks.abs().amax(1)
@@ -62,7 +68,7 @@ def truth(x, weight, bias, values, alpha, pattern, dy):  # type: ignore[no-untyp
     rounding is proportional.
     """
     mask = pattern.to_mask()
-    delta = torch.zeros(pattern.shape, dtype=torch.float64)
+    delta = torch.zeros(pattern.shape, dtype=torch.float64, device=values.device)
     delta[mask] = values.double().flatten()
     weight = dequantize(weight, pattern.shape, torch.float64) if isinstance(weight, list) else weight.double()
     x, dy, alpha = x.double(), dy.double(), alpha.double()
@@ -78,7 +84,7 @@ def eager_results(x, weight, bias, values, alpha, pattern, dy, exact):  # type: 
     """The textbook computation at the same dtype, by autograd: the yardstick of the error bound."""
     if isinstance(weight, list):
         weight = dequantize(weight, pattern.shape, x.dtype)
-    delta = torch.zeros(pattern.shape, dtype=values.dtype)
+    delta = torch.zeros(pattern.shape, dtype=values.dtype, device=values.device)
     mask = pattern.to_mask()
     x, values, alpha = (tensor.detach().requires_grad_() for tensor in (x, values, alpha))
     delta = delta.index_put(tuple(mask.nonzero().T), values.flatten())
@@ -90,13 +96,22 @@ def eager_results(x, weight, bias, values, alpha, pattern, dy, exact):  # type: 
     return y.detach(), *torch.autograd.grad(y, (x, values, alpha), dy)
 
 
-def assert_close(got: Tensor, want: Tensor, size: Tensor, eager: Tensor, dtype: torch.dtype) -> None:
-    """Error at most twice what the same computation costs in plain eager at the same dtype, plus one rounding.
+def share_of_bound(got: Tensor, want: Tensor, size: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
+    """The largest error as a share of what is allowed: at most 1 is right, NaN and infinity are not.
 
-    `dtype` is the products', which may be lower than the result's.
+    Allowed is twice what the same computation costs in plain eager at the same dtype, plus one rounding. `dtype` is the
+    products', which may be lower than the result's.
     """
-    eager_error = (eager.double() - want).abs().max() if want.numel() else 0
-    bound = 2 * (eager_error + torch.finfo(dtype).eps * size)
+    if not want.numel():
+        return 0.0
+    error = (got.double() - want).abs().max().item()
+    eager_error = (eager.double() - want).abs().max()
+    bound = float(2 * (eager_error + torch.finfo(dtype).eps * size))
+    return error / bound if bound else (math.inf if error else 0.0)
+
+
+def assert_close(got: Tensor, want: Tensor, size: Tensor, eager: Tensor, dtype: torch.dtype) -> None:
+    """`share_of_bound` is at most 1."""
     assert got.shape == want.shape
     assert got.isfinite().all()
-    assert ((got.double() - want).abs() <= bound).all()
+    assert share_of_bound(got, want, size, eager, dtype) <= 1

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, set_seed
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config, Training
 from rigsa_kernels import gated_linears, replace_linears
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import select_linears
 
 
 def attach(model: PreTrainedModel, config: Config) -> None:
@@ -23,7 +23,10 @@ def attach(model: PreTrainedModel, config: Config) -> None:
 def checkpoint_activations(model: PreTrainedModel, config: Training) -> None:
     """Recompute each decoder layer in the backward pass, if `Training.checkpointing` asks for it."""
     if config.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:  # its name in older versions of transformers
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def attach_adapter(model: PreTrainedModel, config: Config) -> None:
@@ -31,10 +34,8 @@ def attach_adapter(model: PreTrainedModel, config: Config) -> None:
 
     Parameters of `model` that are trained already, those of a low-rank difference beside this one, stay trained.
     """
-    beside = [parameter for parameter in model.parameters() if parameter.requires_grad]
     replace_linears(
         model,
-        include=lambda _, linear: not linear.weight.requires_grad,
         seed=config.seed,
         shared_gate=config.gate == "model",
         alpha_init=config.alpha_init,
@@ -42,8 +43,6 @@ def attach_adapter(model: PreTrainedModel, config: Config) -> None:
         values_dtype=getattr(torch, config.values_dtype),
         numerics=config.numerics,
     )
-    for parameter in beside:
-        parameter.requires_grad_(True)
     if config.gate == "none":
         for layer in gated_linears(model).values():
             layer.rigsa_alpha.requires_grad_(False)

@@ -47,7 +47,7 @@ from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts
 from rigsa.experiments.train import read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
 from rigsa_kernels import SparsePattern, gated_linears
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import adaptable, select_linears
 
 Choose = Callable[["Experiment"], tuple[dict[str, SparsePattern], dict[str, Any]]]
 """A mask strategy: a dense adapter as attached, to the patterns of its layers and what to record of the choice."""
@@ -104,10 +104,9 @@ class Experiment:
         model, tokenizer = load_model(config, resolve_device(config.device))
         prompts = Prompts(tokenizer, config.system_prompt)
         set_seed(config.seed % 2**32)
-        layers, _ = select_linears(model, "*", ())
-        check_layers(config, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
-        num_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-        return cls(config, run, model, prompts, splits, num_weights)
+        linears, sizes = select_linears(model, "*", ())[0], adaptable(model)
+        check_layers(config, {name: (one.out_features, one.in_features) for name, one in linears.items()}, sizes)
+        return cls(config, run, model, prompts, splits, sum(sizes.values()))
 
     def attach(self) -> None:
         """Put what the method trains on the model."""

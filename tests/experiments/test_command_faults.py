@@ -167,15 +167,16 @@ def test_what_can_be_known_is_refused_before_anything_is_trained_or_written(
 
 def test_a_layer_too_wide_for_a_ticket_is_named():
     shapes = {"narrow": (4, 65_536), "wide": (4, 65_537)}
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     for method, refused in (("imp", True), ("lt-sft", True), ("random-mask", True), ("full", False), ("lora", False)):
         config = smoke(method)
         config = Config(method=METHODS[method], **{name: getattr(config, name) for name in OPTIONS} | {"rank": 1})
         if refused:
             with pytest.raises(RigsaError, match="wide has 65,537 columns; expected at most 65,536 in a ticket"):
-                check_layers(config, shapes)
+                check_layers(config, shapes, sizes)
         else:
-            check_layers(config, shapes)
-    check_layers(Config(method=METHODS["imp"], prunings=0), shapes)
+            check_layers(config, shapes, sizes)
+    check_layers(Config(method=METHODS["imp"], prunings=0), shapes, sizes)
 
 
 @given(st.integers(1, 2000), st.floats(0.01, 1), st.integers(0, 12))

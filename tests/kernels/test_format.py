@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rigsa_kernels import SparsePattern
-from rigsa_kernels.format import WORD_BITS
+from rigsa_kernels.format import MAX_IN_FEATURES, WORD_BITS
 
 
 @st.composite
@@ -91,3 +91,49 @@ def test_bad_words_and_values_are_named():
         pattern.scatter(torch.zeros(65))
     with pytest.raises(ValueError, match=r"matrix: expected \[2, 33\]"):
         pattern.gather(torch.zeros(33, 2))
+
+
+def full_words(columns: int) -> torch.Tensor:
+    return torch.full((-(-columns // WORD_BITS), 1), -1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda columns: SparsePattern.dense(2, columns),
+        lambda columns: SparsePattern.from_mask(torch.ones(1, columns, dtype=torch.bool)),
+        lambda columns: SparsePattern.from_words(full_words(columns), columns),
+        lambda columns: SparsePattern(1, columns, 0, full_words(columns), full_words(columns).to(torch.int16)),
+    ],
+    ids=["dense", "from_mask", "from_words", "constructor"],
+)
+def test_no_constructor_takes_more_columns_than_offsets_can_count(make):
+    assert make(MAX_IN_FEATURES).in_features == MAX_IN_FEATURES
+    for columns in (MAX_IN_FEATURES + WORD_BITS, MAX_IN_FEATURES + 2 * WORD_BITS):
+        with pytest.raises(ValueError, match=f"expected at most 65536 columns, got {columns}"):
+            make(columns)
+
+
+def test_the_last_offset_of_the_widest_row():
+    pattern = SparsePattern.from_words(full_words(MAX_IN_FEATURES), MAX_IN_FEATURES)
+    assert position(pattern, 0, MAX_IN_FEATURES - 1) == MAX_IN_FEATURES - 1
+
+
+@given(masks())
+def test_a_pattern_keeps_its_mask_when_the_words_it_was_made_from_change(mask):
+    words = SparsePattern.from_mask(mask).words.clone()
+    pattern = SparsePattern.from_words(words, mask.shape[1])
+    words.bitwise_not_()
+    assert torch.equal(pattern.to_mask(), mask)
+
+
+@given(masks())
+def test_mapping_reaches_every_index_tensor(mask):
+    pattern = SparsePattern.from_mask(mask)
+    copied = pattern.map(torch.clone)
+    assert copied.shape == pattern.shape
+    assert copied.nnz == pattern.nnz
+    for one, other in zip(copied.tensors, pattern.tensors, strict=True):
+        assert torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr() or not one.numel()
+    assert SparsePattern.dense(2, 3).map(torch.clone).is_dense

@@ -1,19 +1,20 @@
 import logging
 
+import peft
 import pytest
 import torch
 import torch.nn as nn
 import transformers
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import rigsa
 import rigsa_kernels
 from conftest import make_llama
 from rigsa_kernels import (
     GatedSparseLinear,
-    SparsePattern,
     adapter_summary,
     gated_linears,
-    merge_linears,
+    left_out,
     replace_linears,
     restore_linears,
 )
@@ -77,66 +78,6 @@ def test_inverse_gives_the_model_back():
     assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("density", [1.0, 0.1, 0.0])
-def test_merging_gives_plain_layers_with_the_bits_of_composing(dtype, density):
-    torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 16, bias=False)).to(dtype),
-        torch.randn(3, 48, dtype=dtype),
-    )
-    frozen = [linear.weight for linear in model]
-    base = [weight.clone() for weight in frozen]
-    replace_linears(model, alpha_init=0.3, numerics="composed").eval()
-    for layer in gated_linears(model).values():
-        layer.set_pattern(SparsePattern.from_mask(torch.rand(layer.pattern.shape) < density))
-    open_gates(model, -0.3)
-    layers, before = list(model), model(x)
-    merged = merge_linears(model)
-    assert merged is model
-    assert all(type(linear) is nn.Linear and not linear.training for linear in model)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model(x), before)
-    for linear, layer, weight in zip(model, layers, base, strict=True):
-        rounding = torch.finfo(dtype).eps / 2 * (weight.double().abs() + 0.3 * layer.delta().double().abs())
-        error = (linear.weight.double() - (weight.double() - 0.3 * layer.delta().double())).abs()
-        assert (error <= rounding + 2 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps).all()
-    assert all(map(torch.equal, frozen, base))
-
-
-@pytest.mark.parametrize("numerics", ["auto", "exact"])
-def test_a_merge_that_would_lose_the_adapter_is_refused_and_possible_in_float32(numerics):
-    model, ids = replace_linears(make_llama().bfloat16(), numerics=numerics), torch.arange(20)[None]
-    open_gates(model, 0.5)
-    layer = gated_linears(model)["model.layers.1.mlp.up_proj"]
-    with torch.no_grad():
-        layer.rigsa_alpha.fill_(1e-4)
-    with pytest.raises(ValueError, match=r"model: 1 of 14 gated layers \(model.layers.1.mlp.up_proj\) are in 16 bits"):
-        merge_linears(model)
-    assert len(gated_linears(model)) == 14
-    before = model.float()(ids).logits
-    torch.testing.assert_close(merge_linears(model)(ids).logits, before)
-    assert not gated_linears(model)
-    with pytest.raises(ValueError, match="found none in LlamaForCausalLM"):
-        merge_linears(model)
-
-
-def test_closed_gates_merge_into_the_base_model():
-    model, ids = make_llama().bfloat16(), torch.arange(20)[None]
-    before = model(ids).logits
-    replace_linears(model)
-    open_gates(model, 0.0)
-    assert torch.equal(merge_linears(model)(ids).logits, before)
-
-
-def test_a_merged_model_saves_as_any_other(tmp_path):
-    model, ids = make_llama(tie_word_embeddings=True), torch.arange(20)[None]
-    replace_linears(model, alpha_init=0.3)
-    before = model(ids).logits
-    merge_linears(model).save_pretrained(tmp_path)
-    assert torch.equal(type(model).from_pretrained(tmp_path)(ids).logits, before)
-
-
 def test_plain_sequential_with_bias():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4, bias=False))
     replace_linears(model, values_dtype=torch.bfloat16)
@@ -166,7 +107,11 @@ def test_tied_linears_are_left_alone():
 def test_says_what_it_did(caplog):
     with caplog.at_level(logging.INFO, "rigsa_kernels"):
         model = replace_linears(make_llama(), exclude=["*.mlp.*"])
-    assert adapter_summary(model) == "8 gated sparse layers: 6,144 of 6,144 weights free (100.00%)"
+    assert adapter_summary(model) == (
+        "8 gated sparse layers: 6,144 of 6,144 weights free (100.00%); they hold 36.78% of the model's 16,704 weights "
+        "in matrices, which leaves out model.layers.*.mlp.gate_proj (3,072), model.layers.*.mlp.up_proj (3,072), "
+        "model.layers.*.mlp.down_proj (3,072), model.embed_tokens (672), lm_head (672)"
+    )
     assert adapter_summary(model) in caplog.text
     assert "left alone: lm_head (the language-model head)" in caplog.text
     assert "left alone: model.layers.0.mlp.up_proj (not selected)" in caplog.text
@@ -194,10 +139,14 @@ def test_shared_gate_is_one_parameter():
 
 
 def test_nothing_to_replace_is_an_error_that_says_why():
-    with pytest.raises(ValueError, match=r"include: 'query' selects no linear layer .*not selected"):
-        replace_linears(make_llama(), "query")
-    with pytest.raises(ValueError, match=r"the model has no nn\.Linear"):
-        replace_linears(nn.ReLU())
+    for include in ("q_proj", ["*k_proj", "q_proj"]):
+        message = r"include: 'q_proj' selects no .* whole names \('\*q_proj' would .*model.layers.0.self_attn.q_proj, "
+        with pytest.raises(ValueError, match=message):
+            replace_linears(make_llama(), include)
+    with pytest.raises(ValueError, match=r"'lm_head' selects .* can be replaced \(.*lm_head: the language-model head"):
+        replace_linears(make_llama(), "lm_head", exclude=["model.*"])
+    with pytest.raises(ValueError, match=r"it has no nn\.Linear"):
+        replace_linears(nn.Sequential(nn.ReLU()))
 
 
 @pytest.mark.parametrize(("numerics", "dtype", "warned"), [
@@ -210,3 +159,167 @@ def test_composing_in_the_dead_zone_is_warned_about(caplog, numerics, dtype, war
     assert len(warnings) == warned
     # nn.Linear draws its weight like our difference, so the threshold is bfloat16's eps
     assert not warned or ("1 of 1 layers start with gates at 1e-06" in warnings[0] and "about 8e-03" in warnings[0])
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, flag in flags(model).items() if flag}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"numerics": "x"}, "numerics: expected one of auto, exact, composed"),
+        ({"force": "x"}, "force: expected one of fused, gemm"),
+        ({"alpha_init": float("inf")}, "alpha_init: expected a finite number"),
+        ({"init_scale": float("nan")}, "init_scale: expected a finite number, 0 or more, got nan"),
+        ({"init_scale": -1.0}, "init_scale: expected a finite number, 0 or more, got -1.0"),
+        ({"values_dtype": torch.int8}, "values_dtype: expected one of None, torch.float32"),
+        ({"seed": -1}, "seed: expected 0 to"),
+        ({"modules_to_save": ["score"]}, "modules_to_save: 'score' names no module"),
+        ({"include": "score"}, "include: 'score' selects no linear layer"),
+    ],
+)
+def test_a_bad_option_leaves_the_model_as_it_was(options, message):
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    model[1].bias.requires_grad_(False)
+    layers, before = list(model), flags(model)
+    with pytest.raises(ValueError, match=message):
+        replace_linears(model, **options)
+    assert list(model) == layers
+    assert flags(model) == before
+
+
+def test_layers_that_a_pattern_cannot_hold_are_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"wide": nn.Linear(65_568, 2)}))
+    with pytest.raises(ValueError, match=r"at most 65536 columns.*got 1\.wide with 65568; exclude it"):
+        replace_linears(model)
+    assert trained(model) == set(flags(model))
+    assert list(gated_linears(replace_linears(model, exclude=["*.wide"]))) == ["0"]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 4), lambda: replace_linears(nn.Sequential(nn.Linear(8, 4)))[0]])
+def test_a_model_that_is_a_linear_layer_is_refused(make):
+    layer = make()
+    with pytest.raises(ValueError, match="model: expected a module that holds linear layers, got a"):
+        replace_linears(layer)
+    assert not list(layer.children())
+    if isinstance(layer, GatedSparseLinear):
+        with pytest.raises(ValueError, match="model: expected a module that holds gated layers"):
+            restore_linears(layer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm,
+        parametrizations.orthogonal,
+        weight_norm,
+        spectral_norm,
+        lambda linear: prune.random_unstructured(linear, "weight", 0.5),
+        lambda linear: prune.random_unstructured(linear, "bias", 0.5),
+    ],
+    ids=["new-weight-norm", "orthogonal", "weight-norm", "spectral-norm", "pruned", "pruned-bias"],
+)
+def test_a_layer_whose_weight_is_computed_from_others_is_left_alone_by_name(caplog, change):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+    change(model[0])
+    before = model(x)
+    with caplog.at_level(logging.INFO, "rigsa_kernels"):
+        replace_linears(model, alpha_init=0.0)
+    assert list(gated_linears(model)) == ["1"]
+    torch.testing.assert_close(model(x), before)
+    assert "left alone: 0 (its weight or bias is computed from other parameters" in caplog.text
+
+
+def test_a_layer_without_weights_is_left_alone():
+    model = nn.Sequential(nn.Linear(0, 4), nn.Linear(4, 4))
+    assert list(gated_linears(replace_linears(model))) == ["1"]
+
+
+def test_a_second_call_adds_layers_and_leaves_the_first_trainable():
+    model = make_llama()
+    replace_linears(model, "*.q_proj", modules_to_save=["lm_head"])
+    first = trained(model)
+    values = gated_linears(model)["model.layers.0.self_attn.q_proj"].rigsa_values
+    replace_linears(model, "*.mlp.*", shared_gate=True)
+    assert first < trained(model)
+    assert gated_linears(model)["model.layers.0.self_attn.q_proj"].rigsa_values is values
+    assert len(gated_linears(model)) == 8
+    assert trained(model) - first == {
+        name for name in flags(model) if ".mlp." in name and "rigsa_" in name and "alpha" not in name
+    } | {"model.layers.0.mlp.gate_proj.rigsa_alpha"}
+    with pytest.raises(ValueError, match="it is adapted already"):
+        replace_linears(model, "*.q_proj")
+
+
+def test_modules_to_save_are_trained_as_they_are():
+    settings = transformers.LlamaConfig(
+        vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_labels=3,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForSequenceClassification(settings)
+    replace_linears(model, modules_to_save="score")
+    assert type(model.score) is nn.Linear
+    assert {name for name in trained(model) if "rigsa_" not in name} == {"score.weight"}
+    assert len(gated_linears(model)) == 7
+
+
+def test_adapters_of_peft_are_neither_adapted_nor_frozen(caplog):
+    model = make_llama()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(model, config)
+    before = trained(model)
+    with caplog.at_level(logging.INFO, "rigsa_kernels"):
+        replace_linears(model, alpha_init=0.0)
+    names = set(gated_linears(model))
+    assert len(names) == 14
+    assert {name.rpartition(".")[2] for name in names} == {
+        "base_layer", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"
+    }  # fmt: skip
+    assert {name for name in trained(model) if "rigsa_" not in name} == before
+    assert "lora_A.default (it is an adapter of PEFT)" in caplog.text
+    assert not any("lora_" in name or "modules_to_save" in name for name in left_out(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "linears", "left"),
+    [
+        (
+            transformers.MixtralConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, num_local_experts=4,
+            ),
+            2 * (2 * 32 * 32 + 2 * 16 * 32),
+            {"model.layers.0.mlp.experts.gate_up_proj": 4 * 128 * 32, "model.layers.1.mlp.gate.weight": 4 * 32},
+        ),
+        (
+            transformers.OPTConfig(
+                vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4,
+                word_embed_proj_dim=32, max_position_embeddings=30,
+            ),
+            4 * 32 * 32 + 2 * 32 * 48,
+            {"model.decoder.embed_tokens.weight": 64 * 32},
+        ),
+    ],
+    ids=["experts", "tied-head"],
+)  # fmt: skip
+def test_the_summary_counts_all_matrices_of_the_model(config, linears, left):
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    replace_linears(model, exclude=["*.experts.*"])
+    others = left_out(model)
+    assert left.items() <= others.items()
+    assert linears + sum(others.values()) == total
+    assert f"they hold {linears / total:.2%} of the model's {total:,} weights in matrices" in adapter_summary(model)
+
+
+def test_a_layer_that_stands_in_two_places_is_exchanged_in_both():
+    shared = replace_linears(nn.Sequential(nn.Linear(4, 4)))[0]
+    model = nn.ModuleDict({"one": shared, "other": shared})
+    restore_linears(model)
+    assert type(model["one"]) is nn.Linear
+    assert model["one"] is model["other"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracle import ALPHAS, assert_close, eager_results, flag, make_inputs, quantize_nf4, truth
 from torch import Tensor
 
-from rigsa_kernels import SparsePattern, testing, triton_grad, triton_linear
+from rigsa_kernels import SparsePattern, testing, triton_gather, triton_grad, triton_linear
 from rigsa_kernels.testing import GuardError, interpreting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -212,18 +212,18 @@ def test_views_that_callers_have(density):
     assert not dalpha.any()
 
 
-@pytest.mark.parametrize("density", ["dense", "packed"])
-def test_gradients_add_to_what_is_there(density):
-    """Two micro-batches into one buffer: the sum of both, each rounded once."""
-    problem = make(40, 30, 64, density, dtype=torch.float32)
-    _, _, dvalues, dalpha = problem.run()
-    total, gate = torch.zeros_like(dvalues), torch.zeros_like(dalpha)
-    for _ in range(2):
-        with interpreting():
-            tail = problem.values, problem.alpha, problem.pattern.tensors
-            triton_grad.linear_dvalues_(problem.dy, problem.x, *tail, total, gate)
-    torch.testing.assert_close(total, 2 * dvalues)
-    torch.testing.assert_close(gate, 2 * dalpha)
+@given(sizes, sizes, sizes, densities, st.sampled_from(ALPHAS), st.sampled_from(DTYPES), st.booleans())
+@settings(max_examples=40)
+def test_gradients_from_a_whole_product_match_float64(m, n, k, density, alpha, dtype, half_values):
+    """The library makes the product here; the kernel reads the free entries from it and scales them."""
+    problem = make(m, n, k, density, alpha, dtype, values_dtype=dtype if half_values else torch.float32)
+    with interpreting():
+        results = triton_gather.linear_dvalues(
+            problem.dy, problem.x, problem.values, problem.alpha, problem.pattern.tensors
+        )
+    want, sums = truth(*problem.arguments)
+    eager = eager_results(*problem.arguments, problem.exact)
+    check_all(list(results), want[2:], sums[2:], eager[2:], dtype)
 
 
 @pytest.mark.parametrize(

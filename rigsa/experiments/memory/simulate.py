@@ -11,6 +11,7 @@ import dataclasses
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 from unittest import mock
 
@@ -23,58 +24,21 @@ from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
 from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
-from rigsa.experiments.methods.gradient_masks import Score, score_entries
+from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
+from rigsa.scores import GradientScore
 from rigsa_kernels import GatedSparseLinear, MaskedAdamW, gated_linears
-from rigsa_kernels.dispatch import choose_path
+from rigsa_kernels.dispatch import kernels_win
 from rigsa_kernels.format import WORD_BITS, SparsePattern
-from rigsa_kernels.linear import HALF_DTYPES
-from rigsa_kernels.nf4 import RUN
-from rigsa_kernels.ops import gated_linear
+from rigsa_kernels.nf4 import RUN, nf4_base
 from rigsa_kernels.optim import StateDtype
 from rigsa_kernels.reference import sampled_grad_bytes, samples
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import select_linears
 
-MANY_TOKENS = 1 << 10
 NF4_BLOCK = 64
 """Weights that share a scale, as bitsandbytes has it by default."""
-
-
-class SimulatedLinear(GatedSparseLinear):
-    """A layer of fake CPU tensors that goes the way it would go on `device`."""
-
-    device: torch.device
-    lists: tuple[Tensor, ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (self.out_features, self.in_features)
-        tokens = x.numel() // self.in_features
-        if choose_path(self.device, self.dtype, shape, tokens, nf4=self.is_nf4) == "gemm":
-            return super().forward(x)
-        return gated_linear(
-            x, self._base(self.dtype), self.bias, self.rigsa_values, self.rigsa_alpha, self.pattern,
-            exact=self._exact_flag(self.dtype),
-        )  # fmt: skip
-
-    def _is_exact(self, dtype: torch.dtype) -> bool:
-        """On a CPU the values would decide; the simulation takes composed there, which keeps the larger matrix."""
-        if self.numerics == "auto":
-            return dtype in HALF_DTYPES and self.device.type == "cuda"
-        return super()._is_exact(dtype)
-
-    def _make_operand(self, dtype: torch.dtype) -> tuple[bool, Tensor]:
-        exact = self._is_exact(dtype)
-        if exact and self.pattern.is_dense and self.rigsa_values.dtype == dtype:
-            return exact, self.rigsa_values.detach()
-        return exact, torch.empty(self.out_features, self.in_features, dtype=dtype)
-
-    # Fake tensors have no address; nothing moves a simulated weight, and only versions tell a moved value.
-    _weight_version = (0, 0)
-
-    def _versions(self) -> tuple[int, ...]:
-        return self.rigsa_values._version, self.rigsa_alpha._version
 
 
 class SimulatedNF4Linear(nn.Linear):
@@ -125,8 +89,10 @@ class SimulatedModel:
                 # "composed" would ask the values whether it is wise
                 attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
             checkpoint_activations(self.model, config)
+            self._lists: list[Tensor] = []
             for layer in gated_linears(self.model).values():
                 _simulate(layer, config, device, density)
+                self._lists += _position_lists(layer, device)
 
     def trained_share(self) -> float:
         """Numbers that are trained, as a share of the weights of the layers that have an adapter."""
@@ -142,7 +108,6 @@ class SimulatedModel:
         """
         model, config = self.model.train(), self.config
         with self._fake:
-            self._forget()
             optimizer = self._optimizer(config)
             parameters = _parameters(optimizer)
             if accumulates:
@@ -166,20 +131,18 @@ class SimulatedModel:
             optimizer.zero_grad()
         return memory.usage()
 
-    def scoring_pass(self, score: Score, tokens: int) -> Usage:
+    def scoring_pass(self, score: GradientScore, tokens: int) -> Usage:
         """One gradient of as many images as the score takes at a time, and the scores of entries from it."""
         with self._fake:
-            self._forget()
             memory = self._hold(None)
             with memory, _prompts_of_one_length():
-                images = score.images_at_a_time(self.config)
+                images = images_at_a_time(score, self.config)
                 score_entries(self.model, score, [_batch(tokens, images)], self.config.loss)
         return memory.usage()
 
     def test_pass(self, tokens: int, batch: int) -> Usage:
         """One batch of prompts through the trained adapter, without gradients."""
         with self._fake, torch.no_grad():
-            self._forget()
             memory = self._hold(None)
             with memory, _prompts_of_one_length():
                 answer_logits(self.model.eval(), _batch(tokens, batch))
@@ -201,31 +164,25 @@ class SimulatedModel:
         optimizer.zero_grad()
         return optimizer
 
-    def _forget(self) -> None:
-        for layer in gated_linears(self.model).values():
-            layer._forget()
-
     def _hold(self, optimizer: MaskedAdamW | None) -> LiveMemory:
         """Start a record with everything that is there before the forward pass, part by part."""
-        memory = LiveMemory(_temporary_bytes if self.device.type == "cpu" else lambda operator, arguments: 0)
+        memory = LiveMemory(partial(_temporary_bytes, self.device))
         memory.hold("weights", (*self.model.parameters(), *self.model.buffers()))
         memory.hold("adapter", trained_parameters(self.model).values())
         for layer in gated_linears(self.model).values():
             memory.hold("adapter", (layer.rigsa_alpha, *layer.pattern.tensors))  # a gate that is not trained, too
-            memory.hold("adapter", cast(SimulatedLinear, layer).lists)
             if layer.is_nf4:
-                memory.hold("weights", layer._base(layer.dtype))
+                memory.hold("weights", nf4_base(layer.weight))
+        memory.hold("adapter", self._lists)
         if optimizer is not None:
             memory.hold("optimiser", _state(optimizer))
             memory.hold("gradients", [p.grad for p in _parameters(optimizer) if p.grad is not None])
         return memory
 
     def _hold_kept(self, memory: LiveMemory) -> None:
-        """Count the matrices that layers on the gemm path keep over a step."""
+        """Count what layers keep over a step on the gemm path: a matrix, or W0 at the free entries."""
         for layer in gated_linears(self.model).values():
-            if "operand" in layer._kept:
-                _, (_, matrix) = layer._kept["operand"]
-                memory.hold("adapter", [matrix])
+            memory.hold("adapter", layer.kept_tensors())
 
 
 def nf4_holds(shape: PretrainedConfig, config: Base) -> bool:
@@ -285,40 +242,36 @@ def _quantize(linear: nn.Linear) -> None:
 
 
 def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, density: float) -> None:
-    """Turn a dense layer of fake tensors into a `SimulatedLinear` of that density."""
-    layer.__class__ = SimulatedLinear
-    simulated = cast(SimulatedLinear, layer)
-    simulated.device, simulated.numerics = device, config.numerics
-    if density == 1:
-        return
-    n, k = layer.out_features, layer.in_features
-    words = torch.empty(-(-k // WORD_BITS), n, dtype=torch.int32)
-    offsets, row_base = torch.empty_like(words, dtype=torch.int16), torch.empty(n, dtype=torch.int32)
-    nnz = max(round(density * n * k), 1)
-    simulated.set_pattern(SparsePattern(n, k, nnz, words, offsets, row_base))
-    simulated.lists = tuple(_pattern_lists(layer, device, nnz))
+    """Have a dense layer of fake tensors go the way that it would go on `device`, with a pattern of that density."""
+    layer.rule_device = device
+    # `auto` would ask the values. Composing keeps the larger matrices.
+    layer.numerics = "composed" if config.numerics == "auto" else config.numerics
+    if density < 1:
+        n, k = layer.out_features, layer.in_features
+        words = torch.empty(-(-k // WORD_BITS), n, dtype=torch.int32)
+        offsets, row_base = torch.empty_like(words, dtype=torch.int16), torch.empty(n, dtype=torch.int32)
+        layer.set_pattern(SparsePattern(n, k, max(round(density * n * k), 1), words, offsets, row_base))
 
 
-def _pattern_lists(layer: GatedSparseLinear, device: torch.device, nnz: int) -> Iterator[Tensor]:
-    """The lists that operators in PyTorch keep while a pattern lives; a kernel finds entries without them.
+def _position_lists(layer: GatedSparseLinear, device: torch.device) -> Iterator[Tensor]:
+    """The lists that operators in PyTorch on a CPU keep while a pattern lives (`rigsa_kernels.format`).
 
-    Positions (`rigsa_kernels.format`), and where products are composed the frozen weight there.
+    A kernel on a GPU finds entries without lists.
     """
-    n, k = layer.out_features, layer.in_features
-    gemm = choose_path(device, layer.dtype, (n, k), MANY_TOKENS, nf4=layer.is_nf4) == "gemm"
-    if gemm or device.type == "cpu":
+    n, k, nnz = layer.out_features, layer.in_features, layer.rigsa_values.numel()
+    if device.type == "cpu" and not layer.pattern.is_dense:
         yield torch.empty(nnz, dtype=torch.int64)
-    if gemm and not layer._is_exact(layer.dtype):
-        yield torch.empty(nnz, dtype=layer.dtype)
-    if device.type == "cpu" and samples(nnz, (n, k), layer.dtype):
-        yield torch.empty(n + 1, dtype=torch.int32)
-        yield torch.empty(nnz, dtype=torch.int32)
+        if samples(nnz, (n, k), layer.dtype):
+            yield torch.empty(n + 1, dtype=torch.int32)
+            yield torch.empty(nnz, dtype=torch.int32)
 
 
-def _temporary_bytes(operator: Any, arguments: tuple[Any, ...]) -> int:
-    """Bytes that an operator in PyTorch on a CPU takes and gives back: copies and product of a gradient of values."""
-    if operator not in (torch.ops.rigsa.linear_dvalues.default, torch.ops.rigsa.linear_dvalues_.default):
+def _temporary_bytes(device: torch.device, operator: Any, arguments: tuple[Any, ...]) -> int:
+    """What an operator takes and gives back: the copies and the product of a values' gradient."""
+    if operator is not torch.ops.rigsa.linear_dvalues.default:
         return 0
     dy, x, values, _, pattern = arguments[:5]
     n, k = dy.shape[-1], x.shape[-1]
+    if device.type == "cuda":
+        return 0 if kernels_win(device, x.dtype) else n * k * x.dtype.itemsize
     return sampled_grad_bytes(x.numel() // k, (n, k), x.dtype, values.numel() if pattern else None)

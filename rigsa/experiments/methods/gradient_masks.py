@@ -1,24 +1,12 @@
 """Masks from gradients at the pretrained model: SIFT, FISH masks, SAM and RoSA.
 
-A layer attached dense, with zeros for a difference and a gate of 1, is the pretrained layer, and the gradient of its
-difference is that of the weight. With g_i the gradient of image i and b_j that of batch j:
-
-======  ==============================  ===========================================================================
-sift    |mean g_i|                      of the first images (Song et al., "Sparse is Enough in Fine-tuning", 2024)
-fisher  mean g_i^2                      the empirical Fisher information (Sung et al., "Training Neural Networks
-                                        with Fixed Sparse Masks", 2021)
-sam     (mean g_i)^2 / (h + mean h)     the gain of a second-order model of the loss (Fu et al., "On the
-                                        Effectiveness of Parameter-Efficient Fine-Tuning", 2023, who leave the
-                                        curvature h open); h is the empirical Fisher information here, damped by
-                                        its mean over the layer
-rosa    mean b_j^2                      of batches as training makes them (Nikdan et al., "RoSA", 2024)
-======  ==============================  ===========================================================================
+`rigsa.scores` has the scores. Here a batch is what `mask_batches` draws: one image where a score is made for examples,
+else a micro-batch, as training makes them.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,44 +21,18 @@ from rigsa.experiments.methods.baselines import OWN_DTYPE
 from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
+from rigsa.scores import SCORES, GradientScore, gradient_scores
 from rigsa_kernels import SparsePattern, gated_linears
 
 if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
 
 
-@dataclass(frozen=True)
-class Score:
-    """A score of entries: means over gradients, and what is made of them.
-
-    Attributes:
-        by_image: every image has a gradient of its own; else those of a micro-batch share one, the mean of theirs.
-        functions: elementwise; for each the mean of ``function(gradient)`` is taken, in float32.
-        combine: these means of one layer, each ``[N, K]``, to its scores. It may overwrite them.
-    """
-
-    by_image: bool
-    functions: tuple[Callable[[Tensor], Tensor], ...]
-    combine: Callable[..., Tensor]
-
-    def images_at_a_time(self, config: Training) -> int:
-        return 1 if self.by_image else config.micro_batch_size
-
-
-def _same(gradient: Tensor) -> Tensor:
-    return gradient
-
-
-def _gain(mean: Tensor, curvature: Tensor) -> Tensor:
-    damping = curvature.mean()
-    return mean.square_().div_(curvature.add_(damping))
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GradientMask(TicketMethod):
     """Trains the entries that its score ranks highest."""
 
-    score: Score
+    score: GradientScore
 
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
         config = experiment.config
@@ -79,66 +41,41 @@ class GradientMask(TicketMethod):
         return patterns, record | {"images": config.mask_images}
 
 
-def mask_batches(experiment: Experiment, score: Score) -> DataLoader[Any]:
+def images_at_a_time(score: GradientScore, config: Training) -> int:
+    """How many images share a gradient."""
+    return 1 if score.by_example else config.micro_batch_size
+
+
+def mask_batches(experiment: Experiment, score: GradientScore) -> DataLoader[Any]:
     """The training images that choose the mask, drawn from the run's seed, as many at a time as the score takes."""
     config, dataset = experiment.config, PromptDataset(experiment.splits.train, experiment.prompts)
     draw = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     chosen = Subset(dataset, draw[: config.mask_images].tolist())
     collated = partial(collate, pad_id=experiment.prompts.pad_id)
-    return DataLoader(chosen, score.images_at_a_time(config), collate_fn=collated)
+    return DataLoader(chosen, images_at_a_time(score, config), collate_fn=collated)
 
 
-def score_entries(model: nn.Module, score: Score, batches: Iterable[dict[str, Tensor]], loss: str) -> dict[str, Tensor]:
-    """Every entry's score.
-
-    A layer's gradient is used and freed as soon as it is complete, so memory holds that of one layer, beside one
-    float32 matrix a layer for each of the score's functions.
+def score_entries(
+    model: nn.Module, score: GradientScore, batches: Iterable[dict[str, Tensor]], loss: str
+) -> dict[str, Tensor]:
+    """Score every entry of the gated layers by its gradients.
 
     Args:
         model: with a dense adapter that is zero.
         score: what is made of the gradients.
-        batches: of training images, as many in each as `Score.images_at_a_time` says.
+        batches: of training images, as many in each as `images_at_a_time` says.
         loss: as `training_loss`.
 
     Returns:
         Layer name to ``[N, K]``, float32.
     """
-    model.train()
+    device = next(model.parameters()).device
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return training_loss(model, {name: tensor.to(device) for name, tensor in batch.items()}, loss)
+
     values = {name: layer.rigsa_values for name, layer in gated_linears(model).items()}
-    sums = {
-        name: [torch.zeros_like(value, dtype=torch.float32) for _ in score.functions] for name, value in values.items()
-    }
-
-    def take(name: str, value: Tensor) -> None:
-        assert value.grad is not None
-        for function, total in zip(score.functions, sums[name], strict=True):
-            total += function(value.grad.float())
-        value.grad = None
-
-    hooks = [value.register_post_accumulate_grad_hook(partial(take, name)) for name, value in values.items()]
-    count, device = 0, next(model.parameters()).device
-    with training_only(list(values.values()), model):
-        for batch in batches:
-            count += 1
-            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            training_loss(model, on_device, loss).backward()
-    for hook in hooks:
-        hook.remove()
-    return {name: score.combine(*(total.div_(count) for total in sums.pop(name))) for name in values}
-
-
-@contextlib.contextmanager
-def training_only(parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Inside, nothing else of `model` gathers gradients: not the low-rank difference beside a sparse one."""
-    chosen = {id(parameter) for parameter in parameters}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
+    return gradient_scores(model.train(), values, loss_of, batches, score)
 
 
 _OPTIONS = (*fields_of(Gates), "ranking", "density", "mask_images")
@@ -150,7 +87,7 @@ SIFT = GradientMask(
     options=_OPTIONS,
     look=Look("purple", "v", (0, (5, 1, 1, 1))),
     usual={**_USUAL, "mask_images": 16},  # the first batch
-    score=Score(by_image=False, functions=(_same,), combine=torch.abs_),
+    score=SCORES["sift"],
 )
 FISHER = GradientMask(
     name="fisher",
@@ -158,7 +95,7 @@ FISHER = GradientMask(
     options=_OPTIONS,
     look=Look("orange", "D", (0, (3, 1, 1, 1, 1, 1))),
     usual=_USUAL,
-    score=Score(by_image=True, functions=(torch.square,), combine=_same),
+    score=SCORES["fisher"],
 )
 SAM = GradientMask(
     name="sam",
@@ -166,7 +103,7 @@ SAM = GradientMask(
     options=_OPTIONS,
     look=Look("sky", "P", (0, (8, 2))),
     usual=_USUAL,
-    score=Score(by_image=True, functions=(_same, torch.square), combine=_gain),
+    score=SCORES["sam"],
 )
 ROSA = GradientMask(
     name="rosa",
@@ -176,5 +113,5 @@ ROSA = GradientMask(
     usual=_USUAL,
     peft="lora",
     whole_because=OWN_DTYPE,
-    score=Score(by_image=False, functions=(torch.square,), combine=_same),
+    score=SCORES["rosa"],
 )

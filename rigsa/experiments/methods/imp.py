@@ -46,7 +46,7 @@ class Imp(Method):
         return f"level 0 (dense) and {config.prunings} ticket{'' if config.prunings == 1 else 's'}"
 
     def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
-        """A density that `rigsa plan` was given stands for one ticket, however it was reached."""
+        """If `rigsa plan` was given a density, the plan is for one ticket of it, however many prunings led there."""
         return {1: config.density} if config.density else ticket_densities(config, same_sign_share)
 
     def run(self, experiment: Experiment) -> None:
@@ -71,7 +71,7 @@ def ticket_densities(config: Config, same_sign_share: float) -> dict[int, float]
 
 
 def watchers(experiment: Experiment, level: int) -> Iterator[TrainerCallback]:
-    """What looks on while a level trains."""
+    """The callbacks of a level's training."""
     from rigsa.experiments.methods.early_bird import EarlyBird
     from rigsa.experiments.methods.rewinding import SaveEarly
 

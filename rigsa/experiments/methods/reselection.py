@@ -39,16 +39,16 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config
 from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods.gradient_masks import training_only
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.experiments.train import PatternMover, first_non_finite_parameter, steps_per_level
 from rigsa.masks import drop_and_grow
+from rigsa.scores import training_only
 from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_linears
 
 
 def planned_exchanges(experiment: Experiment, patterns: dict[str, SparsePattern]) -> dict[str, int]:
-    """``rounds`` and ``exchanged``, the number of entries over all rounds and layers: known before, and exact."""
+    """``rounds``, and ``exchanged``: the number of entries that all rounds will move in all layers, which is exact."""
     config, steps = experiment.config, steps_per_level(experiment.config, len(experiment.splits.train))
     rounds = [
         sum(entries_to_move(config, step, steps, pattern) for pattern in patterns.values())
@@ -89,7 +89,7 @@ class Reselection(PatternMover):
             self.reselect(kwargs["model"], optimizer, step, numbers)
 
     def reselect(self, model: nn.Module, optimizer: MaskedAdamW, step: int, numbers: dict[str, int]) -> None:
-        """One round: `numbers` entries of each layer.
+        """Drop and grow `numbers` entries of each layer: one round.
 
         Raises:
             RigsaError: a value or a gradient is not finite.
@@ -104,8 +104,10 @@ class Reselection(PatternMover):
             optimizer.move_state(layer.rigsa_values, places)
 
     def batches(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """The micro-batches of one batch of images drawn from (seed, step): alike in all processes, after a resume, and
-        without a touch on the random state of training."""
+        """The micro-batches of one batch of images, drawn from (seed, step).
+
+        They are alike in all processes and after a resume, and drawing them leaves the random state of training alone.
+        """
         config, pad_id = self.config, self.dataset.prompts.pad_id
         drawn = np.random.default_rng([config.seed, step]).choice(len(self.dataset), config.batch_size, replace=False)
         for part in drawn.reshape(-1, config.micro_batch_size).tolist():
@@ -120,7 +122,7 @@ def _diverged(step: int, what: str, layer: str) -> RigsaError:
 
 
 def of_main_process(pattern: SparsePattern) -> SparsePattern:
-    """The pattern that the main process chose: a sum that another one rounds differently must not part them."""
+    """The pattern that the main process chose. Other processes may round a sum differently and would choose another."""
     assert pattern.words is not None
     return SparsePattern.from_words(cast(Tensor, broadcast(pattern.words)), pattern.in_features)
 
@@ -141,8 +143,11 @@ class Candidates:
 
     @classmethod
     def choose(cls, free: SparsePattern, gradient: Tensor) -> Candidates:
-        """Those that are not free and have the largest magnitudes in `gradient` ``[N, K]``: as many as are free, and
-        all that equal the smallest of them, for `torch.topk` does not say which of those it takes."""
+        """Take the entries that are not free and have the largest magnitudes in `gradient` ``[N, K]``.
+
+        There are as many as free entries, and besides all that equal the smallest of them, because `torch.topk` does
+        not say which of equals it takes.
+        """
         magnitude = gradient.abs().masked_fill_(free.to_mask(), 0).view(-1)
         least = magnitude.topk(min(free.nnz, _num_not_free(free))).values[-1]
         index = ((magnitude >= least) & (magnitude > 0)).nonzero().view(-1).to(torch.int32)
@@ -152,7 +157,7 @@ class Candidates:
         self.total.add_(gradient.view(-1).index_select(0, self.index))
 
     def gradient(self) -> Tensor:
-        """float32 ``[N, K]``, 0 elsewhere."""
+        """The sums as a matrix, float32 ``[N, K]``, with 0 for entries that are no candidates."""
         matrix = self.total.new_zeros(self.shape[0] * self.shape[1])
         return matrix.index_copy_(0, self.index.long(), self.total).view(self.shape)
 

@@ -47,7 +47,7 @@ def rewind(experiment: Experiment) -> None:
 
 
 def start_of(experiment: Experiment, level: int) -> dict[str, Tensor] | None:
-    """By layer, the values that the ticket of `level` started from; None for the initial ones, made again from a seed.
+    """The values that the ticket of `level` started from, by layer; None for initial values, made again from a seed.
 
     The layers carry that ticket.
     """

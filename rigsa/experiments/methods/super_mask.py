@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 
 class SuperMask(TicketMethod):
+    """Trains the entries whose pretrained weights rank highest, or lowest, in magnitude."""
+
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
         magnitudes = {name: layer.frozen_matrix().abs() for name, layer in gated_linears(experiment.model).items()}
         return highest(experiment.config, magnitudes, largest=experiment.config.super_rank == "largest")

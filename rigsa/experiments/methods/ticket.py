@@ -1,5 +1,8 @@
-"""What methods share that train a ticket of a given density: how entries that rank highest become patterns, and the one
-level of those that choose their mask before anything is trained."""
+"""Shared by the methods that train a ticket of a given density.
+
+`highest` makes patterns of the entries that rank highest; `TicketMethod` is the one level of the methods that choose
+their mask before anything is trained.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Drawing:
     figure: Figure
 
     def svg(self) -> str:
-        """The same text for the same data, whenever it is drawn."""
+        """The figure as SVG: the same text for the same data, whenever it is drawn."""
         buffer = io.StringIO()
         with matplotlib.rc_context(STYLE):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -78,7 +78,7 @@ class Series:
     points: list[tuple[Setting, int]]
 
     def values(self, measure: Measure) -> list[tuple[Setting, int, Estimate]]:
-        """The points where it was measured."""
+        """The points at which `measure` was taken, each with its mean over seeds."""
         found = [(setting, level, setting.estimate(measure, level)) for setting, level in self.points]
         return [(setting, level, value) for setting, level, value in found if value is not None]
 
@@ -275,7 +275,7 @@ def all_series(report: Report) -> list[Series]:
 
 
 def _look_of(report: Report, setting: Setting) -> dict[str, Any]:
-    """That of its series."""
+    """The options of the line of its series."""
     return next(one.look for one in all_series(report) if any(member is setting for member, _ in one.points))
 
 
@@ -301,7 +301,7 @@ def _tick(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _short(value: float) -> str:
-    """Three digits: 63.9, 305k, 45.7M."""
+    """The number in three digits: 63.9, 305k, 45.7M."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:.3g}{name}"
@@ -353,7 +353,7 @@ def _plot(
 
 
 def _line_across(axes: Axes, value: Estimate | None, look: dict[str, Any], label: str) -> None:
-    """With its marker at both ends."""
+    """A line across the panel with its marker at both ends, and its interval as a band."""
     if value is None:
         return
     axes.axhline(value.mean, label=label, clip_on=False, **look)
@@ -362,7 +362,7 @@ def _line_across(axes: Axes, value: Estimate | None, look: dict[str, Any], label
 
 
 def _legend(figure: Figure, panels: Sequence[Panel]) -> None:
-    """In the place of the missing panel, where the last row has one, else below."""
+    """The legend stands in the place of a missing last panel, or below the figure if none is missing."""
     handles, labels = panels[0].axes.get_legend_handles_labels()
     if len(panels) > 1 and len(panels) % 2:
         spare = figure.add_subplot((len(panels) + 1) // 2, 2, len(panels) + 1)

@@ -9,11 +9,11 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
 from rigsa.errors import RigsaError
+from rigsa.experiments.hardware import versions
 from rigsa.experiments.report.figures import Drawing, drawings
 from rigsa.experiments.report.runs import Report, command_of, read_report
 from rigsa.experiments.report.tables import Table, csv_text, escape_markdown, level_table, seeds_text, tables
@@ -137,7 +137,7 @@ def _machine(report: Report) -> str:
     seconds = sum(metrics.get("train_seconds", 0.0) for metrics in levels)
     peak = max(metrics.get("peak_memory_bytes", 0) for metrics in levels)
     made_on = sorted({f"{metrics['hardware']} ({metrics['versions']})" for metrics in levels if "hardware" in metrics})
-    drawn_with = ", ".join(f"{name} {version(name)}" for name in ("rigsa", "matplotlib", "scipy"))
+    drawn_with = versions("matplotlib", "scipy")
     return (
         f"Trained on {'; '.join(made_on) or 'a machine that was not recorded'}: {seconds:,.0f} s in all, and at most "
         f"{peak / 2**30:.2f} GiB. Drawn with {drawn_with}, Python {platform.python_version()}."

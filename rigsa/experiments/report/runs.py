@@ -79,7 +79,7 @@ class Measure:
     decimals: int
 
     def of(self, metrics: Metrics | None) -> float | None:
-        """None where it was not measured."""
+        """The number in `metrics`, or None if it was not measured."""
         value: Any = metrics
         for key in self.keys:
             if not isinstance(value, dict) or key not in value:
@@ -88,7 +88,7 @@ class Measure:
         return float(value)
 
     def before(self, run: Run) -> float | None:
-        """The untrained model's. It has not drifted: drift is measured from it."""
+        """The untrained model's number. Its drift is 0, since drift is measured from it."""
         return 0.0 if self.keys[0] == "drift" else self.of(run.base)
 
     def text(self, value: Estimate | None) -> str:
@@ -141,7 +141,7 @@ class Setting:
         return estimate(values) if values else None
 
     def change(self, measure: Measure, level: int) -> Estimate | None:
-        """From the untrained model of the same run."""
+        """The change from the untrained model of the same run."""
         before = {run.config.seed: measure.before(run) for run in self.runs}
         changes = [value - start for seed, value in self.values(measure, level).items()
                    if (start := before[seed]) is not None]  # fmt: skip
@@ -317,7 +317,7 @@ def check_distinct(settings: Sequence[Setting]) -> None:
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
-    """The preset with the fewest differences, and these: field to value. Of equals the first, quickstart leading."""
+    """The preset with the fewest differences, and these as field to value. Quickstart comes first among equals."""
     fields = [name for name in OPTIONS if config.method.reads(name)]
     found = []
     for name in ("quickstart", *PRESETS):

@@ -22,7 +22,7 @@ from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.experiments.train import make_optimizer
 from rigsa.run import main
 from rigsa_kernels import gated_linears
-from rigsa_kernels.replace import select_linears
+from rigsa_kernels.selection import select_linears
 from tests.conftest import make_llama
 
 DENSITY = 0.1

@@ -1,0 +1,451 @@
+"""Adapters on disk: a folder with ``rigsa_config.json`` and one safetensors file.
+
+The safetensors file is the adapter. It holds, for a layer called NAME, ``NAME.values`` and the tensors of its pattern's
+encoding (``NAME.bits``, or ``NAME.columns`` and ``NAME.rows``: `rigsa.encoding`), all gates in ``rigsa_gates``, and in
+``rigsa_config`` the record of what they are, as JSON (`rigsa.record`). ``rigsa_config.json`` repeats that record for
+people and tools, and adds the file's name, size and hash. The file is named by its hash, so the folder changes from one
+adapter to the next in the moment in which the JSON file is renamed, and is whole at any other.
+
+What is read is not trusted. The record is checked field by field and against the model before a tensor is read, so no
+number in a file decides how much memory is taken; then the file's size, header and hash; then every tensor, one at a
+time; and only then is the model touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rigsa.base import base_differences, base_name, fingerprint
+from rigsa.encoding import Layout, choose_encoding, decode, digest, encode, layout
+from rigsa.errors import RigsaError
+from rigsa.files import write_atomically, write_json
+from rigsa.record import (
+    GATES,
+    MOST_BYTES,
+    RECORD,
+    LayerRecord,
+    Record,
+    expect_fields,
+    from_json,
+    parse_record,
+    record_from,
+    to_bytes,
+)
+from rigsa.state import LayerState, adapted_layers, put_state, ticket_of, unwrap
+from rigsa_kernels import __version__
+from rigsa_kernels.format import SparsePattern
+from rigsa_kernels.linear import GatedSparseLinear
+from rigsa_kernels.replace import gated_linears, replace_linears, select_linears
+
+CONFIG_FILE = "rigsa_config.json"
+_ADAPTER_FILE = re.compile(r"rigsa_adapter-[0-9a-f]{16}\.safetensors")
+MODEL_FILE = "model.safetensors"
+"""What transformers calls a file of weights; a Trainer's checkpoint has its adapter there (`rigsa.checkpoints`)."""
+_DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16", "uint8": "U8", "uint16": "U16"}
+"""PyTorch's names and those of safetensors."""
+Read = Callable[[str], Tensor]
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapter of `model`, and nothing of its base, into `folder`.
+
+    An adapter that was there before is replaced. A process that is killed leaves the one or the other, whole.
+
+    Args:
+        model: with gated sparse layers; what is wrapped in DistributedDataParallel or ``torch.compile`` is looked into.
+        folder: made where it is missing.
+
+    Raises:
+        RigsaError: a value or a gate is not finite, or the folder cannot be written.
+        ValueError: `model` has no gated layer, or its layers are in shards.
+    """
+    folder = Path(folder)
+    write_adapter(model, folder, None)
+    wanted = json.loads((folder / CONFIG_FILE).read_text())["file"]
+    for path in folder.iterdir():
+        if _ADAPTER_FILE.fullmatch(path.name) and path.name != wanted:
+            path.unlink()
+
+
+def write_adapter(model: nn.Module, folder: Path, name: str | None) -> None:
+    """`save_adapter`, into a file called `name`; None names it by its hash."""
+    layers = adapted_layers(model)
+    _check_finite(layers)
+    gates = list({id(layer.rigsa_alpha): layer.rigsa_alpha for layer in layers.values()}.values())
+    record = _record_of(unwrap(model), layers, [id(gate) for gate in gates])
+    tensors = {GATES: torch.cat([gate.detach().double().cpu() for gate in gates]), RECORD: to_bytes(record)}
+    for layer_name, layer in layers.items():
+        tensors[f"{layer_name}.values"] = layer.rigsa_values.detach().cpu().contiguous()
+        for part, tensor in encode(layer.pattern, record.layers[layer_name].encoding).items():
+            tensors[f"{layer_name}.{part}"] = tensor
+    written: dict[str, Any] = {}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, {"format": "pt"})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+        written.update(bytes=temporary.stat().st_size, sha256=_sha256(temporary))
+
+    if name is None:  # the name is known once the bytes are
+        temporary = folder / ".rigsa_adapter.new"
+        write_atomically(temporary, write)
+        name = f"rigsa_adapter-{written['sha256'][:16]}.safetensors"
+        os.replace(temporary, folder / name)
+    else:
+        write_atomically(folder / name, write)
+    write_json(folder / CONFIG_FILE, record.to_json() | {"file": name, **written})
+
+
+def _check_finite(layers: Mapping[str, GatedSparseLinear]) -> None:
+    for name, layer in layers.items():
+        for what, tensor in (("values", layer.rigsa_values), ("gate", layer.rigsa_alpha)):
+            if not bool(tensor.isfinite().all()):
+                raise RigsaError(f"model: expected finite numbers to save, got {what} of {name} that are not")
+
+
+def _record_of(model: nn.Module, layers: Mapping[str, GatedSparseLinear], gates: list[int]) -> Record:
+    return Record(
+        base=base_name(model),
+        model_class=type(model).__name__,
+        made_with={"rigsa": __version__, "torch": torch.__version__},
+        gates=len(gates),
+        layers={
+            name: LayerRecord(
+                shape=layer.pattern.shape,
+                entries=layer.pattern.nnz,
+                encoding=choose_encoding(layer.pattern),
+                pattern=digest(layer.pattern),
+                values_dtype=str(layer.rigsa_values.dtype).removeprefix("torch."),
+                gate=gates.index(id(layer.rigsa_alpha)),
+                seed=layer.seed,
+                key=layer.key,
+                bound=layer.bound,
+                alpha_init=layer.alpha_init,
+                numerics=layer.numerics,
+                base=fingerprint(layer),
+                ticket=ticket_of(layer),
+            )
+            for name, layer in layers.items()
+        },
+    )
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, strict: bool = False) -> None:
+    """Put the adapter that `save_adapter` wrote onto `model`, in place.
+
+    On a bare base model the layers are built and everything else is frozen. On a model that carries an adapter on the
+    same layers, patterns, values, gates and seeds are replaced by the saved ones, in place where shapes allow: an
+    optimiser stays valid then, and what was frozen stays frozen.
+
+    Args:
+        model: the base model, in any dtype or with layers in NF4, bare or adapted.
+        folder: what `save_adapter` wrote, or a checkpoint of a Trainer (`rigsa.checkpoints`).
+        strict: refuse a base model that is not the one the adapter was trained on, instead of warning. It is told by
+            its name and by a sample of the weights that carry the adapter (`rigsa.base`).
+
+    Raises:
+        RigsaError: a file is missing, damaged or not what the record says; `model` does not have the adapter's layers,
+            or carries an adapter on others; under `strict`, another base. The model is unchanged.
+    """
+    folder = Path(folder)
+    with _naming(folder):
+        record, path = _read_folder(folder, unwrap(model))
+        with safe_open(path, framework="pt", device="cpu") as file:
+            if bytes(file.get_tensor(RECORD).numpy()) != bytes(to_bytes(record).numpy()):
+                raise ValueError(f"{CONFIG_FILE} does not describe this {path.name}")
+            _load(unwrap(model), record, file.get_tensor, strict)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = False) -> None:
+    """`load_adapter` from the tensors of an adapter's file.
+
+    Raises:
+        RigsaError: as in `load_adapter`.
+    """
+    with _naming("the adapter in this state"):
+        if RECORD not in tensors or tensors[RECORD].dtype != torch.uint8:
+            raise ValueError(f"it has no {RECORD}, which says what the tensors are")
+        record = parse_record(bytes(tensors[RECORD].contiguous().cpu().numpy()))
+        _check_model(record, unwrap(model))
+        expected = record.layout()
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name != RECORD}
+        _compare_layouts(expected, found)
+        _load(unwrap(model), record, lambda name: tensors[name].cpu(), strict)
+
+
+def read_record(folder: str | os.PathLike[str]) -> Record:
+    """What a saved adapter is, from its ``rigsa_config.json`` alone.
+
+    Raises:
+        RigsaError: the file is missing or damaged.
+    """
+    with _naming(folder):
+        return _read_config(Path(folder))[0]
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises RigsaError where the files of a saved adapter are missing, or have changed since they were saved."""
+    with _naming(folder):
+        _read_folder(Path(folder), None)
+
+
+def read_patterns(folder: str | os.PathLike[str]) -> dict[str, SparsePattern]:
+    """Layer name to the pattern of a saved adapter.
+
+    Raises:
+        RigsaError: a file is missing, damaged or not what the record says.
+    """
+    with _naming(folder):
+        record, path = _read_folder(Path(folder), None)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: _read_pattern(name, layer, file.get_tensor) for name, layer in record.layers.items()}
+
+
+def read_states(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, strict: bool = False
+) -> dict[str, LayerState]:
+    """A saved adapter as a snapshot, on the CPU (`rigsa.snapshot`).
+
+    Args:
+        folder: what `save_adapter` wrote.
+        model: where it is to be put; checked as `load_adapter` does, and not changed.
+        strict: as in `load_adapter`.
+
+    Raises:
+        RigsaError: a file is missing, damaged or not what the record says, or it does not fit `model`.
+    """
+    with _naming(folder):
+        record, path = _read_folder(Path(folder), None if model is None else unwrap(model))
+        if model is not None:
+            _check_base(unwrap(model), record, strict)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            gates = _read_finite(GATES, file.get_tensor)
+            shared = [gates[number : number + 1] for number in range(len(gates))]
+            return {
+                name: _layer_state(name, layer, _read_pattern(name, layer, file.get_tensor), shared, file.get_tensor)
+                for name, layer in record.layers.items()
+            }
+
+
+@contextmanager
+def _naming(where: object) -> Iterator[None]:
+    """What goes wrong while a file is read is one error that begins with its place."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RigsaError(f"{where}: this is not an adapter that can be loaded here: {reason}") from error
+
+
+def _open_regular(path: Path, most: int | None = None) -> Any:
+    """The file, opened for reading. Raises ValueError where it is not a plain file, or longer than `most` bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for somebody to write
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path.name} is not a file")
+    if most is not None and found.st_size > most:
+        os.close(descriptor)
+        raise ValueError(f"{path.name} has {found.st_size} bytes, more than any of its kind")
+    return os.fdopen(descriptor, "rb")
+
+
+def _read_config(folder: Path) -> tuple[Record, dict[str, Any]]:
+    """The record, and what ``rigsa_config.json`` says of the other file."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise ValueError(f"it has no {CONFIG_FILE}, which save_adapter(model, folder) writes")
+    with _open_regular(path, MOST_BYTES) as file:
+        config = from_json(file.read())
+    where: dict[str, Any] = {name: config.pop(name) for name in ("file", "bytes", "sha256") if name in config}
+    expect_fields(CONFIG_FILE, where, {"file": str, "bytes": int, "sha256": str})
+    return record_from(config), where
+
+
+def _read_folder(folder: Path, model: nn.Module | None) -> tuple[Record, Path]:
+    """The record and the safetensors file, whose size, header and hash are as the record says."""
+    record, where = _read_config(folder)
+    if model is not None:
+        _check_model(record, model)
+    if where["file"] != MODEL_FILE and not _ADAPTER_FILE.fullmatch(where["file"]):
+        raise ValueError(f"file: expected a name that save_adapter gives, got {where['file']!r}")
+    path = folder / where["file"]
+    if not path.exists():
+        raise ValueError(f"{path.name} is missing")
+    expected = record.layout() | {RECORD: (torch.uint8, (to_bytes(record).numel(),))}
+    with _open_regular(path) as file:
+        _compare_layouts(expected, _read_header(file, expected))
+    if path.stat().st_size != where["bytes"] or _sha256(path) != where["sha256"]:
+        raise ValueError(f"{path.name} has changed since it was saved (its bytes have another hash)")
+    return record, path
+
+
+def _read_header(file: Any, expected: Layout) -> Layout:
+    """The names, dtypes and shapes in a safetensors file, whose size is what they need."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    most = 1024 + sum(256 + 6 * len(name) for name in expected)
+    data = sum(dtype.itemsize * math.prod(shape) for dtype, shape in expected.values())
+    if length > most or size != 8 + length + data:
+        raise ValueError(f"expected {data} bytes of tensors, got a file of {size} with a header of {length}")
+    header = from_json(file.read(length))
+    header.pop("__metadata__", None)
+    dtypes = {tag: getattr(torch, name) for name, tag in _DTYPES.items()}
+    found: Layout = {}
+    for name, entry in header.items():
+        expect_fields(name, entry, {"dtype": str, "shape": list, "data_offsets": list})
+        if entry["dtype"] not in dtypes:
+            raise ValueError(f"{name}: expected one of {', '.join(dtypes)}, got {entry['dtype']!r}")
+        found[name] = dtypes[entry["dtype"]], tuple(entry["shape"])
+    return found
+
+
+def _compare_layouts(expected: Layout, found: Layout) -> None:
+    for name in {**expected, **found}:
+        if expected.get(name) != found.get(name):
+            raise ValueError(f"{name}: expected {expected.get(name, 'no such tensor')}, got {found.get(name, 'none')}")
+
+
+def _check_model(record: Record, model: nn.Module) -> None:
+    """Raises ValueError where the adapter's layers are not those that `model` carries, or could carry."""
+    adapted = gated_linears(model)
+    if adapted:
+        adapted_layers(model)  # refuses shards
+        for name in {**record.layers, **adapted}:
+            if name not in adapted or name not in record.layers:
+                side = "the model carries no adapter there" if name in record.layers else "the adapter has none there"
+                raise ValueError(f"the model carries an adapter on other layers ({name}: {side}); "
+                                 "restore_linears(model) takes it off")  # fmt: skip
+        _check_gates(record, adapted)
+    else:
+        selected, skipped = select_linears(model, lambda name, _: name in record.layers, ())
+        for name in record.layers:
+            if name not in selected:
+                reason = dict(skipped).get(name, "it has no linear layer of this name")
+                raise ValueError(f"{type(model).__name__} cannot carry it on {name}: {reason}")
+    for name, layer in record.layers.items():
+        module = model.get_submodule(name)
+        here = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        if layer.shape != here:
+            raise ValueError(f"{name} is {list(layer.shape)} in the adapter and {list(here)} in the model")
+        if name in adapted:
+            saved, dtype = getattr(torch, layer.values_dtype), adapted[name].rigsa_values.dtype
+            if torch.promote_types(saved, dtype) != dtype:
+                raise ValueError(f"{name} has values in {layer.values_dtype}, which {dtype} in the model would round")
+
+
+def _check_gates(record: Record, adapted: Mapping[str, GatedSparseLinear]) -> None:
+    saved: dict[int, str] = {}
+    here: dict[int, str] = {}
+    for name, layer in record.layers.items():
+        first, mine = saved.setdefault(layer.gate, name), here.setdefault(id(adapted[name].rigsa_alpha), name)
+        if first != mine:
+            raise ValueError(f"{name} shares its gate with other layers in the adapter than in the model")
+
+
+def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
+    """Check every tensor, one at a time, then change `model`."""
+    _check_base(model, record, strict)
+    gates = _read_finite(GATES, read)
+    patterns = {name: _read_pattern(name, layer, read) for name, layer in record.layers.items()}
+    for name in record.layers:
+        _read_finite(f"{name}.values", read)
+    if not gated_linears(model):
+        _build_layers(model, record, patterns)
+    layers = gated_linears(model)
+    shared = [gates[number : number + 1] for number in range(len(gates))]
+    for name, layer in record.layers.items():
+        put_state(layers[name], _layer_state(name, layer, patterns.pop(name), shared, read))
+
+
+def _check_base(model: nn.Module, record: Record, strict: bool) -> None:
+    prints = {name: layer.base for name, layer in record.layers.items()}
+    modules = {name: model.get_submodule(name) for name in prints}
+    differences = base_differences(record.base, prints, model, modules)
+    if differences:
+        message = f"the adapter was trained on another base model: {'; '.join(differences)}"
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def _read_finite(name: str, read: Read) -> Tensor:
+    tensor = read(name)
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers")
+    return tensor
+
+
+def _read_pattern(name: str, layer: LayerRecord, read: Read) -> SparsePattern:
+    parts = {part: read(f"{name}.{part}") for part in layout(layer.encoding, layer.shape, layer.entries)}
+    try:
+        pattern = decode(layer.encoding, parts, layer.shape, layer.entries)
+    except ValueError as error:
+        raise ValueError(f"{name}: its pattern is damaged: {error}") from error
+    if digest(pattern) != layer.pattern:
+        raise ValueError(f"{name}: its pattern is not the one that was saved (it has another hash)")
+    return pattern
+
+
+def _layer_state(name: str, layer: LayerRecord, pattern: SparsePattern, gates: list[Tensor], read: Read) -> LayerState:
+    return LayerState(
+        pattern=pattern,
+        values=_read_finite(f"{name}.values", read),
+        gate=gates[layer.gate],
+        seed=layer.seed,
+        key=layer.key,
+        bound=layer.bound,
+        alpha_init=layer.alpha_init,
+        ticket=layer.ticket,
+    )
+
+
+def _build_layers(model: nn.Module, record: Record, patterns: Mapping[str, SparsePattern]) -> None:
+    """Gated layers as the record says, with zeros for values, and gates shared as they were; all else frozen."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, layer in record.layers.items():
+        alike.setdefault((layer.seed, layer.alpha_init, layer.values_dtype, layer.numerics), []).append(name)
+    for (seed, alpha_init, values_dtype, numerics), names in alike.items():
+        chosen = set(names)
+        replace_linears(
+            model,
+            lambda name, _, chosen=chosen: name in chosen,  # type: ignore[misc]
+            pattern=lambda name, _: patterns[name],
+            seed=seed,
+            alpha_init=alpha_init,
+            init_scale=0.0,  # the values are read, so none need be drawn
+            values_dtype=getattr(torch, values_dtype),
+            numerics=numerics,
+        )
+    layers = gated_linears(model)
+    gates: dict[int, nn.Parameter] = {}
+    for name, layer in record.layers.items():
+        gate = gates.setdefault(layer.gate, layers[name].rigsa_alpha)
+        layers[name].rigsa_alpha = gate
+        gate.requires_grad_(True)
+        layers[name].rigsa_values.requires_grad_(True)

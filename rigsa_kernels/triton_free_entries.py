@@ -1,0 +1,113 @@
+"""The operators of `rigsa_kernels.free_entries` in Triton: one launch for the matrices of a whole model.
+
+A program walks ROWS rows of one matrix along the bit mask, WORDS words at a time. A table on the device holds a row of
+addresses and sizes for each matrix (`rigsa_kernels.triton_tables`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rigsa_kernels.triton_common import architecture, free_entries, load_words
+from rigsa_kernels.triton_tables import COLUMNS, TYPES, owners, pointers, table
+
+ROWS, WORDS = 8, 4
+"""Rows and words that a program takes at a time: 8 values a thread. The words of 8 rows lie in one 32-byte sector."""
+GATHER, SCATTER, COMPOSE = 0, 1, 2
+
+_COLUMNS = tl.constexpr(COLUMNS)
+
+
+@triton.jit
+def free_entries_kernel(table_ptr, owners_ptr, MATRIX: tl.constexpr, PACKED: tl.constexpr, VALUE: tl.constexpr,
+                        ALPHA: tl.constexpr, TASK: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+    """TASK: 0 reads the free entries into the packed vector, 1 writes it to them, 2 writes packed + alpha * values.
+
+    Columns of the table: matrix, packed, values, alpha, words, word_offsets, row_base, N, K, first program.
+    """
+    pid = tl.program_id(0)
+    number = tl.load(owners_ptr + pid)
+    row_ptr = table_ptr + number * _COLUMNS
+    N, K, first = tl.load(row_ptr + 7), tl.load(row_ptr + 8), tl.load(row_ptr + 9)
+    n = (pid - first) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    row_base = tl.load(pointers(table_ptr, number, 6, n, tl.int32), mask=n < N, other=0)
+    words_ptr = pointers(table_ptr, number, 4, 0, tl.int32)
+    word_offsets_ptr = pointers(table_ptr, number, 5, 0, tl.int16)
+    num_words = (K + 31) // 32
+    if TASK == 2:
+        alpha = tl.load(pointers(table_ptr, number, 3, 0, ALPHA)).to(tl.float32)
+    for word in range(0, num_words, WORDS):
+        q = word + tl.arange(0, WORDS)[None, :, None]
+        ok = (n < N) & (q < num_words)
+        free, position = free_entries(*load_words(words_ptr, word_offsets_ptr, row_base, q * N + n, ok))
+        packed_ptr = pointers(table_ptr, number, 1, position, PACKED)
+        matrix_ptr = pointers(table_ptr, number, 0, n * K + q * 32 + tl.arange(0, 32)[None, None, :], MATRIX)
+        if TASK == 0:
+            tl.store(packed_ptr, tl.load(matrix_ptr, mask=free, other=0.0), mask=free)
+        else:
+            entry = tl.load(packed_ptr, mask=free, other=0.0)
+            if TASK == 2:
+                value = tl.load(pointers(table_ptr, number, 2, position, VALUE), mask=free, other=0.0).to(tl.float32)
+                entry = entry.to(tl.float32) + alpha * value
+            tl.store(matrix_ptr, entry.to(MATRIX), mask=free)
+
+
+def gather_free_(packed: list[Tensor], matrices: list[Tensor], patterns: list[Tensor]) -> None:
+    """Launcher of ``rigsa::gather_free_`` (`rigsa_kernels.free_entries`)."""
+    _launch(matrices, packed, packed, packed, patterns, GATHER)
+
+
+def scatter_free_(matrices: list[Tensor], packed: list[Tensor], patterns: list[Tensor]) -> None:
+    """Launcher of ``rigsa::scatter_free_``."""
+    _launch(matrices, packed, packed, packed, patterns, SCATTER)
+
+
+def compose_free_(
+    matrices: list[Tensor], base_values: list[Tensor], values: list[Tensor], alphas: list[Tensor],
+    patterns: list[Tensor],
+) -> None:  # fmt: skip
+    """Launcher of ``rigsa::compose_free_``."""
+    _launch(matrices, base_values, values, alphas, patterns, COMPOSE)
+
+
+def _launch(
+    matrices: list[Tensor],
+    packed: list[Tensor],
+    values: list[Tensor],
+    alphas: list[Tensor],
+    patterns: list[Tensor],
+    task: int,
+) -> None:
+    rows = list(zip(matrices, packed, values, alphas, patterns[0::3], patterns[1::3], patterns[2::3], strict=True))
+    for row in rows:
+        _check(row)
+    rows = [row for row in rows if row[1].numel()]
+    if not rows:
+        return
+    architecture()
+    device, programs, entries, first = matrices[0].device, [], [], 0
+    for row in rows:
+        entries.append((*(tensor.data_ptr() for tensor in row), *row[0].shape, first))
+        programs.append(triton.cdiv(row[0].shape[0], ROWS))
+        first += programs[-1]
+    with torch.cuda.device_of(matrices[0]):
+        free_entries_kernel[(first,)](
+            table(tuple(entries), device), owners(tuple(programs), device),
+            *(TYPES[rows[0][column].dtype] for column in range(4)), TASK=task, ROWS=ROWS, WORDS=WORDS,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _check(row: tuple[Tensor, ...]) -> None:
+    """Raises ValueError where the kernel would read or write what a tensor does not have."""
+    matrix, packed, values, *_, words, word_offsets, row_base = row
+    num_words = (-(-matrix.shape[1] // 32), matrix.shape[0])
+    if tuple(words.shape) != num_words or words.shape != word_offsets.shape or row_base.shape != matrix.shape[:1]:
+        raise ValueError(f"patterns: expected those of {list(matrix.shape)}, got words of {list(words.shape)}")
+    if packed.shape != values.shape or packed.dim() != 1:
+        raise ValueError(f"values: expected as many as base values, {packed.numel()}, got {list(values.shape)}")
+    if any(not tensor.is_contiguous() or tensor.device != matrix.device for tensor in row):
+        raise ValueError(f"matrices: expected contiguous tensors on {matrix.device} beside each matrix")
