@@ -34,10 +34,10 @@ class Fingerprint:
     nf4: bool
 
 
-def fingerprint(module: nn.Module) -> Fingerprint:
-    """Of a layer's frozen weight, adapted or not."""
+def fingerprint(place: nn.Module | Tensor) -> Fingerprint:
+    """Of the frozen weight of a layer, adapted or not, or of a weight."""
     with torch.no_grad():
-        matrix, nf4 = _matrix(module)
+        matrix, nf4 = _matrix(place)
         if matrix.numel() == 0:
             return Fingerprint("", nf4)
         places = [(number * _GOLDEN % 2**64) * matrix.numel() >> 64 for number in range(SAMPLES)]
@@ -46,7 +46,9 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     return Fingerprint("".join(f"{number & 0xFFFF:04x}" for number in bits), nf4)
 
 
-def _matrix(module: nn.Module) -> tuple[Tensor, bool]:
+def _matrix(module: nn.Module | Tensor) -> tuple[Tensor, bool]:
+    if isinstance(module, Tensor):
+        return module, False
     if isinstance(module, GatedSparseLinear):
         return module.frozen_matrix(), module.is_nf4
     assert isinstance(module, nn.Linear)
@@ -62,14 +64,14 @@ def base_name(model: nn.Module) -> str:
 
 
 def base_differences(
-    saved_name: str, saved: Mapping[str, Fingerprint], model: nn.Module, layers: Mapping[str, nn.Module]
+    saved_name: str, saved: Mapping[str, Fingerprint], model: nn.Module, layers: Mapping[str, nn.Module | Tensor]
 ) -> list[str]:
     """What tells the base model of an adapter from `model`, in words; empty where nothing does.
 
     Args:
         saved_name, saved: name of the adapter's base, and the fingerprints of its layers.
         model: the model to stand on.
-        layers: these layers in `model`.
+        layers: what holds the frozen weights of these layers in `model`.
     """
     found = []
     here = base_name(model)

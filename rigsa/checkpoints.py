@@ -28,6 +28,7 @@ from torch import Tensor
 from rigsa.base import base_name
 from rigsa.errors import RigsaError
 from rigsa.files import write_json
+from rigsa.placing import trained_beside
 from rigsa.saving import MODEL_FILE, RECORD, load_tensors, write_adapter
 from rigsa_kernels.replace import after_replacing, gated_linears
 
@@ -38,6 +39,7 @@ def keep_adapter_in_checkpoints(model: nn.Module) -> None:
     `replace_linears` and `load_adapter` do this for the model that they are given. It has to be the model that is
     saved, the one that the Trainer gets, and not a part of it. Called again it changes nothing.
     """
+    model._rigsa_trained = set(trained_beside(model))  # type: ignore[assignment]  # saved, even if it is frozen later
     if "_rigsa_loads" not in model.__dict__:
         model._rigsa_loads = False  # type: ignore[assignment]
         model.register_load_state_dict_pre_hook(_take_adapter)

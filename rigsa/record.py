@@ -25,6 +25,8 @@ from rigsa_kernels.linear import Numerics
 FORMAT, VERSION = "rigsa adapter", 1
 RECORD, GATES = "rigsa_config", "rigsa_gates"
 """Names of the tensors that belong to no layer."""
+PARAMETER = "rigsa_parameter:"
+"""Before the name of a parameter that is trained beside the layers."""
 MOST_BYTES = 1 << 26
 """Of a record: some 100,000 layers."""
 _VALUE_DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -66,14 +68,31 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class ParameterRecord:
+    """A parameter that is trained as it is, beside the gated layers."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Record:
-    """What an adapter is: its base model's name and class, the versions that wrote it, its gates and its layers."""
+    """What an adapter is.
+
+    Attributes:
+        base, model_class: name and class of the base model.
+        made_with: the versions that wrote it.
+        gates: how many there are.
+        layers: layer name to its record.
+        parameters: name of each parameter that is trained beside them to its record.
+    """
 
     base: str
     model_class: str
     made_with: dict[str, str]
     gates: int
     layers: dict[str, LayerRecord]
+    parameters: dict[str, ParameterRecord]
 
     @property
     def density(self) -> float:
@@ -92,6 +111,8 @@ class Record:
             tensors[f"{name}.values"] = getattr(torch, layer.values_dtype), layer.values_shape
             for part, what in layout(layer.encoding, layer.shape, layer.entries).items():
                 tensors[f"{name}.{part}"] = what
+        for name, parameter in self.parameters.items():
+            tensors[f"{PARAMETER}{name}"] = getattr(torch, parameter.dtype), parameter.shape
         return tensors
 
 
@@ -138,7 +159,7 @@ def record_from(config: dict[str, Any]) -> Record:
     if config.get("version") != VERSION:
         raise ValueError(f"version: expected {VERSION}, got {config.get('version')!r}; another rigsa wrote it")
     kinds: dict[str, Any] = {"format": str, "version": int, "density": (int, float), "base": str, "model_class": str}
-    expect_fields("the record", config, kinds | {"made_with": dict, "gates": int, "layers": dict})
+    expect_fields("the record", config, kinds | {"made_with": dict, "gates": int, "layers": dict, "parameters": dict})
     if not all(isinstance(text, str) for text in config["made_with"].values()):
         raise ValueError("made_with: expected names and versions")
     layers = {name: __layer_record(name, layer) for name, layer in config["layers"].items()}
@@ -147,10 +168,21 @@ def record_from(config: dict[str, Any]) -> Record:
     used = {layer.gate for layer in layers.values()}
     if used != set(range(config["gates"])) if 0 < config["gates"] <= len(layers) else True:
         raise ValueError(f"gates: expected as many as the layers use, got {config['gates']}")
-    record = Record(config["base"], config["model_class"], config["made_with"], config["gates"], layers)
+    parameters = {name: _parameter_record(name, given) for name, given in config["parameters"].items()}
+    names = (config["base"], config["model_class"], config["made_with"], config["gates"])
+    record = Record(*names, layers, parameters)
     if record.to_json() != config:
         raise ValueError("density: it is not that of the layers")
     return record
+
+
+def _parameter_record(name: str, given: Any) -> ParameterRecord:
+    expect_fields(name, given, {"shape": list, "dtype": str})
+    if given["dtype"] not in _VALUE_DTYPES:
+        raise ValueError(f"{name}: dtype: expected one of {', '.join(_VALUE_DTYPES)}, got {given['dtype']!r}")
+    if len(given["shape"]) > 8 or not all(type(size) is int and 0 <= size < 2**31 for size in given["shape"]):
+        raise ValueError(f"{name}: shape: expected sizes, got {str(given['shape'])[:100]}")
+    return ParameterRecord(tuple(given["shape"]), given["dtype"])
 
 
 _LAYER_TYPES: dict[str, Any] = {

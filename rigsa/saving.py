@@ -1,10 +1,11 @@
 """Adapters on disk: a folder with ``rigsa_config.json`` and one safetensors file.
 
 The safetensors file is the adapter. It holds, for a layer called NAME, ``NAME.values`` and the tensors of its pattern's
-encoding (``NAME.bits``, or ``NAME.columns`` and ``NAME.rows``: `rigsa.encoding`), all gates in ``rigsa_gates``, and in
-``rigsa_config`` the record of what they are, as JSON (`rigsa.record`). ``rigsa_config.json`` repeats that record for
-people and tools, and adds the file's name, size and hash. The file is named by its hash, so the folder changes from one
-adapter to the next in the moment in which the JSON file is renamed, and is whole at any other.
+encoding (``NAME.bits``, or ``NAME.columns`` and ``NAME.rows``: `rigsa.encoding`), all gates in ``rigsa_gates``, what is
+trained beside the layers, such as a new head, as ``rigsa_parameter:NAME``, and in ``rigsa_config`` the record of what
+they are, as JSON (`rigsa.record`). ``rigsa_config.json`` repeats that record for people and tools, and adds the file's
+name, size and hash. The file is named by its hash, so the folder changes from one adapter to the next in the moment in
+which the JSON file is renamed, and is whole at any other.
 
 What is read is not trusted. The record is checked field by field and against the model before a tensor is read, so no
 number in a file decides how much memory is taken; then the file's size, header and hash; then every tensor, one at a
@@ -35,11 +36,14 @@ from rigsa.base import base_differences, base_name, fingerprint
 from rigsa.encoding import Layout, choose_encoding, decode, digest, encode, layout
 from rigsa.errors import RigsaError
 from rigsa.files import write_atomically, write_json
+from rigsa.placing import Place, build_layers, places_of, trained_beside
 from rigsa.record import (
     GATES,
     MOST_BYTES,
+    PARAMETER,
     RECORD,
     LayerRecord,
+    ParameterRecord,
     Record,
     expect_fields,
     from_json,
@@ -51,7 +55,7 @@ from rigsa.state import LayerState, adapted_layers, put_state, ticket_of, unwrap
 from rigsa_kernels import __version__
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
-from rigsa_kernels.replace import gated_linears, replace_linears, select_linears
+from rigsa_kernels.replace import gated_linears
 
 CONFIG_FILE = "rigsa_config.json"
 _ADAPTER_FILE = re.compile(r"rigsa_adapter-[0-9a-f]{16}\.safetensors")
@@ -63,7 +67,7 @@ Read = Callable[[str], Tensor]
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapter of `model`, and nothing of its base, into `folder`.
+    """Write the adapter of `model` into `folder`: its gated layers, and what else of the model is trained.
 
     An adapter that was there before is replaced. A process that is killed leaves the one or the other, whole.
 
@@ -86,14 +90,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def write_adapter(model: nn.Module, folder: Path, name: str | None) -> None:
     """`save_adapter`, into a file called `name`; None names it by its hash."""
     layers = adapted_layers(model)
-    _check_finite(layers)
+    beside = trained_beside(unwrap(model))
+    _check_finite(layers, beside)
     gates = list({id(layer.rigsa_alpha): layer.rigsa_alpha for layer in layers.values()}.values())
-    record = _record_of(unwrap(model), layers, [id(gate) for gate in gates])
+    record = _record_of(unwrap(model), layers, [id(gate) for gate in gates], beside)
     tensors = {GATES: torch.cat([gate.detach().double().cpu() for gate in gates]), RECORD: to_bytes(record)}
     for layer_name, layer in layers.items():
         tensors[f"{layer_name}.values"] = layer.rigsa_values.detach().cpu().contiguous()
         for part, tensor in encode(layer.pattern, record.layers[layer_name].encoding).items():
             tensors[f"{layer_name}.{part}"] = tensor
+    for parameter_name, parameter in beside.items():
+        tensors[PARAMETER + parameter_name] = parameter.detach().cpu().contiguous()
     written: dict[str, Any] = {}
 
     def write(temporary: Path) -> None:
@@ -113,14 +120,17 @@ def write_adapter(model: nn.Module, folder: Path, name: str | None) -> None:
     write_json(folder / CONFIG_FILE, record.to_json() | {"file": name, **written})
 
 
-def _check_finite(layers: Mapping[str, GatedSparseLinear]) -> None:
-    for name, layer in layers.items():
-        for what, tensor in (("values", layer.rigsa_values), ("gate", layer.rigsa_alpha)):
-            if not bool(tensor.isfinite().all()):
-                raise RigsaError(f"model: expected finite numbers to save, got {what} of {name} that are not")
+def _check_finite(layers: Mapping[str, GatedSparseLinear], beside: Mapping[str, Tensor]) -> None:
+    tensors = {f"values of {name}": layer.rigsa_values for name, layer in layers.items()}
+    tensors |= {f"a gate of {name}": layer.rigsa_alpha for name, layer in layers.items()}
+    for what, tensor in (*tensors.items(), *beside.items()):
+        if not bool(tensor.isfinite().all()):
+            raise RigsaError(f"model: expected finite numbers to save, got {what} that are not")
 
 
-def _record_of(model: nn.Module, layers: Mapping[str, GatedSparseLinear], gates: list[int]) -> Record:
+def _record_of(
+    model: nn.Module, layers: Mapping[str, GatedSparseLinear], gates: list[int], beside: Mapping[str, Tensor]
+) -> Record:
     return Record(
         base=base_name(model),
         model_class=type(model).__name__,
@@ -143,6 +153,10 @@ def _record_of(model: nn.Module, layers: Mapping[str, GatedSparseLinear], gates:
                 ticket=ticket_of(layer),
             )
             for name, layer in layers.items()
+        },
+        parameters={
+            name: ParameterRecord(tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+            for name, parameter in beside.items()
         },
     )
 
@@ -191,7 +205,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: boo
         if RECORD not in tensors or tensors[RECORD].dtype != torch.uint8:
             raise ValueError(f"it has no {RECORD}, which says what the tensors are")
         record = parse_record(bytes(tensors[RECORD].contiguous().cpu().numpy()))
-        _check_model(record, unwrap(model))
+        places_of(record, unwrap(model))
         expected = record.layout()
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name != RECORD}
         _compare_layouts(expected, found)
@@ -242,7 +256,7 @@ def read_states(
     with _naming(folder):
         record, path = _read_folder(Path(folder), None if model is None else unwrap(model))
         if model is not None:
-            _check_base(unwrap(model), record, strict)
+            _check_base(unwrap(model), record, places_of(record, unwrap(model)), strict)
         with safe_open(path, framework="pt", device="cpu") as file:
             gates = _read_finite(GATES, file.get_tensor)
             shared = [gates[number : number + 1] for number in range(len(gates))]
@@ -291,7 +305,7 @@ def _read_folder(folder: Path, model: nn.Module | None) -> tuple[Record, Path]:
     """The record and the safetensors file, whose size, header and hash are as the record says."""
     record, where = _read_config(folder)
     if model is not None:
-        _check_model(record, model)
+        places_of(record, model)
     if where["file"] != MODEL_FILE and not _ADAPTER_FILE.fullmatch(where["file"]):
         raise ValueError(f"file: expected a name that save_adapter gives, got {where['file']!r}")
     path = folder / where["file"]
@@ -331,62 +345,28 @@ def _compare_layouts(expected: Layout, found: Layout) -> None:
             raise ValueError(f"{name}: expected {expected.get(name, 'no such tensor')}, got {found.get(name, 'none')}")
 
 
-def _check_model(record: Record, model: nn.Module) -> None:
-    """Raises ValueError where the adapter's layers are not those that `model` carries, or could carry."""
-    adapted = gated_linears(model)
-    if adapted:
-        adapted_layers(model)  # refuses shards
-        for name in {**record.layers, **adapted}:
-            if name not in adapted or name not in record.layers:
-                side = "the model carries no adapter there" if name in record.layers else "the adapter has none there"
-                raise ValueError(f"the model carries an adapter on other layers ({name}: {side}); "
-                                 "restore_linears(model) takes it off")  # fmt: skip
-        _check_gates(record, adapted)
-    else:
-        selected, skipped = select_linears(model, lambda name, _: name in record.layers, ())
-        for name in record.layers:
-            if name not in selected:
-                reason = dict(skipped).get(name, "it has no linear layer of this name")
-                raise ValueError(f"{type(model).__name__} cannot carry it on {name}: {reason}")
-    for name, layer in record.layers.items():
-        module = model.get_submodule(name)
-        here = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-        if layer.shape != here:
-            raise ValueError(f"{name} is {list(layer.shape)} in the adapter and {list(here)} in the model")
-        if name in adapted:
-            saved, dtype = getattr(torch, layer.values_dtype), adapted[name].rigsa_values.dtype
-            if torch.promote_types(saved, dtype) != dtype:
-                raise ValueError(f"{name} has values in {layer.values_dtype}, which {dtype} in the model would round")
-
-
-def _check_gates(record: Record, adapted: Mapping[str, GatedSparseLinear]) -> None:
-    saved: dict[int, str] = {}
-    here: dict[int, str] = {}
-    for name, layer in record.layers.items():
-        first, mine = saved.setdefault(layer.gate, name), here.setdefault(id(adapted[name].rigsa_alpha), name)
-        if first != mine:
-            raise ValueError(f"{name} shares its gate with other layers in the adapter than in the model")
-
-
 def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
     """Check every tensor, one at a time, then change `model`."""
-    _check_base(model, record, strict)
+    _check_base(model, record, places_of(record, model), strict)
     gates = _read_finite(GATES, read)
     patterns = {name: _read_pattern(name, layer, read) for name, layer in record.layers.items()}
-    for name in record.layers:
-        _read_finite(f"{name}.values", read)
+    for name in (*(f"{name}.values" for name in record.layers), *(PARAMETER + name for name in record.parameters)):
+        _read_finite(name, read)
     if not gated_linears(model):
-        _build_layers(model, record, patterns)
+        build_layers(model, record, patterns)
     layers = gated_linears(model)
     shared = [gates[number : number + 1] for number in range(len(gates))]
     for name, layer in record.layers.items():
         put_state(layers[name], _layer_state(name, layer, patterns.pop(name), shared, read))
+    with torch.no_grad():
+        for name in record.parameters:
+            model.get_parameter(name).copy_(read(PARAMETER + name))
+    model._rigsa_trained = set(record.parameters)  # type: ignore[assignment]
 
 
-def _check_base(model: nn.Module, record: Record, strict: bool) -> None:
+def _check_base(model: nn.Module, record: Record, places: Mapping[str, Place], strict: bool) -> None:
     prints = {name: layer.base for name, layer in record.layers.items()}
-    modules = {name: model.get_submodule(name) for name in prints}
-    differences = base_differences(record.base, prints, model, modules)
+    differences = base_differences(record.base, prints, model, places)
     if differences:
         message = f"the adapter was trained on another base model: {'; '.join(differences)}"
         if strict:
@@ -423,29 +403,3 @@ def _layer_state(name: str, layer: LayerRecord, pattern: SparsePattern, gates: l
         alpha_init=layer.alpha_init,
         ticket=layer.ticket,
     )
-
-
-def _build_layers(model: nn.Module, record: Record, patterns: Mapping[str, SparsePattern]) -> None:
-    """Gated layers as the record says, with zeros for values, and gates shared as they were; all else frozen."""
-    alike: dict[tuple[Any, ...], list[str]] = {}
-    for name, layer in record.layers.items():
-        alike.setdefault((layer.seed, layer.alpha_init, layer.values_dtype, layer.numerics), []).append(name)
-    for (seed, alpha_init, values_dtype, numerics), names in alike.items():
-        chosen = set(names)
-        replace_linears(
-            model,
-            lambda name, _, chosen=chosen: name in chosen,  # type: ignore[misc]
-            pattern=lambda name, _: patterns[name],
-            seed=seed,
-            alpha_init=alpha_init,
-            init_scale=0.0,  # the values are read, so none need be drawn
-            values_dtype=getattr(torch, values_dtype),
-            numerics=numerics,
-        )
-    layers = gated_linears(model)
-    gates: dict[int, nn.Parameter] = {}
-    for name, layer in record.layers.items():
-        gate = gates.setdefault(layer.gate, layers[name].rigsa_alpha)
-        layers[name].rigsa_alpha = gate
-        gate.requires_grad_(True)
-        layers[name].rigsa_values.requires_grad_(True)

@@ -176,7 +176,7 @@ def test_free_entries_are_read_and_written_as_on_the_cpu(dtype):
         torch.ops.rigsa.gather_free_(base, own, index)
         moved = ([tensor.to(device) for tensor in tensors] for tensors in (values, alphas))
         torch.ops.rigsa.compose_free_(own, base, *moved, index)
-        composed = [matrix.cpu() for matrix in own]
+        composed = [matrix.cpu().clone() for matrix in own]
         torch.ops.rigsa.scatter_free_(own, base, index)
         assert all(torch.equal(matrix.cpu(), before) for matrix, before in zip(own, matrices, strict=True))
         results.append([*(entries.cpu() for entries in base), *composed])

@@ -11,12 +11,22 @@ SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 30, 11, 6]])
 TEXT = {"input_ids": IDS, "labels": IDS}
 IMAGE = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16), "labels": torch.tensor([0, 2])}
+SOUND = {"input_features": torch.linspace(-1, 1, 2 * 8 * 40).view(2, 8, 40), "labels": IDS}
+MOE = SMALL | {"num_key_value_heads": 2, "num_experts_per_tok": 2}
 FAMILIES = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", SMALL | {"num_key_value_heads": 2}, TEXT),
     "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SMALL | {"num_key_value_heads": 2, "head_dim": 8}, TEXT),
+    "Qwen3-MoE": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8},
+        TEXT,
+    ),
+    "Mixtral": ("MixtralForCausalLM", "MixtralConfig", MOE | {"num_local_experts": 4}, TEXT),
     "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", SMALL | {"num_key_value_heads": 2, "head_dim": 8}, TEXT),
     "Phi3": ("Phi3ForCausalLM", "Phi3Config", SMALL | {"num_key_value_heads": 2, "pad_token_id": 0}, TEXT),
     "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL, TEXT),
+    "GPT-2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}, TEXT),
     "BERT": ("BertForMaskedLM", "BertConfig", SMALL, TEXT),
     "ViT": (
         "ViTForImageClassification",
@@ -31,7 +41,23 @@ FAMILIES = {
          "decoder_start_token_id": 0},
         TEXT,
     ),
+    "Whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {"vocab_size": 40, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+         "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2, "decoder_start_token_id": 1},
+        SOUND,
+    ),
+    "Mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        TEXT,
+    ),
 }  # fmt: skip
+NEW_HEADS = {"ViT": ["classifier"]}
 
 
 def make(family):
@@ -51,7 +77,8 @@ def train(model, inputs, steps=3):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_saved_loaded_and_compared(tmp_path, family):
     inputs = FAMILIES[family][3]
-    model = replace_linears(make(family), alpha_init=0.1)
+    heads = NEW_HEADS.get(family, ())
+    model = replace_linears(make(family), alpha_init=0.1, modules_to_save=heads)
     with torch.no_grad():
         untouched = make(family)(**inputs)
     assert len(gated_linears(model)) > 4
@@ -60,7 +87,7 @@ def test_trained_saved_loaded_and_compared(tmp_path, family):
     train(model, inputs)
     save_adapter(model, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "checkpoint")
-    by_hand, by_state = make(family), replace_linears(make(family))
+    by_hand, by_state = make(family), replace_linears(make(family), modules_to_save=heads)
     load_adapter(by_hand, tmp_path / "adapter", strict=True)
     by_state.load_state_dict(load_file(tmp_path / "checkpoint" / "model.safetensors"))
     with torch.no_grad():

@@ -295,6 +295,50 @@ def test_the_name_of_the_base_is_compared_by_its_last_part(tmp_path):
         load_adapter(named("someone/other"), tmp_path, strict=True)
 
 
+# What is trained beside the gated layers.
+
+
+def with_head(**options):
+    """A new head, trained as it is."""
+    model = set_values(replace_linears(make_llama(), modules_to_save=["lm_head"], density=0.2, **options))
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+    return model
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_trained_head_is_saved_and_loaded(tmp_path, frozen):
+    model = with_head()
+    if frozen:
+        model.requires_grad_(False)
+    save_adapter(model, tmp_path)
+    for loaded in (make_llama(), replace_linears(make_llama(), density=0.3, seed=5)):
+        load_adapter(loaded, tmp_path, strict=True)
+        assert equal(state(model), state(loaded))
+        assert torch.equal(logits(model), logits(loaded))
+    bare = make_llama()
+    load_adapter(bare, tmp_path)
+    assert bare.lm_head.weight.requires_grad
+    assert not bare.model.embed_tokens.weight.requires_grad
+    bare.requires_grad_(False)
+    save_adapter(bare, tmp_path / "again")
+    assert read_record(tmp_path / "again").parameters == read_record(tmp_path).parameters
+
+
+def test_a_trained_head_that_does_not_fit_is_refused(tmp_path):
+    save_adapter(with_head(), tmp_path)
+    assert_refused(tmp_path, r"lm_head.weight, trained beside the adapter, is \[21, 32\] in the adapter and \[40, 32\]",
+                   make_llama(vocab_size=40))  # fmt: skip
+    assert_refused(tmp_path, "lm_head.weight is in float32, which torch.bfloat16", make_llama().bfloat16())
+    rewrite(tmp_path, lambda tensors: tensors["rigsa_parameter:lm_head.weight"].view(-1)[:1].fill_(math.nan))
+    assert_refused(tmp_path, "lm_head.weight: expected finite numbers", make_llama())
+    model = with_head()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.inf
+    with pytest.raises(RigsaError, match=r"finite numbers to save, got lm_head.weight"):
+        save_adapter(model, tmp_path)
+
+
 # What does not fit.
 
 
@@ -304,7 +348,7 @@ def test_other_layers_are_refused_by_name(folder, tmp_path):
     save_adapter(fewer, tmp_path / "fewer")
     assert_refused(tmp_path / "fewer", "q_proj: the adapter has none there", adapted())
     assert_refused(folder, r"gate_proj is \[48, 32\] in the adapter and \[64, 32\]", make_llama(intermediate_size=64))
-    assert_refused(folder, "cannot carry it on model.layers.0.* no linear layer", nn.Sequential(nn.Linear(3, 3)))
+    assert_refused(folder, "cannot carry it on model.layers.0.* no layer of this name", nn.Sequential(nn.Linear(3, 3)))
     load_adapter(restore_linears(fewer), folder)
 
 
