@@ -6,7 +6,8 @@ Adapt a model
     merge_linears(model)                  plain layers with the adapter in their weights
     adapter_summary(model)                how much is adapted, in one line
     gated_linears(model)                  the layers by name; each is a GatedSparseLinear
-    MaskedAdamW(model, lr=2e-3)           the optimiser
+    MaskedAdamW(model, lr=2e-3)           the optimiser; parameter_groups(model) for one of your own
+    stepping_in_backward(optimizer)       a context in which no whole gradient is ever in memory
 
 Choose which entries are free; each returns a TicketReport of what it did
     prune(model, keep_fraction=0.8)       keep a share, and rewind: one step of a level loop
