@@ -22,7 +22,7 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.records import PRUNING, read_record
 from rigsa.experiments.run_folder import MASK_FILE, PRUNING_FILE
 from rigsa.files import parse_json, require_regular, write_atomically
-from rigsa_kernels import SparsePattern, gated_linears
+from rigsa_kernels import SparsePattern, gated_linears, restore_weights
 from rigsa_kernels.format import WORD_BITS
 
 FORMAT_VERSION = 3
@@ -38,6 +38,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def base_fingerprint(model: nn.Module) -> str:
     """A short hash of the frozen parameters: names, shapes and every 97th row."""
     digest = hashlib.sha256()
+    restore_weights(model)  # of tickets, which compose into their weights
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and not name.endswith("rigsa_alpha"):
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
