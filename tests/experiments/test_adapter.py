@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from conftest import make_llama
 
+from conftest import make_llama
 from rigsa.experiments.adapter import base_fingerprint
 from rigsa_kernels import replace_linears
 
