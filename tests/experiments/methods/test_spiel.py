@@ -320,6 +320,7 @@ def test_folder_records_the_last_mask_and_what_was_exchanged(finished, rounds):
         "kept": sum(pattern.nnz for pattern in first.values()),
         "rounds": len(rounds),
         "exchanged": exchanged,
+        "mask": None,
     }
     assert len(rounds) == 2
     saved = load_file(finished / "level_1" / "mask.safetensors")
