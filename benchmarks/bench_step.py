@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.arena import Arena, Outcome
 from benchmarks.floors import step_floor
-from benchmarks.memory import extra_bytes, held_bytes, saved_bytes
+from benchmarks.memory import extra_bytes, held_bytes, saved_bytes, tensors_of
 from benchmarks.models import base_model, check_model, prompts
 from benchmarks.providers import FULL, TRAINEES, share
 from benchmarks.race import Contestant
@@ -44,7 +44,7 @@ def contestant(arena: Arena, batch: Batch, name: str) -> Contestant:
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trainee.trained)
     optimizer.step()  # makes its state
     optimizer.zero_grad()
-    held = held_bytes([*model.parameters(), *model.buffers(), *trainee.state])
+    held = held_bytes([*tensors_of(model), *trainee.state])
     info = {"saved_bytes": saved_bytes(forward, model), "peak_bytes": held + extra_bytes(step, arena.device)}
     floor = step_floor(arena.machine, base, trainee, batch)
     return Contestant(step, least=floor, tokens=ids.numel(), info=info)

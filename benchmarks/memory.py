@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.race import Run
+from rigsa_kernels import gated_linears
 
 
 def saved_bytes(run: Run, module: nn.Module) -> int:
-    """Storages that autograd saves during `run` and that are neither parameters nor buffers of `module`."""
-    own = {_key(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    """Storages that autograd saves during `run` and that are not of `module`: parameters, buffers, patterns."""
+    own = {_key(tensor) for tensor in tensors_of(module)}
     saved: dict[int, int] = {}
     # Alive until counted, or a storage's number could be used twice. Storages here, and detached tensors in the graph:
     # an output saved with its graph by the operation that made it would be a circle that no collector sees.
@@ -28,6 +29,12 @@ def saved_bytes(run: Run, module: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(saved.values())
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and the index tensors of gated layers' patterns."""
+    patterns = [tensor for layer in gated_linears(module).values() for tensor in layer.pattern.tensors]
+    return [*module.parameters(), *module.buffers(), *patterns]
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:

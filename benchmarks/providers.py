@@ -329,6 +329,9 @@ def tune_dense_composition(model: nn.Module, density: float) -> Trainee:
 def tune_gated(model: nn.Module, density: float | None = None, **options: object) -> Trainee:
     if options.get("force") == "fused" and next(model.parameters()).device.type != "cuda":
         raise UnavailableError("the fused kernel needs a CUDA device")
+    if density is not None:  # a ticket composes into its own weights, and other contestants read the base's
+        for linear in model_linears(model).values():
+            linear.weight = nn.Parameter(linear.weight.detach().clone())
     replace_linears(model, alpha_init=ALPHA, **options)
     if density is not None:
         for layer in gated_linears(model).values():

@@ -50,8 +50,10 @@ from rigsa_kernels import (
     adapter_summary,
     gated_linears,
     merge_linears,
+    parameter_groups,
     replace_linears,
     restore_linears,
+    stepping_in_backward,
 )
 from rigsa_kernels.replace import after_replacing
 
@@ -92,6 +94,7 @@ __all__ = [
     "magnitude_ticket",
     "merge_linears",
     "overlap",
+    "parameter_groups",
     "plot_densities",
     "prune",
     "random_ticket",
@@ -101,5 +104,6 @@ __all__ = [
     "save_adapter",
     "set_ticket",
     "snapshot",
+    "stepping_in_backward",
     "union",
 ]

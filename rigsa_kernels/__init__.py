@@ -5,7 +5,7 @@ from rigsa_kernels.init import layer_key, uniform_init
 from rigsa_kernels.linear import GatedSparseLinear, composed_is_safe
 from rigsa_kernels.merging import merge_linears, rounding_losses, unmerge_linears
 from rigsa_kernels.ops import gated_linear
-from rigsa_kernels.optim import MaskedAdamW
+from rigsa_kernels.optim import MaskedAdamW, parameter_groups, stepping_in_backward
 from rigsa_kernels.parametrized import GatedSparseWeight
 from rigsa_kernels.replace import (
     adapter_summary,
@@ -31,10 +31,12 @@ __all__ = [
     "layer_key",
     "left_out",
     "merge_linears",
+    "parameter_groups",
     "replace_linears",
     "restore_linears",
     "restore_weights",
     "rounding_losses",
+    "stepping_in_backward",
     "uniform_init",
     "unmerge_linears",
     "verify_adapted",

@@ -135,6 +135,11 @@ class SparsePattern:
             return []
         return [self.words, self.word_offsets, self.row_base]
 
+    @property
+    def device(self) -> torch.device | None:
+        """Of the index tensors; None when dense."""
+        return None if self.words is None else self.words.device
+
     def to(self, device: torch.device | str) -> SparsePattern:
         """The same pattern with its index tensors on `device`."""
         return self.map(lambda tensor: tensor.to(device))

@@ -43,6 +43,7 @@ class Launch:
         numbers: of the parameters in the random stream.
         params, grads, exp_avgs, exp_avg_sqs, scales: what this process holds of them, contiguous.
         addresses: of these five lists; None where tensors have no memory (fake ones, those on "meta").
+        held: what the device's code keeps from step to step while all but the gradients is as it was.
     """
 
     options: dict[str, Any]
@@ -57,6 +58,7 @@ class Launch:
     exp_avg_sqs: list[Tensor]
     scales: list[Tensor]
     addresses: list[list[int]] | None
+    held: dict[str, Any]
 
 
 class Members:
@@ -104,6 +106,7 @@ class Checked:
         kinds: (device, dtype, dtype of the first moment, whether it is a single number): members of one launch agree.
         same_kind: whether all do.
         starts, ends: of each piece of memory that an update writes, in order; empty where there is no memory.
+        held: as in `Launch`, where one launch takes all members.
     """
 
     def __init__(
@@ -120,18 +123,21 @@ class Checked:
         self.objects, self.addresses, self.numbers = objects, addresses, members.numbers()
         self.shapes, self.devices = [param.shape for param in params], [param.device for param in params]
         self.kinds = [
-            (param.device, param.dtype, moment.dtype, tuple(param.shape) == (1,))
-            for param, moment in zip(params, exp_avgs, strict=True)
+            # A gate is told by its whole shape: of one in shards, some processes hold nothing.
+            (param.device, param.dtype, moment.dtype, tuple(owned.shape) == (1,))
+            for param, moment, owned in zip(params, exp_avgs, members.owned, strict=True)
         ]
         self.same_kind = len(set(self.kinds)) == 1
         self.starts, self.ends = self._written(members, columns, addresses)
         self._apart: list[int] | None = None
+        self.held: dict[str, Any] = {}
 
-    def covers(self, objects: list[list[Any]], addresses: list[list[int]] | None) -> bool:
-        """Whether these are the objects that have passed, where they were."""
+    def covers(self, objects: list[list[Any]], params: list[Tensor], addresses: list[list[int]] | None) -> bool:
+        """Whether these are the objects that have passed, where they were and as large."""
         return (
             addresses is not None
             and addresses == self.addresses
+            and [param.shape for param in params] == self.shapes
             and all(
                 len(now) == len(then) and all(map(operator.is_, now, then))
                 for now, then in zip(objects, self.objects, strict=True)
@@ -195,16 +201,15 @@ def launches_of(members: Members, state: dict[Tensor, dict[str, Any]], remembere
         [one.get("scales") for one in states],
     ]
     columns = [members.params, *map(_local, objects[1:3]), _local_scales(members, objects[3])]
-    in_memory = _are_in_memory(members.params)
-    addresses = [_addresses(column) for column in columns] if in_memory else None
+    addresses = [_addresses(column) for column in columns] if _are_in_memory(columns) else None
     key = (members.index, members.positions[0], len(members.positions))
     checked = remembered.get(key)
-    if checked is None or not checked.covers(objects, addresses):
+    if checked is None or not checked.covers(objects, members.params, addresses):
         checked = Checked(members, objects, columns, addresses)
         if len(remembered) >= _MOST_REMEMBERED:
             remembered.clear()
         remembered[key] = checked
-    grads, grad_addresses = _gradients(members, checked, in_memory=in_memory)
+    grads, grad_addresses = _gradients(members, checked, in_memory=addresses is not None)
     params, exp_avgs, exp_avg_sqs, scales = columns
     steps, dtypes = [one.get("step", 0) + 1 for one in states], [grad.dtype for grad in grads]
     launches = []
@@ -229,6 +234,7 @@ def launches_of(members: Members, state: dict[Tensor, dict[str, Any]], remembere
                 exp_avg_sqs=pick(exp_avg_sqs, part),
                 scales=pick(scales, part) if has_scales else [],
                 addresses=where,
+                held=checked.held if len(part) == len(steps) else {},
             )
         )
     return launches
@@ -344,9 +350,10 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
 def check_state(name: str, param: Tensor, exp_avg: Any, exp_avg_sq: Any, scales: Any) -> None:
     """Raises ValueError where moments are not those of `param`: names, shapes, dtypes, device, layout."""
     wide = {torch.float64} if param.dtype == torch.float64 and param.device.type == "cpu" else set()
+    for what, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("scales", scales)):
+        if not isinstance(tensor, Tensor) and not (tensor is None and what == "scales"):
+            raise ValueError(f"{name}: expected {what} in its state to be a tensor, got {type(tensor).__name__}")
     for what, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if not isinstance(moment, Tensor):
-            raise ValueError(f"{name}: expected {what} in its state to be a tensor, got {type(moment).__name__}")
         if moment.shape != param.shape or moment.device != param.device or not _is_dense(moment):
             expected = f"contiguous {list(param.shape)} on {param.device}"
             got = f"{list(moment.shape)} on {moment.device}" + ("" if _is_dense(moment) else ", not contiguous")
@@ -380,13 +387,13 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _are_plain(column: list[Any]) -> bool:
-    """Whether these are all PyTorch's own kind of tensor: no DTensor, no fake tensor."""
-    return set(map(type, column)) <= {Tensor, torch.nn.Parameter}
+    """Whether these are all PyTorch's own kind of tensor, no DTensor and no fake one, or none at all."""
+    return set(map(type, column)) <= {Tensor, torch.nn.Parameter, type(None)}
 
 
-def _are_in_memory(params: list[Tensor]) -> bool:
+def _are_in_memory(columns: list[list[Any]]) -> bool:
     """Whether tensors have addresses: fake tensors and those on "meta" have none."""
-    return _are_plain(params) and not any([param.is_meta for param in params])
+    return all(map(_are_plain, columns)) and not columns[0][0].is_meta
 
 
 def pick(column: list[T], at: Sequence[int]) -> list[T]:
@@ -415,6 +422,4 @@ def _local_scales(members: Members, scales: list[Any]) -> list[Any]:
 
 def _addresses(column: list[Any]) -> list[int]:
     """Of each tensor; 0 where there is none."""
-    if _are_plain(column):
-        return list(map(Tensor.data_ptr, column))
     return [0 if tensor is None else tensor.data_ptr() for tensor in column]

@@ -19,7 +19,7 @@ from rigsa_kernels.dispatch import GENERATION_TOKENS, HALF_DTYPES, Path, choose_
 from rigsa_kernels.format import SparsePattern, carry
 from rigsa_kernels.in_place import InPlaceWeight, Peers, optimizer_steps, restore
 from rigsa_kernels.init import initial_values
-from rigsa_kernels.nf4 import dequantize, is_nf4_linear, nf4_base
+from rigsa_kernels.nf4 import SCALES, dequantize, is_nf4_linear, load_scales, nf4_base, scales_of
 from rigsa_kernels.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -27,15 +27,18 @@ logger = logging.getLogger(__name__)
 Numerics = Literal["auto", "exact", "composed"]
 ALPHA_INIT = 1e-6
 """The gate's initial value (RIGSA, section 3)."""
+DERIVED = ("rigsa_word_offsets", "rigsa_row_base")
+"""What follows from a pattern's bit mask: older state dicts hold it, and nobody reads it."""
 _claims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """A weight, and a weak reference to the layer that composes it in place."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """An ``nn.Linear`` that computes what it says: no packed 4-bit weight, no other forward."""
+    """An ``nn.Linear`` that computes what it says: no packed weight, no other forward, no weight made of others."""
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
+        and "weight" in module._parameters
         and module.weight.is_floating_point()
         and tuple(module.weight.shape) == (module.out_features, module.in_features)
     )
@@ -128,9 +131,8 @@ class GatedSparseLinear(nn.Module):
     """
 
     enabled: bool = True
-    rigsa_words: Tensor | None
-    rigsa_word_offsets: Tensor | None
-    rigsa_row_base: Tensor | None
+    _pattern: SparsePattern
+    bias: Tensor | None
     rule_device: torch.device | None = None
     """The device by whose rule a path is chosen; None for the operands'. For plans of a device that is not there."""
     exact_in_training: bool = True
@@ -167,7 +169,7 @@ class GatedSparseLinear(nn.Module):
         self.seed, self.key, self.numerics, self.force, self.in_place = seed, key, numerics, force, in_place
         self.alpha_init, self.bound = alpha_init, init_scale / math.sqrt(linear.in_features)
         self.weight = linear.weight.requires_grad_(False)
-        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
         self._origin = (linear,)  # in a tuple, or it would be a submodule
         self._start()
         self.join(Peers())
@@ -241,9 +243,19 @@ class GatedSparseLinear(nn.Module):
 
     @property
     def pattern(self) -> SparsePattern:
-        """Where D may be non-zero; its index tensors are this module's buffers, so they move and save with it."""
-        indices = (self.rigsa_words, self.rigsa_word_offsets, self.rigsa_row_base)
-        return SparsePattern(self.out_features, self.in_features, self.rigsa_values.numel(), *indices)
+        """Where D may be non-zero, on the device of the values.
+
+        Its index tensors are neither parameters nor buffers: DDP would send buffers before every pass and averaged
+        models would average them. They move with the layer, and its state dict holds the bit mask, `rigsa_words`.
+        """
+        if self._pattern.device not in (None, self.rigsa_values.device):  # FSDP and replicas move parameters alone
+            self._pattern = self._pattern.to(self.rigsa_values.device)
+        return self._pattern
+
+    @property
+    def rigsa_words(self) -> Tensor | None:
+        """The bit mask of a packed pattern."""
+        return self._pattern.words
 
     def set_pattern(self, pattern: SparsePattern) -> None:
         """Adopt `pattern`, rewind the values to their initial ones and close the gate (RIGSA, section 4.4).
@@ -288,9 +300,7 @@ class GatedSparseLinear(nn.Module):
     def _adopt_indices(self, pattern: SparsePattern) -> None:
         self.restore_weight()
         self._start()
-        self.register_buffer("rigsa_words", pattern.words)
-        self.register_buffer("rigsa_word_offsets", pattern.word_offsets)
-        self.register_buffer("rigsa_row_base", pattern.row_base)
+        self._pattern = pattern.map(torch.clone)  # another layer may have been given the same pattern
 
     @torch.no_grad()
     def composed_threshold(self) -> float:
@@ -582,16 +592,28 @@ class GatedSparseLinear(nn.Module):
         self._peers.join(self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
-        """A state shows W0, in a matrix of its own where passes write into `weight`."""
+        """A state shows W0, in a matrix of its own where passes write into `weight`, and all that makes the layer.
+
+        No two of its tensors share memory, which safetensors does not take: other layers may share the gate.
+        """
         if keep_vars:
             self.restore_weight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}rigsa_alpha"] = destination[f"{prefix}rigsa_alpha"].clone()
+        if self._pattern.words is not None:
+            destination[f"{prefix}rigsa_words"] = self._pattern.words.clone()
+        if self.is_nf4:
+            destination.update({f"{prefix}{name}": tensor for name, tensor in scales_of(self.weight).items()})
         if not keep_vars and self._may_write(self.weight.dtype):
             own = self.in_place_weight
             destination[f"{prefix}weight"] = self.weight.detach().clone() if own is None else own.frozen()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
-        """A state brings its pattern along: a ticket loads into a dense layer, and the other way round."""
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        """A state brings its pattern along: a ticket loads into a dense layer, and the other way round.
+
+        Of a pattern the bit mask alone is read; what follows from it is counted again.
+        """
         alpha, words = (state_dict.get(f"{prefix}rigsa_{name}") for name in ("alpha", "words"))
         if alpha is not None and not alpha.isfinite().all():
             raise ValueError(f"{prefix}rigsa_alpha: expected a finite gate, got {alpha.item()}")
@@ -600,11 +622,19 @@ class GatedSparseLinear(nn.Module):
         if f"{prefix}rigsa_values" in state_dict and not _same_words(words, self.rigsa_words):
             dense = SparsePattern.dense(self.out_features, self.in_features)
             self.set_pattern(dense if words is None else SparsePattern.from_words(words, self.in_features))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        scales = {name[len(prefix) :]: state_dict[name] for name in state_dict if name.startswith(prefix + SCALES)}
+        if self.is_nf4 and scales:
+            load_scales(self.weight, scales)
+        elif self.is_nf4 and f"{prefix}weight" in state_dict:
+            missing += [prefix + name for name in scales_of(self.weight)]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        ours = {prefix + name for name in (*DERIVED, "rigsa_words", *(scales if self.is_nf4 else ()))}
+        unexpected[:] = [name for name in unexpected if name not in ours]
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         self.restore_weight()
         self._start()
+        self._pattern = self._pattern.map(fn)
         result = super()._apply(fn, recurse)
         self._home = weakref.ref(self.weight)
         return result

@@ -57,7 +57,7 @@ def nf4_base(weight: Tensor) -> list[Tensor]:
             f"got {in_features} and {state.blocksize}"
         )
     restore_order(weight)
-    numbers = state.shape.numel()
+    numbers = math.prod(state.shape)
     block = math.gcd(numbers, state.blocksize)
     absmax = _absmax(state)
     if block < state.blocksize:
@@ -125,7 +125,7 @@ def load_scales(weight: Tensor, scales: dict[str, Tensor]) -> None:
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"weight: expected the scales of an NF4 weight, got {', '.join(scales)}: {error!r}") from error
     wanted, got = ((one.quant_type, tuple(one.shape), one.blocksize, one.dtype) for one in (state, loaded))
-    blocks = -(-state.shape.numel() // state.blocksize)
+    blocks = -(-math.prod(state.shape) // state.blocksize)
     if wanted != got or loaded.absmax.numel() != blocks or loaded.code.numel() != state.code.numel():
         raise ValueError(
             f"weight: expected scales of kind, shape, block size and dtype {wanted} with {blocks} blocks, "

@@ -38,6 +38,7 @@ def _on_cuda(reference: Callable[..., Any], launcher: str) -> Callable[..., Any]
 
 _FUSED_DVALUES = on_first_use("triton_grad.linear_dvalues")
 _GATHERED_DVALUES = on_first_use("triton_gather.linear_dvalues")
+_CHECKED_DVALUES = on_first_use("triton_gather.checked_dvalues")
 
 
 def _dvalues_on_cuda(
@@ -50,6 +51,13 @@ def _dvalues_on_cuda(
     return (_FUSED_DVALUES if fused else _GATHERED_DVALUES)(dy, x, values, alpha, pattern)
 
 
+def _dvalues(dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """``rigsa::linear_dvalues``. Plain CUDA tensors pass PyTorch's dispatcher by, which takes as long as the launch."""
+    if type(dy) is Tensor and dy.is_cuda and x.dtype != torch.float64 and not kernels_win(x.device, x.dtype):
+        return _CHECKED_DVALUES(dy, x, values, alpha, pattern)
+    return torch.ops.rigsa.linear_dvalues.default(dy, x, values, alpha, pattern)
+
+
 define(
     "compose(Tensor weight, Tensor values, Tensor alpha, Tensor[] pattern) -> Tensor",
     reference.compose,
@@ -59,7 +67,7 @@ define(
 define(
     "add_scaled(Tensor base, Tensor term, Tensor alpha) -> Tensor",
     reference.add_scaled,
-    reference.add_scaled,
+    _on_cuda(reference.add_scaled, "triton_add.add_scaled"),
     lambda base, term, alpha: torch.empty_like(base),
 )
 define(
@@ -121,7 +129,7 @@ class _GatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            dvalues, dalpha = torch.ops.rigsa.linear_dvalues(dy, x, values, alpha, pattern)
+            dvalues, dalpha = _dvalues(dy, x, values, alpha, pattern)
         return dx, dbias, dvalues, dalpha, None, None, None, *(None for _ in indices)
 
 

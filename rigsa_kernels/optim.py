@@ -119,14 +119,16 @@ class MaskedAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(groups, defaults | {"state_dtype": state_dtype, "seed": seed})
         self._remembered: Remembered = {}
-        self._places = _places(params, self.param_groups) if isinstance(params, nn.Module) else []
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        if isinstance(params, nn.Module):
+            self._model, self._places = weakref.ref(params), _places(params, self.param_groups)
         self._switch = Switch(gated_linears(params).values() if isinstance(params, nn.Module) else [])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, which leave out what is only remembered."""
         super().__setstate__(state)
         self.__dict__.setdefault("_remembered", {})
-        self.__dict__.setdefault("_places", [])
+        self.__dict__.setdefault("_model", lambda: None)
         self.__dict__.setdefault("_switch", Switch([]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -183,7 +185,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         after_step(param for launch in launches for param in launch.owned)
 
     def _check_places(self) -> None:
-        """Raises ValueError where a layer of the model holds another parameter now than the one given to us."""
+        """Raises ValueError where a layer of the model holds another parameter now than the one given to us.
+
+        Of a model that nobody else holds any more there is nothing to check.
+        """
+        if self._model() is None:
+            return
         groups = [group["params"] for group in self.param_groups]
         lost = [
             name
@@ -226,7 +233,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         elif launch.addresses is not None and _has_kernels(launch.params[0].device):
             hyper = hyper_parameters(lr, beta1, beta2, eps, weight_decay, step)
             key = random_key(options["seed"], step)
-            _update_on_cuda([*columns, launch.scales], launch.addresses, launch.numbers, hyper, key)
+            _update_on_cuda([*columns, launch.scales], launch.addresses, launch.numbers, hyper, key, launch.held)
         else:
             torch.ops.rigsa.adamw_(
                 *columns, launch.scales, launch.numbers,

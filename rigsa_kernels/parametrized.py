@@ -67,6 +67,9 @@ class GatedSparseWeight(GatedSparseLinear):
         ValueError: the parameter or an option does not fit.
     """
 
+    _made: tuple[int, Snapshot, Tensor] | None
+    """The steps counted when it was composed, what it was composed of, and the composed matrix."""
+
     def __init__(self, owner: nn.Module, name: str, *, fan_in: int | None = None, **options: Any) -> None:
         weight = owner._parameters.get(name)
         if weight is None or weight.dim() < 2 or not weight.is_floating_point():
@@ -112,7 +115,7 @@ class GatedSparseWeight(GatedSparseLinear):
 
     def _start(self) -> None:
         super()._start()
-        self._made: tuple[int, Snapshot, Tensor] | None = None
+        self._made = None
 
     def kept_tensors(self) -> list[Tensor]:
         return [] if self._made is None else [self._made[2]]

@@ -356,7 +356,7 @@ def left_out(model: nn.Module) -> dict[str, int]:
         is_ours = name.rpartition(".")[2].startswith("rigsa_")
         if parameter.dim() > 1 and id(parameter) not in adapted and not is_ours and not of_peft(name):
             state = getattr(parameter, "quant_state", None)
-            found[name] = parameter.numel() if state is None else state.shape.numel()
+            found[name] = parameter.numel() if state is None else math.prod(state.shape)
     return found
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from typing import Any
 
 import torch
 import triton
@@ -313,6 +314,7 @@ def update_(
     numbers: list[int],
     hyper: adamw.Hyper,
     key: tuple[int, int],
+    held: dict[str, Any],
 ) -> None:
     """`adamw_` of tensors that have been checked, and whose addresses are known: `rigsa_kernels.launches`.
 
@@ -322,8 +324,17 @@ def update_(
         numbers: as in `adamw_`.
         hyper: `adamw.hyper_parameters`.
         key: `adamw.random_key`.
+        held: what the call before left, with the same tensors but for the gradients; empty at first.
     """
-    _launch_flat(columns, [], numbers, hyper, key, addresses)
+    device = columns[0][0].device
+    stream = _stream(device)
+    if not held:
+        held["rows"] = _rows(columns, [], numbers, addresses)
+    if held.get("for") != (addresses[1], stream):
+        held["rows"][1::COLUMNS] = array("q", addresses[1])
+        held["tables"] = _on_device(held["rows"].tobytes(), device, stream, True)
+        held["for"] = (addresses[1], stream)
+    _run_flat(held["tables"], columns, [], hyper, key)
 
 
 def _launch_flat(
@@ -332,9 +343,18 @@ def _launch_flat(
     numbers: list[int],
     hyper: adamw.Hyper,
     key: tuple[int, int],
-    addresses: list[list[int]] | None = None,
 ) -> None:
-    for table, owners, grid, aligned in _tables(columns, weights, numbers, addresses, flat=True):
+    _run_flat(_tables(columns, weights, numbers, flat=True), columns, weights, hyper, key)
+
+
+def _run_flat(
+    tables: list[_Table],
+    columns: list[list[Tensor]],
+    weights: list[list[Tensor]],
+    hyper: adamw.Hyper,
+    key: tuple[int, int],
+) -> None:
+    for table, owners, grid, aligned in tables:
         with torch.cuda.device_of(table):
             adamw_flat_kernel[(grid,)](
                 table, owners, hyper, *key,
@@ -353,7 +373,7 @@ def _launch_packed(
     *,
     update: bool,
 ) -> None:
-    for table, owners, grid, _ in _tables(columns, weights, numbers, None, flat=False):
+    for table, owners, grid, _ in _tables(columns, weights, numbers, flat=False):
         with torch.cuda.device_of(table):
             adamw_packed_kernel[(grid,)](
                 table, owners, hyper, *key,
@@ -376,34 +396,29 @@ the addresses of vectors, columns 0 to 3, 8 and 9, are aligned (told of the flat
 
 
 def _tables(
-    columns: list[list[Tensor]],
-    weights: list[list[Tensor]],
-    numbers: list[int],
-    addresses: list[list[int]] | None,
-    *,
-    flat: bool,
+    columns: list[list[Tensor]], weights: list[list[Tensor]], numbers: list[int], *, flat: bool
 ) -> list[_Table]:
     """What each launch reads its tensors' addresses and sizes from."""
-    params = columns[0]
-    if not params:
+    if not numbers:
         return []
-    if addresses is None:
-        addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
-    rows = array("q", bytes(8 * COLUMNS * len(params)))
-    beside = [[tensor.data_ptr() for tensor in column] for column in weights]
-    for at, numbers_of_column in (
-        *enumerate(addresses),
-        (5, [param.numel() for param in params]),
-        (6, numbers),
-        *enumerate(beside, 8),
-    ):
-        if numbers_of_column:
-            rows[at::COLUMNS] = array("q", numbers_of_column)
+    addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
+    device = columns[0][0].device
+    return _on_device(_rows(columns, weights, numbers, addresses).tobytes(), device, _stream(device), flat)
+
+
+def _rows(
+    columns: list[list[Tensor]], weights: list[list[Tensor]], numbers: list[int], addresses: list[list[int]]
+) -> array[int]:
+    """int64: a row for each tensor, the first chunk left out."""
+    rows = array("q", bytes(8 * COLUMNS * len(numbers)))
+    filled = dict(enumerate(addresses)) | {5: [param.numel() for param in columns[0]], 6: numbers}
+    filled |= dict(enumerate(([tensor.data_ptr() for tensor in column] for column in weights), 8))
     if weights:
-        for at in (0, 1):
-            rows[14 + at :: COLUMNS] = array("q", [matrix.shape[at] for matrix in weights[0]])
-    device = params[0].device
-    return _on_device(rows.tobytes(), device, _stream(device), flat)
+        filled |= {14 + at: [matrix.shape[at] for matrix in weights[0]] for at in (0, 1)}
+    for at, column in filled.items():
+        if column:
+            rows[at::COLUMNS] = array("q", column)
+    return rows
 
 
 def _stream(device: torch.device) -> int:

@@ -158,11 +158,12 @@ class Tile:
 def choose_tile(m: int, dtype: torch.dtype, *, nf4: bool, packed: bool) -> Tile:
     """The tile of every launch: no spill and at least two programs a multiprocessor (`rigsa_kernels.inspect`).
 
-    float32 is multiplied by ordinary cores, which want fewer accumulators. A few tokens (generation) need few rows.
-    Decoding NF4 beside a packed difference fills the registers, so the tile has half the columns.
+    float32 is multiplied by ordinary cores, whose operands fill the registers: fewer accumulators, and fewer again
+    beside a packed difference. A few tokens (generation) need few rows. Decoding NF4 beside a packed difference fills
+    the registers, too, so the tile has half the columns.
     """
     if dtype == torch.float32:
-        return Tile(64, 32, 32, 4, 3)
+        return Tile(16 if packed else 64, 32, 32, 4, 3)
     if m <= 16:
         return Tile(16, 64, 32, 4, 3)
     if nf4:

@@ -64,19 +64,26 @@ def quantize_nf4(weight: Tensor, block: int = 64) -> list[Tensor]:
 def truth(x, weight, bias, values, alpha, pattern, dy):  # type: ignore[no-untyped-def]
     """``(y, dx, dvalues, dalpha)`` written out in float64 on whole matrices, without any of our arithmetic.
 
-    `weight` is a matrix or an NF4 base. Each result comes with the size of the terms that were summed into it, to which
-    rounding is proportional.
+    `weight` is a matrix or an NF4 base. Each result comes with the size that rounding is proportional to: its largest
+    magnitude, times what accumulators add. A sum of n terms that is rounded after each of them, in whatever order, is
+    off by some sqrt(n) * eps / 2 of it (Higham & Mary, "A new approach to probabilistic rounding error analysis",
+    2019), which counts where accumulators are no wider than the products.
     """
     mask = pattern.to_mask()
     delta = torch.zeros(pattern.shape, dtype=torch.float64, device=values.device)
     delta[mask] = values.double().flatten()
     weight = dequantize(weight, pattern.shape, torch.float64) if isinstance(weight, list) else weight.double()
+    narrow, wide = (torch.finfo(dtype).eps for dtype in (x.dtype, torch.promote_types(x.dtype, torch.float32)))
     x, dy, alpha = x.double(), dy.double(), alpha.double()
     total = weight + alpha * delta
     grad = dy.T @ x
     y = x @ total.T + (0 if bias is None else bias.double())
     dx, dvalues, dalpha = dy @ total, alpha * (grad if pattern.is_dense else grad[mask]), (grad * delta).sum().view(1)
     sizes = [result.abs().max() if result.numel() else 0 for result in (y, dx, dvalues)]
+    sizes = [
+        size * (1 + math.sqrt(terms) / 2 * wide / narrow)
+        for size, terms in zip(sizes, (x.shape[1], dy.shape[1], x.shape[0]), strict=True)
+    ]
     return (y, dx, dvalues, dalpha), (*sizes, (grad * delta).abs().sum())
 
 

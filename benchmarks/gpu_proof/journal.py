@@ -54,7 +54,9 @@ class Journal:
         found: dict[str, Any] = {}
         try:
             yield found
-        except (UnavailableError, torch.OutOfMemoryError) as reason:
+        except UnavailableError as reason:
+            found["skipped"] = str(reason)
+        except torch.OutOfMemoryError as reason:
             found["skipped"] = describe_error(reason)
         except Exception as error:
             found |= {"ok": False, "error": describe_error(error)}

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.gpu_proof.journal import DONE, SKIPPED, read, rows
 from benchmarks.gpu_proof.schedule import all_names
+from benchmarks.gpu_proof.tables import all_tables
 from benchmarks.providers import LEVEL_0_HALF, TICKET_NAME
 from benchmarks.targets import GPU_TARGETS, SIZES, GpuTarget
 from rigsa.files import write_json, write_text
@@ -29,13 +30,13 @@ class Line:
 
 
 def write_summary(folder: Path, *, dry: bool = False) -> str:
-    """Write summary.md and summary.json, and give the Markdown back."""
+    """Write summary.json and summary.md: what this gives back, and under it a table of each section that measures."""
     found = [*_checks(folder), *_ratios(folder), *_times(folder), *_memory(folder)]
     if dry:
         found = [replace(line, verdict=UNKNOWN) for line in found]
     sections = {name: read(folder, name) for name in all_names()}
     text = "\n".join([_head(folder, dry), "", table(found), "", _sections(sections), ""])
-    write_text(folder / "summary.md", text)
+    write_text(folder / "summary.md", f"{text}\n{all_tables(folder)}\n")
     statuses = {name: record.get("status", "not run") for name, record in sections.items()}
     write_json(folder / "summary.json", {"lines": [asdict(line) for line in found], "sections": statuses})
     return text

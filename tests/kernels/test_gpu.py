@@ -6,6 +6,7 @@ the interpreter (tests/test_triton_*.py).
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from oracle import ALPHAS
-from test_triton_products import DTYPES, check_whole_numbers, make, whole_numbers
+from oracle import ALPHAS, eager_results, truth
+from test_triton_products import DTYPES, check_all, check_whole_numbers, make, whole_numbers
 
 from rigsa.masks import TrainedLayer, prune, random_patterns
-from rigsa_kernels import MaskedAdamW, SparsePattern, gated_linears, replace_linears
+from rigsa_kernels import MaskedAdamW, SparsePattern, gated_linears, replace_linears, restore_weights, triton_gather
 from rigsa_kernels.init import initial_values
 
 pytestmark = pytest.mark.gpu
@@ -128,22 +129,97 @@ def test_a_model_trains_like_on_the_cpu(force, numerics):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def test_a_step_does_not_wait_for_the_device():
-    """PyTorch raises at any synchronisation; the first step may compile and measure the weights."""
-    model = replace_linears(nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16)), alpha_init=0.1).cuda()
+def packed_model(**options: object) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96, dtype=torch.bfloat16), nn.Tanh(), nn.Linear(96, 64, dtype=torch.bfloat16))
+    replace_linears(model, alpha_init=0.1, density=0.2, **options)
+    return model.cuda()
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    model(x).float().pow(2).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("numerics", ["auto", "exact", "composed"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_does_not_wait_for_the_device(packed, numerics):
+    """PyTorch raises at any synchronisation; the first steps may compile and measure the weights."""
+    model = packed_model(numerics=numerics)
+    if not packed:
+        for layer in gated_linears(model).values():
+            layer.set_pattern(SparsePattern.dense(*layer.pattern.shape))
     optimizer, x = MaskedAdamW(model), torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
-
-    def step() -> None:
-        model(x).float().pow(2).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
+    for _ in range(3):
+        train_step(model, optimizer, x)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        for _ in range(3):
+            train_step(model, optimizer, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_free_entries_are_read_and_written_as_on_the_cpu(dtype):
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator).to(dtype) for shape in ((50, 100), (300, 70))]
+    patterns = [SparsePattern.from_mask(torch.rand(m.shape, generator=generator) < 0.3) for m in matrices]
+    values = [torch.randn(pattern.nnz, generator=generator) for pattern in patterns]
+    alphas = [torch.rand(1, generator=generator) for _ in patterns]
+    results = []
+    for device in ("cpu", "cuda"):
+        own = [matrix.to(device, copy=True) for matrix in matrices]
+        index = [tensor.to(device) for pattern in patterns for tensor in pattern.tensors]
+        base = [torch.full((pattern.nnz,), float("nan"), dtype=dtype, device=device) for pattern in patterns]
+        torch.ops.rigsa.gather_free_(base, own, index)
+        moved = ([tensor.to(device) for tensor in tensors] for tensors in (values, alphas))
+        torch.ops.rigsa.compose_free_(own, base, *moved, index)
+        composed = [matrix.cpu().clone() for matrix in own]
+        torch.ops.rigsa.scatter_free_(own, base, index)
+        assert all(torch.equal(matrix.cpu(), before) for matrix, before in zip(own, matrices, strict=True))
+        results.append([*(entries.cpu() for entries in base), *composed])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", ["dense", "packed", "sparse", "empty"])
+def test_gradients_from_a_whole_product_match_float64(density, dtype):
+    problem = make(860, 576, 130, density, dtype=dtype)
+    there = problem.on("cuda")
+    results = triton_gather.linear_dvalues(there.dy, there.x, there.values, there.alpha, there.pattern.tensors)
+    want, sizes = truth(*problem.arguments)
+    eager = eager_results(*problem.arguments, problem.exact)
+    check_all([result.cpu() for result in results], want[2:], sizes[2:], eager[2:], dtype)
+
+
+@pytest.mark.parametrize("numerics", ["auto", "composed", "exact"])
+def test_w0_comes_back_bit_for_bit(numerics):
+    model = packed_model(numerics=numerics)
+    frozen = [layer.weight.detach().clone() for layer in gated_linears(model).values()]
+    optimizer, x = MaskedAdamW(model, lr=1e-2), torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
+    for _ in range(4):
+        train_step(model, optimizer, x)
+        model.eval()
+        with torch.inference_mode():
+            y = model(x)
+        state = model.state_dict()
+        assert torch.equal(copy.deepcopy(model)(x), y)
+        model.train()
+        for weight, (name, layer) in zip(frozen, gated_linears(model).items(), strict=True):
+            assert torch.equal(layer.frozen_matrix(), weight)
+            assert torch.equal(state[f"{name}.weight"], weight)
+    restore_weights(model)
+    assert all(map(torch.equal, frozen, [layer.weight for layer in gated_linears(model).values()]))
+
+
+def test_a_layer_in_training_is_not_captured_into_a_graph():
+    model, x = packed_model(), torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
+    train_step(model, MaskedAdamW(model), x)
+    with pytest.raises(RuntimeError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        model(x)
 
 
 @pytest.mark.parametrize("density", ["dense", "packed"])

@@ -189,7 +189,7 @@ def test_auto_switches_with_the_gate_in_bfloat16_only():
 def test_pattern_is_part_of_the_state_and_survives_casts():
     layer = make_layer()
     layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
-    assert {"rigsa_words", "rigsa_word_offsets", "rigsa_row_base"} <= layer.state_dict().keys()
+    assert "rigsa_words" in layer.state_dict()
     layer.bfloat16()
     assert torch.equal(layer.pattern.to_mask(), half_mask(layer))
 

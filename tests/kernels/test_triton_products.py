@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracle import ALPHAS, assert_close, eager_results, flag, make_inputs, quantize_nf4, truth
 from torch import Tensor
 
-from rigsa_kernels import SparsePattern, testing, triton_gather, triton_grad, triton_linear
+from rigsa_kernels import SparsePattern, testing, triton_add, triton_gather, triton_grad, triton_linear
 from rigsa_kernels.testing import GuardError, interpreting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -294,3 +294,22 @@ class TestTheChecksCanFail:
         getattr(problem, name)[0] += 1
         with pytest.raises(AssertionError):
             problem.compare(results)
+
+
+@given(st.integers(0, 5000), st.sampled_from(DTYPES), st.sampled_from(ALPHAS))
+@settings(max_examples=20)
+def test_a_scaled_term_is_added_with_one_rounding(count, dtype, alpha):
+    generator = torch.Generator().manual_seed(count)
+    base, term = (torch.randn(count, generator=generator).to(dtype) for _ in range(2))
+    with interpreting():
+        got = triton_add.add_scaled(base, term, torch.tensor([alpha]))
+    want = base.double() + torch.tensor(alpha).double() * term.double()
+    assert ((got.double() - want).abs() <= torch.finfo(dtype).eps / 2 * want.abs() + 2e-7 * (1 + want.abs())).all()
+
+
+def test_what_does_not_fit_is_not_added():
+    with interpreting():
+        with pytest.raises(ValueError, match=r"term: expected \[3\]"):
+            triton_add.add_scaled(torch.zeros(3), torch.zeros(4), torch.zeros(1))
+        with pytest.raises(ValueError, match="alpha: expected float32"):
+            triton_add.add_scaled(torch.zeros(3), torch.zeros(3), torch.zeros(1, dtype=torch.bfloat16))
