@@ -300,7 +300,7 @@ class GatedSparseLinear(nn.Module):
     def _adopt_indices(self, pattern: SparsePattern) -> None:
         self.restore_weight()
         self._start()
-        self._pattern = pattern.map(torch.clone)  # another layer may have been given the same pattern
+        self._pattern = pattern
 
     @torch.no_grad()
     def composed_threshold(self) -> float:
