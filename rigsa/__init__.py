@@ -3,10 +3,13 @@
 Adapt a model
     replace_linears(model)                every nn.Linear but the head; ``density=0.1`` starts sparse
     restore_linears(model)                the inverse
-    merge_linears(model)                  plain layers with the adapter in their weights
+    merge_linears(model)                  plain layers with the adapter in their weights; unmerge_linears(model)
+    verify_adapted(model, *inputs)        names the layers that an adapter does not reach
     adapter_summary(model)                how much is adapted, in one line
     gated_linears(model)                  the layers by name; each is a GatedSparseLinear
-    MaskedAdamW(model, lr=2e-3)           the optimiser
+    MaskedAdamW(model, lr=2e-3)           the optimiser; parameter_groups(model, ...) gives gates a group of their own
+                                          under any other
+    stepping_in_backward(optimizer)       a context: a step as soon as a gradient is complete, without gradient buffers
 
 Choose which entries are free; each returns a TicketReport of what it did
     prune(model, keep_fraction=0.8)       keep a share, and rewind: one step of a level loop
@@ -54,6 +57,8 @@ from rigsa_kernels import (
     replace_linears,
     restore_linears,
     stepping_in_backward,
+    unmerge_linears,
+    verify_adapted,
 )
 from rigsa_kernels.replace import after_replacing
 
@@ -106,4 +111,6 @@ __all__ = [
     "snapshot",
     "stepping_in_backward",
     "union",
+    "unmerge_linears",
+    "verify_adapted",
 ]
