@@ -505,7 +505,7 @@ class GatedSparseLinear(nn.Module):
 
     def decides_by_optimizer(self) -> bool:
         """Whether `exact_in_training` is what `auto` goes by (`rigsa_kernels.switching`)."""
-        return (self.rule_device or self.weight.device).type != "cpu"
+        return (self.rule_device or self._parameters["weight"].device).type != "cpu"  # type: ignore[union-attr]
 
     def composing_norm(self) -> Tensor:
         """``|alpha|`` times the 2-norm of the values from which composing is safe: a scalar on the layer's device.

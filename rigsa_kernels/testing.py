@@ -240,6 +240,12 @@ class GuardedBuilder(interpreter.InterpreterBuilder):
         _no_bfloat16(x, y, z)
         return super().create_fma(x, y, z)
 
+    def get_all_ones_value(self, type):  # type: ignore[no-untyped-def]
+        kind = interpreter._get_np_dtype(type)
+        if not np.issubdtype(kind, np.unsignedinteger):
+            return super().get_all_ones_value(type)
+        return interpreter.TensorHandle(np.full(1, np.iinfo(kind).max, kind), type.scalar)  # the stock one overflows
+
     # What follows the mask differs between versions: one cache policy, or a modifier and an eviction policy.
 
     def create_masked_load(self, ptrs, mask, other, *policy):  # type: ignore[no-untyped-def]
