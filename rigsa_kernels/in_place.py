@@ -63,7 +63,7 @@ class InPlaceWeight:
     def frozen(self) -> Tensor:
         """W0 as a matrix of its own."""
         matrix = self.weight.detach().clone()
-        if self.is_composed:
+        if self.is_composed and self.check_untouched():
             with _writing():
                 torch.ops.rigsa.scatter_free_([matrix], [self.base_values], self.pattern.tensors)
         return matrix
@@ -98,6 +98,8 @@ def compose(weights: list[InPlaceWeight], values: list[Tensor], alphas: list[Ten
                 )  # fmt: skip
                 torch.autograd.graph.increment_version([weight.weight for weight in chosen])
         except BaseException:
+            for weight in chosen:
+                weight._mark_written(Snapshot(weight.weight))  # perhaps in part
             restore(chosen)
             raise
         for weight, number in zip(chosen, numbers, strict=True):
@@ -105,11 +107,18 @@ def compose(weights: list[InPlaceWeight], values: list[Tensor], alphas: list[Ten
 
 
 def restore(weights: Iterable[InPlaceWeight]) -> None:
-    """Write W0 back into those of `weights` that are composed."""
+    """Write W0 back into those of `weights` that are composed.
+
+    Raises:
+        RuntimeError: somebody wrote into one of them meanwhile.
+    """
     groups: defaultdict[tuple[object, ...], list[InPlaceWeight]] = defaultdict(list)
     for weight in weights:
         if weight.is_composed:
-            groups[weight.weight.device, weight.weight.dtype].append(weight)
+            if weight.check_untouched():
+                groups[weight.weight.device, weight.weight.dtype].append(weight)
+            else:  # its `.data` was exchanged, and holds another W0 already
+                weight.is_composed = False
     for chosen in groups.values():
         with _writing():
             torch.ops.rigsa.scatter_free_(

@@ -202,12 +202,19 @@ def test_new_patterns_loads_moves_merges_and_restoring_start_from_w0():
 
 
 def test_a_weight_that_is_written_to_while_composed_is_an_error():
-    model, x = make_model(), make_x()
-    model(x)
-    with torch.no_grad():
-        model[0].weight.mul_(2)
+    for look in (
+        lambda model: model(make_x()),
+        lambda model: model[0].frozen_matrix(),
+        lambda model: model.state_dict(),
+        restore_weights,
+        copy.deepcopy,
+    ):
+        model = make_model()
+        model(make_x())
+        with torch.no_grad():
+            model[0].weight.mul_(2)
         with pytest.raises(RuntimeError, match=r"weight: it was written to while it held W0 \+ alpha \* D"):
-            model(x)
+            look(model)
 
 
 def test_a_weight_that_is_written_to_or_exchanged_is_the_new_w0():
@@ -221,6 +228,8 @@ def test_a_weight_that_is_written_to_or_exchanged_is_the_new_w0():
                 model[0].weight.copy_(new)
         else:
             model[0].weight.data = new.clone()
+        assert torch.equal(model[0].frozen_matrix(), new)
+        assert torch.equal(model.state_dict()["0.weight"], new)
         model(x)
         assert torch.equal(model[0].frozen_matrix(), new)
         want = new + 0.5 * model[0].delta()
