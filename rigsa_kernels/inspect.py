@@ -25,7 +25,15 @@ try:
 except ImportError as error:
     raise RuntimeError(f"triton: needed to compile kernels and not installed ({error}); pip install triton") from error
 
-from rigsa_kernels import triton_adamw, triton_grad, triton_linear, triton_select
+from rigsa_kernels import (
+    triton_adamw,
+    triton_add,
+    triton_free_entries,
+    triton_gather,
+    triton_grad,
+    triton_linear,
+    triton_select,
+)
 from rigsa_kernels.offline import Launch, capturing
 from rigsa_kernels.sass import MULTIPROCESSORS, KernelCode, count, histogram, opcodes, read, tensor_instructions, widths
 
@@ -160,6 +168,41 @@ def _grad_cases() -> Iterator[Case]:
             yield Case("linear_dvalues", variant, dtype, launch, partial(_grad_product, dtype=dtype))
 
 
+# Beside the library's products
+
+
+def _gather(shape: Shape, dtype: torch.dtype, *, packed: bool) -> None:
+    values, pattern = stored_values(shape, dtype, packed=packed), packed_pattern(shape) if packed else []
+    triton_gather.gather_grad(empty(shape.n, shape.k, dtype=dtype), values, empty(1, dtype=torch.float32), pattern)
+
+
+def _add(shape: Shape, dtype: torch.dtype) -> None:
+    product = empty(shape.m, shape.n, dtype=dtype)
+    triton_add.add_scaled(product, product, empty(1, dtype=torch.float32))
+
+
+def _free_entries(shape: Shape, dtype: torch.dtype, *, task: str) -> None:
+    matrix, values = empty(shape.n, shape.k, dtype=dtype), stored_values(shape, dtype, packed=True)
+    pattern = packed_pattern(shape)
+    if task == "gather_free":
+        triton_free_entries.gather_free_([values], [matrix], pattern)
+    elif task == "scatter_free":
+        triton_free_entries.scatter_free_([matrix], [values], pattern)
+    else:
+        alpha = empty(1, dtype=torch.float32)
+        triton_free_entries.compose_free_([matrix], [values], [values], [alpha], pattern)
+
+
+def _library_cases() -> Iterator[Case]:
+    dtype = torch.bfloat16
+    for packed in (False, True):
+        variant = "packed" if packed else "dense"
+        yield Case("gather_grad", variant, dtype, partial(_gather, dtype=dtype, packed=packed))
+    yield Case("add_scaled", "", dtype, partial(_add, dtype=dtype))
+    for task in ("gather_free", "scatter_free", "compose_free"):
+        yield Case(task, "packed", dtype, partial(_free_entries, dtype=dtype, task=task))
+
+
 # Optimiser: its launches find their tensors through addresses in a table
 
 
@@ -230,7 +273,9 @@ def _select_cases() -> Iterator[Case]:
             yield Case(kernel, variant, torch.bfloat16, launch)
 
 
-CASES: tuple[Case, ...] = (*_linear_cases(), *_grad_cases(), *_adamw_cases(), *_select_cases())
+CASES: tuple[Case, ...] = (
+    *_linear_cases(), *_grad_cases(), *_library_cases(), *_adamw_cases(), *_select_cases(),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

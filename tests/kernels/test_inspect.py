@@ -45,7 +45,7 @@ ON_BLACKWELL = [
     if case.dtype == torch.bfloat16
     and (
         (case.kernel.startswith("linear") and case.rows == ROWS and "D32" not in case.variant)
-        or (case.kernel, case.variant) in (("adamw_compose", "8-bit dense"), ("keep_largest", "packed score"))
+        or (case.kernel, case.variant) in (("adamw_compose", "8-bit dense"), ("digit_counts", "packed score"))
     )
 ]
 
