@@ -23,7 +23,7 @@ import triton
 from torch import Tensor, nn
 from triton.compiler.compiler import CompiledKernel
 
-from rigsa_kernels import MaskedAdamW, optim, replace_linears, triton_adamw
+from rigsa_kernels import MaskedAdamW, optim, replace_linears, triton_tables
 from rigsa_kernels.offline import active_driver
 
 LAYERS = 210
@@ -46,11 +46,11 @@ def without_device(arch: int = 90) -> Iterator[Counter[str]]:
         counts["tables"] += 1
         return original(tensor, device)
 
-    original = triton_adamw._sent
+    original = triton_tables.sent
     with (
         active_driver(arch),
         mock.patch.object(optim, "_has_kernels", return_value=True),
-        mock.patch.object(triton_adamw, "_sent", sent),
+        mock.patch.object(triton_tables, "sent", sent),
         mock.patch.object(CompiledKernel, "_init_handles"),
         mock.patch.object(CompiledKernel, "run", property(lambda self: launch)),
         mock.patch.object(optim, "_is_for_pytorch", return_value=False),

@@ -6,7 +6,8 @@ Adapt a model
     merge_linears(model)                  plain layers with the adapter in their weights
     adapter_summary(model)                how much is adapted, in one line
     gated_linears(model)                  the layers by name; each is a GatedSparseLinear
-    MaskedAdamW(model, lr=2e-3)           the optimiser
+    MaskedAdamW(model, lr=2e-3)           the optimiser; parameter_groups(model) for one of your own
+    stepping_in_backward(optimizer)       a context in which no whole gradient is ever in memory
 
 Choose which entries are free; each returns a TicketReport of what it did
     prune(model, keep_fraction=0.8)       keep a share, and rewind: one step of a level loop
@@ -35,43 +36,58 @@ Bad arguments raise ValueError, files that cannot be used RigsaError. docs/libra
 
 from typing import TYPE_CHECKING, Any
 
-from rigsa.adapters import Adapters, adapter_off
-from rigsa.checkpoints import keep_adapter_in_checkpoints
-from rigsa.errors import RigsaError
-from rigsa.inspection import describe, intersection, overlap, plot_densities, union
-from rigsa.saving import load_adapter, save_adapter
-from rigsa.state import restore_snapshot, snapshot
-from rigsa.tickets import TicketReport, gradient_ticket, magnitude_ticket, prune, random_ticket, set_ticket
-from rigsa_kernels import (
-    GatedSparseLinear,
-    MaskedAdamW,
-    SparsePattern,
-    __version__,
-    adapter_summary,
-    gated_linears,
-    merge_linears,
-    parameter_groups,
-    replace_linears,
-    restore_linears,
-    stepping_in_backward,
-)
-from rigsa_kernels.replace import after_replacing
-
 if TYPE_CHECKING:
+    from rigsa.adapters import Adapters, adapter_off
     from rigsa.callbacks import AdapterCheckpoints, PruningLevels
+    from rigsa.errors import RigsaError
+    from rigsa.inspection import describe, intersection, overlap, plot_densities, union
+    from rigsa.saving import load_adapter, save_adapter
+    from rigsa.state import restore_snapshot, snapshot
+    from rigsa.tickets import TicketReport, gradient_ticket, magnitude_ticket, prune, random_ticket, set_ticket
+    from rigsa_kernels import (
+        GatedSparseLinear,
+        MaskedAdamW,
+        SparsePattern,
+        __version__,
+        adapter_summary,
+        gated_linears,
+        merge_linears,
+        parameter_groups,
+        replace_linears,
+        restore_linears,
+        stepping_in_backward,
+    )
 
-_NEED_TRANSFORMERS = {"AdapterCheckpoints": "rigsa.callbacks", "PruningLevels": "rigsa.callbacks"}
-
-after_replacing(keep_adapter_in_checkpoints)
+_MODULES = {
+    "rigsa.adapters": ("Adapters", "adapter_off"),
+    "rigsa.callbacks": ("AdapterCheckpoints", "PruningLevels"),  # this one imports transformers
+    "rigsa.errors": ("RigsaError",),
+    "rigsa.inspection": ("describe", "intersection", "overlap", "plot_densities", "union"),
+    "rigsa.saving": ("load_adapter", "save_adapter"),
+    "rigsa.state": ("restore_snapshot", "snapshot"),
+    "rigsa.tickets": (
+        "TicketReport", "gradient_ticket", "magnitude_ticket", "prune", "random_ticket", "set_ticket",
+    ),
+    "rigsa_kernels": (
+        "GatedSparseLinear", "MaskedAdamW", "SparsePattern", "__version__", "adapter_summary", "gated_linears",
+        "merge_linears", "parameter_groups", "replace_linears", "restore_linears", "stepping_in_backward",
+    ),
+}  # fmt: skip
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The names whose modules import transformers, when they are first asked for."""
+    """A name of the library, from its module, which is imported when the first of its names is asked for.
+
+    So nothing imports PyTorch before the command line can answer Ctrl-C, nor transformers before it is needed.
+    """
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    if name not in _NEED_TRANSFORMERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_NEED_TRANSFORMERS[name]), name)
+    from rigsa import checkpoints  # noqa: F401  # models that are adapted from now on save and load in its ways
+
+    return globals().setdefault(name, getattr(importlib.import_module(_HOME[name]), name))
 
 
 __all__ = [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -14,14 +16,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
+    import torch
 
-from rigsa.errors import RigsaError
-from rigsa.experiments.config import OPTIONS, Config, Method, flag
-from rigsa.experiments.config_file import check_folder, load, save
-from rigsa.experiments.methods.registry import METHODS
-from rigsa.experiments.presets import PRESETS
-from rigsa.files import write_json
+    from rigsa.errors import RigsaError
+    from rigsa.experiments import bounds
+    from rigsa.experiments.bounds import GIBIBYTES, SHARE, Number, Range
+    from rigsa.experiments.config import OPTIONS, Config, Method, flag
+    from rigsa.experiments.config_file import check_folder, load, save
+    from rigsa.experiments.methods.registry import METHODS
+    from rigsa.experiments.presets import PRESETS
+    from rigsa.files import reason_of, remove_temporaries, write_json
+except KeyboardInterrupt:
+    print("\nrigsa: interrupted.", file=sys.stderr)
+    raise SystemExit(130) from None
 
 if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
@@ -38,18 +46,61 @@ MNIST_TOKENS = 860
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 for an error with a message, 130 after Ctrl-C."""
-    options = build_parser().parse_args(arguments)
+    resumes = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold half a character
     try:
-        options.command(options)
+        try:
+            options = parse(arguments)
+            resumes = options.command in (run_method, run_sweep)
+            options.command(options)
+        finally:
+            flush_output()  # here, where it is one line if that fails, and not as Python ends
     except RigsaError as error:
-        print(f"{speaker()}: {error}", file=sys.stderr)
-        return 1
+        return fail(str(error))
     except KeyboardInterrupt:
-        resumes = options.command in (run_method, run_sweep)
         hint = " Run the same command again to go on from the last checkpoint." if resumes else ""
-        print(f"\n{speaker()}: interrupted.{hint}", file=sys.stderr)
+        say(f"\n{speaker()}: interrupted.{hint}")
         return 130
+    except OSError as error:  # no one's argument: what the system refused on the way
+        named = f"{error.filename}: " if error.filename else "input or output failed: "
+        return fail(f"{named}{reason_of(error)}")
     return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Raises RigsaError for a number out of range and for text that is not UTF-8; exits where argparse does."""
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        if argument.startswith("--") and argument.endswith("=--"):  # argparse would drop the value, and fail on that
+            raise RigsaError(f"{argument[:-3]}: expected a value, got '--'")
+    return build_parser().parse_args(arguments)
+
+
+def flush_output() -> None:
+    """Write what standard output holds.
+
+    Raises:
+        OSError: nobody reads it any more, or its device is full. Nothing more is tried to be written there.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # or Python tries once more as it ends, with a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def fail(message: str) -> int:
+    say(f"{speaker()}: {message}")
+    return 1
+
+
+def say(text: str) -> None:
+    """To standard error, if that takes it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def speaker() -> str:
@@ -70,15 +121,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(commands.add_parser("plan", help=PLAN, description=PLAN[0].upper() + PLAN[1:] + ".", allow_abbrev=False))
     add_sweep(commands.add_parser("sweep", help=SWEEP, description=SWEEP.capitalize() + ".", allow_abbrev=False))
     report = commands.add_parser("report", help="tables and figures from run folders alone", allow_abbrev=False)
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold them")
+    report.add_argument("runs", nargs="+", type=utf8_path, metavar="RUN", help="run folders, or folders that hold them")
     report.add_argument(
-        "--out", type=Path, help="folder for report.html, report.md, report.csv and figures; default: RUN, or ./report"
+        "--out",
+        type=utf8_path,
+        help="folder for report.html, report.md, report.csv and figures; default: RUN, or ./report",
     )
     report.set_defaults(command=run_report)
     chat = commands.add_parser("chat", help=CHAT, description=CHAT.capitalize() + ".", allow_abbrev=False)
-    chat.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    chat.add_argument("--level", type=int, help="of the adapter; default: the last finished one")
-    chat.add_argument("--max-new-tokens", type=int, default=256, help="where a reply is cut; default: 256")
+    chat.add_argument("run", type=utf8_path, metavar="RUN", help="run folder")
+    add_number(chat, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
+    add_number(chat, "--max-new-tokens", int, bounds.TOKENS, default=256, help="where a reply is cut; default: 256")
     chat.set_defaults(command=run_chat)
     return parser
 
@@ -86,10 +139,10 @@ def build_parser() -> argparse.ArgumentParser:
 def add_run_options(command: argparse.ArgumentParser, method: Method) -> None:
     """--preset, --out, --dry-run and one option per field of `Config` that the method reads."""
     add_preset(command, "quickstart")
-    command.add_argument("--out", type=Path, help=f"run folder; default: runs/{method}-PRESET-seedSEED")
+    command.add_argument("--out", type=utf8_path, help=f"run folder; default: runs/{method}-PRESET-seedSEED")
     command.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
-    command.add_argument(
-        "--gpu-memory", type=float, metavar="GIB",
+    add_number(
+        command, "--gpu-memory", float, GIBIBYTES, metavar="GIB",
         help="refuse a run that is planned to need more; default: what the GPU has, and no limit on a CPU",
     )  # fmt: skip
     add_configuration(command, method.reads)
@@ -100,16 +153,17 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     add_preset(command, "paper")
     planned = [method for method in METHODS.values() if method.planned]
     command.add_argument("--method", choices=[method.name for method in planned], default="imp", help="default: imp")
-    command.add_argument("--gpu-memory", type=float, default=24.0, metavar="GIB", help="of the GPU; default: 24")
-    command.add_argument(
-        "--tokens", type=int, help=f"of a prompt; default: {TOKENS['digits']} with --data digits, else {MNIST_TOKENS}"
-    )
-    command.add_argument(
-        "--same-sign-share", type=float, metavar="FLOAT",
+    add_number(command, "--gpu-memory", float, GIBIBYTES, default=24.0, metavar="GIB", help="of the GPU; default: 24")
+    add_number(
+        command, "--tokens", int, bounds.TOKENS,
+        help=f"of a prompt; default: {TOKENS['digits']} with --data digits, else {MNIST_TOKENS}",
+    )  # fmt: skip
+    add_number(
+        command, "--same-sign-share", float, SHARE, metavar="FLOAT",
         help="of a level's entries, those that a pruning may keep: sets the densities of the levels, unless --density "
         "does; default: 0.539, which leads to the paper's 3.46 %%",
     )  # fmt: skip
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
+    command.add_argument("--json", type=utf8_path, metavar="FILE", help="write the plan there, too")
     add_configuration(command, lambda name: name != "match" and any(method.reads(name) for method in planned))
 
 
@@ -122,10 +176,10 @@ def add_sweep(command: argparse.ArgumentParser) -> None:
         "--vary", action="append", default=[], metavar="[METHOD:]FIELD=LIST",
         help="an option that takes each of these values, for all methods that read it or for one; may be repeated",
     )  # fmt: skip
-    command.add_argument("--out", type=Path, default=Path("runs/sweep"), help="sweep folder; default: runs/sweep")
+    command.add_argument("--out", type=utf8_path, default=Path("runs/sweep"), help="sweep folder; default: runs/sweep")
     command.add_argument("--shard", default="1/1", metavar="I/N", help="run only part I of N, counted from 1")
     command.add_argument("--dry-run", action="store_true", help="print the commands and stop")
-    command.add_argument("--gpu-memory", type=float, metavar="GIB", help="as for every run")
+    add_number(command, "--gpu-memory", float, GIBIBYTES, metavar="GIB", help="as for every run")
     add_configuration(command, lambda name: name not in ("seed", "match"))
 
 
@@ -147,16 +201,37 @@ def add_configuration(command: argparse.ArgumentParser, belongs: Callable[[str],
             f"--{flag(field.name)}",
             dest=field.name,
             default=argparse.SUPPRESS,
-            help=field.metadata["help"].replace("%", "%%"),
+            help=_help(field).replace("%", "%%"),
             **_how_to_parse(field),
         )
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    expected = field.metadata["bound"].expected
+    return f"{field.metadata['help']} ({expected})" if expected else field.metadata["help"]
 
 
 def _how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
     kind, choices = type(field.default), field.metadata["choices"]
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    return {"type": kind, "choices": choices or None, "metavar": None if choices else kind.__name__.upper()}
+    converter = kind if kind is str else Number(flag(field.name), kind, field.metadata["bound"])
+    return {"type": converter, "choices": choices or None, "metavar": None if choices else kind.__name__.upper()}
+
+
+def add_number(command: argparse.ArgumentParser, option: str, kind: type, bound: Range, help: str, **how: Any) -> None:
+    """An option that takes a number; its help states the range."""
+    converter = Number(option.removeprefix("--"), kind, bound)
+    command.add_argument(option, type=converter, help=f"{help} ({bound.expected})", **how)
+
+
+def utf8_path(text: str) -> Path:
+    """What argparse converts a path with. Raises RigsaError where its bytes are not UTF-8: no report could name it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RigsaError(f"expected a path in UTF-8, got {os.fsencode(text)!r}") from None
+    return Path(text)
 
 
 def configure(options: argparse.Namespace, device: str = "auto") -> Config:
@@ -194,27 +269,39 @@ def run_method(options: argparse.Namespace) -> None:
         return
     quiet_libraries()
     from rigsa.experiments import distributed
-    from rigsa.experiments.experiment import Experiment
+    from rigsa.experiments.lock import folder_lock
     from rigsa.experiments.model import resolve_device
+
+    distributed.join(on_cpu=resolve_device(config.device).type == "cpu")
+    with folder_lock(out) if distributed.is_main() else contextlib.nullcontext():
+        train_run(config, out, options.gpu_memory)
+    distributed.leave()
+
+
+def train_run(config: Config, out: Path, gpu_memory: float | None) -> None:
+    """Check all that can be known, train, report. The main process has the lock of `out`."""
+    from rigsa.experiments import distributed
+    from rigsa.experiments.experiment import Experiment
     from rigsa.experiments.run_plan import describe
     from rigsa.experiments.tasks import source_tasks
 
-    distributed.join(on_cpu=resolve_device(config.device).type == "cpu")
     distributed.check(config)
     config.method.known_densities(config)  # says what is missing before a model is loaded
     source_tasks.check(config)
     check_folder(config, out)
     experiment = Experiment.prepare(config, out)
-    plans = plan_memory(experiment, options.gpu_memory)
+    source_tasks.check_content(config, experiment.prompts.tokenizer)
+    plans = plan_memory(experiment, gpu_memory)
     if distributed.is_main():
         print(describe(experiment, plans), flush=True)
     distributed.wait_for_all()  # until every process has checked the folder
     with distributed.main_first():
         save(config, out)
+    if distributed.is_main():
+        remove_temporaries(out)
     config.method.run(experiment)
     if distributed.is_main():
         print_report([out], out, experiment.splits.test)
-    distributed.leave()
 
 
 def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelPlan]:
@@ -253,10 +340,6 @@ def run_plan(options: argparse.Namespace) -> None:
     from rigsa.experiments.model import model_shape
 
     config = configure(options, device="cuda")
-    for name in ("gpu_memory", "tokens"):
-        given = getattr(options, name)
-        if given is not None and not 0 < given < math.inf:
-            raise RigsaError(f"--{flag(name)}: expected a positive number, got {given}")
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     tokens = options.tokens or TOKENS.get(config.data, MNIST_TOKENS)
     share = SAME_SIGN_SHARE if options.same_sign_share is None else options.same_sign_share

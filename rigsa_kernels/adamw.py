@@ -1,4 +1,4 @@
-"""AdamW over many tensors in one pass: the operators, and what they compute, in plain PyTorch.
+"""AdamW over many tensors in one pass: the operator, and what it computes, in plain PyTorch.
 
 For every value p with gradient g, at step t, in float32 and in this order of operations::
 
@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from rigsa_kernels.format import carry, flat_indices
+from rigsa_kernels.format import carry
 from rigsa_kernels.library import define
 
 QUANT_BLOCK = 256
@@ -115,52 +115,6 @@ def adamw_(
             words = random_words(key, numbers[index], flat[0])
         for start, chunk_words in zip(range(0, flat[0].numel(), _CHUNK), words, strict=False):
             _update([tensor[start : start + _CHUNK] for tensor in flat], scale, start, hyper, chunk_words)
-
-
-@torch.no_grad()
-def adamw_compose_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    scales: list[Tensor],
-    composed: list[Tensor],
-    base_values: list[Tensor],
-    alphas: list[Tensor],
-    patterns: list[Tensor],
-    numbers: list[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    seed: int,
-) -> None:
-    """`adamw_`, and ``composed = base + alpha * value`` at the free entries in the same pass.
-
-    Args:
-        composed: ``[N, K]`` each; float32, bfloat16 or float16. Written at the free entries, nowhere else.
-        base_values: the frozen weight at the free entries, of the values' shapes and composed's dtype.
-        alphas: the gates, float32 ``(1,)``.
-        patterns: empty where all values are dense, else words, word_offsets and row_base of each tensor in turn.
-
-    The others are those of `adamw_`. The sum is that of the *stored* value, in float32, rounded once.
-
-    Raises:
-        ValueError: an argument that does not fit; raised before anything is changed.
-    """
-    check_composed(params, composed, base_values, alphas, patterns)
-    options = (numbers, lr, beta1, beta2, eps, weight_decay, step, seed)
-    adamw_(params, grads, exp_avgs, exp_avg_sqs, scales, *options)
-    for index, (matrix, alpha) in enumerate(zip(composed, alphas, strict=True)):
-        entries = torch.empty_like(base_values[index]) if patterns else matrix
-        flat = [tensor.view(-1).split(_CHUNK) for tensor in (entries, base_values[index], params[index])]
-        for entry, base, value in zip(*flat, strict=True):
-            # Two roundings, not the one of addcmul, which contracts on some machines and in some lanes.
-            entry.copy_(base + alpha * value.to(alpha.dtype))
-        if patterns:
-            matrix.view(-1).index_copy_(0, flat_indices(patterns[3 * index], matrix.shape[1]), entries)
 
 
 def random_words(key: tuple[int, int], number: int, like: Tensor) -> Iterator[Tensor]:
@@ -382,47 +336,6 @@ def check(
             raise ValueError(f"scales[{index}]: expected contiguous float32 {list(wanted)}, got {got}")
 
 
-def check_composed(
-    params: list[Tensor],
-    composed: list[Tensor],
-    base_values: list[Tensor],
-    alphas: list[Tensor],
-    patterns: list[Tensor],
-) -> None:
-    """Raises ValueError where what `adamw_compose_` takes beyond `adamw_` does not fit."""
-    for name, tensors in (("composed", composed), ("base_values", base_values), ("alphas", alphas)):
-        if len(tensors) != len(params):
-            raise ValueError(f"{name}: expected {len(params)} tensors, as many as params, got {len(tensors)}")
-    if len(patterns) not in (0, 3 * len(params)):
-        raise ValueError(f"patterns: expected 0 or {3 * len(params)} tensors, got {len(patterns)}")
-    _check_like("base_values", base_values, params)
-    for index, (matrix, base, alpha) in enumerate(zip(composed, base_values, alphas, strict=True)):
-        if matrix.dtype != composed[0].dtype or matrix.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"composed[{index}]: expected one of float32, bfloat16, float16, got {matrix.dtype}")
-        if matrix.dim() != 2 or not matrix.is_contiguous() or matrix.device != params[index].device:
-            raise ValueError(f"composed[{index}]: expected a contiguous [N, K] matrix beside its values")
-        if base.dtype != matrix.dtype:
-            raise ValueError(f"base_values[{index}]: expected composed's {matrix.dtype}, got {base.dtype}")
-        if alpha.dtype != torch.float32 or tuple(alpha.shape) != (1,) or alpha.device != params[index].device:
-            raise ValueError(f"alphas[{index}]: expected float32 (1,), got {alpha.dtype} {list(alpha.shape)}")
-        if not patterns and matrix.shape != params[index].shape:
-            raise ValueError(f"composed[{index}]: expected {list(params[index].shape)}, got {list(matrix.shape)}")
-        if patterns:
-            _check_pattern(index, patterns[3 * index : 3 * index + 3], matrix)
-
-
-def _check_pattern(index: int, pattern: list[Tensor], matrix: Tensor) -> None:
-    num_rows, num_columns = matrix.shape
-    words = (-(-num_columns // 32), num_rows)
-    wanted = ((torch.int32, words), (torch.int16, words), (torch.int32, (num_rows,)))
-    for tensor, (dtype, shape) in zip(pattern, wanted, strict=True):
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            got = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"patterns of composed[{index}]: expected contiguous {dtype} {list(shape)}, got {got}")
-        if tensor.device != matrix.device:
-            raise ValueError(f"patterns of composed[{index}]: expected {matrix.device}, got {tensor.device}")
-
-
 def _check_dtypes(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> None:
     dtype = params[0].dtype
     wide = (torch.float64,) if dtype == torch.float64 and params[0].device.type == "cpu" else ()
@@ -452,14 +365,10 @@ def _check_like(name: str, tensors: list[Tensor], params: list[Tensor]) -> None:
             raise ValueError(f"{name}[{index}]: expected {device} for all tensors, got {tensor.device}, {param.device}")
 
 
-_OPTIONS = "int[] numbers, float lr, float beta1, float beta2, float eps, float weight_decay, int step, int seed) -> ()"
-_STATE = "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] scales"
-
-define(f"adamw_({_STATE}, {_OPTIONS}", adamw_, "triton_adamw.adamw_", lambda *args: None)
 define(
-    f"adamw_compose_({_STATE}, Tensor(e!)[] composed, Tensor[] base_values, Tensor[] alphas, Tensor[] patterns, "
-    f"{_OPTIONS}",
-    adamw_compose_,
-    "triton_adamw.adamw_compose_",
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] scales, "
+    "int[] numbers, float lr, float beta1, float beta2, float eps, float weight_decay, int step, int seed) -> ()",
+    adamw_,
+    "triton_adamw.adamw_",
     lambda *args: None,
 )

@@ -168,82 +168,63 @@ def _grad_cases() -> Iterator[Case]:
             yield Case("linear_dvalues", variant, dtype, launch, partial(_grad_product, dtype=dtype))
 
 
-# Beside the library's products
-
-
 def _gather(shape: Shape, dtype: torch.dtype, *, packed: bool) -> None:
     values, pattern = stored_values(shape, dtype, packed=packed), packed_pattern(shape) if packed else []
-    triton_gather.gather_grad(empty(shape.n, shape.k, dtype=dtype), values, empty(1, dtype=torch.float32), pattern)
+    whole = empty(shape.n, shape.k, dtype=dtype)
+    triton_gather.gather_grad(whole, values, empty(1, dtype=torch.float32), pattern)
 
 
-def _add(shape: Shape, dtype: torch.dtype) -> None:
-    product = empty(shape.m, shape.n, dtype=dtype)
-    triton_add.add_scaled(product, product, empty(1, dtype=torch.float32))
+def _gather_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for packed in (False, True):
+            variant = "packed" if packed else "dense"
+            yield Case("gather_grad", variant, dtype, partial(_gather, dtype=dtype, packed=packed))
+
+
+# Composing: by a sum of two outputs, or in the weight itself
+
+
+def _add_scaled(shape: Shape) -> None:
+    base, term = (empty(shape.m, shape.n, dtype=torch.bfloat16) for _ in range(2))
+    triton_add.add_scaled(base, term, empty(1, dtype=torch.float32))
 
 
 def _free_entries(shape: Shape, dtype: torch.dtype, *, task: str) -> None:
-    matrix, values = empty(shape.n, shape.k, dtype=dtype), stored_values(shape, dtype, packed=True)
-    pattern = packed_pattern(shape)
-    if task == "gather_free":
-        triton_free_entries.gather_free_([values], [matrix], pattern)
-    elif task == "scatter_free":
-        triton_free_entries.scatter_free_([matrix], [values], pattern)
+    matrices, patterns = [empty(shape.n, shape.k, dtype=dtype)], packed_pattern(shape)
+    packed = [stored_values(shape, dtype, packed=True)]
+    if task == "gather":
+        triton_free_entries.gather_free_(packed, matrices, patterns)
+    elif task == "scatter":
+        triton_free_entries.scatter_free_(matrices, packed, patterns)
     else:
-        alpha = empty(1, dtype=torch.float32)
-        triton_free_entries.compose_free_([matrix], [values], [values], [alpha], pattern)
+        values = [stored_values(shape, torch.float32, packed=True)]
+        triton_free_entries.compose_free_(matrices, packed, values, [empty(1, dtype=torch.float32)], patterns)
 
 
-def _library_cases() -> Iterator[Case]:
-    dtype = torch.bfloat16
-    for packed in (False, True):
-        variant = "packed" if packed else "dense"
-        yield Case("gather_grad", variant, dtype, partial(_gather, dtype=dtype, packed=packed))
-    yield Case("add_scaled", "", dtype, partial(_add, dtype=dtype))
-    for task in ("gather_free", "scatter_free", "compose_free"):
-        yield Case(task, "packed", dtype, partial(_free_entries, dtype=dtype, task=task))
+def _composing_cases() -> Iterator[Case]:
+    yield Case("add_scaled", "", torch.bfloat16, _add_scaled)
+    for dtype in (torch.bfloat16, torch.float32):
+        for task in ("gather", "scatter", "compose"):
+            yield Case("free_entries", task, dtype, partial(_free_entries, dtype=dtype, task=task))
 
 
 # Optimiser: its launches find their tensors through addresses in a table
 
 
-class _AdamW(NamedTuple):
-    dtype: torch.dtype
-    moments: tuple[torch.dtype, torch.dtype]
-    packed: bool
-    compose: bool
-
-    def tensors(self, shape: Shape) -> dict[str, Tensor]:
-        """Of one layer, by the names of the launcher's arguments."""
-        values = stored_values(shape, self.dtype, packed=self.packed)
-        exp_avg, exp_avg_sq = (torch.empty_like(values, dtype=dtype) for dtype in self.moments)
-        named = {"params": values, "grads": values, "exp_avgs": exp_avg, "exp_avg_sqs": exp_avg_sq}
-        if self.moments[0] == torch.int8:
-            named["scales"] = empty(2, -(-values.numel() // 256), dtype=torch.float32)
-        if self.compose:
-            named["composed"] = empty(shape.n, shape.k, dtype=self.dtype)
-            named["base_values"] = values
-            named["alphas"] = empty(1, dtype=torch.float32)
-        return named
-
-    def launch(self, shape: Shape) -> None:
-        lists = {name: [tensor] for name, tensor in self.tensors(shape).items()}
-        options: dict[str, Any] = {"scales": [], "numbers": [0], "step": 1, "seed": 0}
-        options |= {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-        if self.compose:
-            pattern = packed_pattern(shape) if self.packed else []
-            triton_adamw.adamw_compose_(**(options | lists), patterns=pattern)
-        else:
-            triton_adamw.adamw_(**(options | lists))
+def _adamw(shape: Shape, dtype: torch.dtype, *, moments: tuple[torch.dtype, torch.dtype], packed: bool) -> None:
+    values = stored_values(shape, dtype, packed=packed)
+    exp_avg, exp_avg_sq = (torch.empty_like(values, dtype=moment) for moment in moments)
+    scales = [empty(2, -(-values.numel() // 256), dtype=torch.float32)] if moments[0] == torch.int8 else []
+    options: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    triton_adamw.adamw_([values], [values], [exp_avg], [exp_avg_sq], scales, [0], **options, step=1, seed=0)
 
 
 def _adamw_cases() -> Iterator[Case]:
     same = [("", dtype, (dtype, dtype)) for dtype in (torch.bfloat16, torch.float32)]
-    for moments, dtype, dtypes in (*same, ("8-bit ", torch.bfloat16, (torch.int8, torch.uint8))):
+    for name, dtype, moments in (*same, ("8-bit ", torch.bfloat16, (torch.int8, torch.uint8))):
         for packed in (False, True):
-            variant = f"{moments}{'packed' if packed else 'dense'}"
-            for kernel, compose in (("adamw", False), ("adamw_compose", True)):
-                kind = _AdamW(dtype, dtypes, packed, compose)
-                yield Case(kernel, variant, dtype, kind.launch)
+            variant = f"{name}{'packed' if packed else 'dense'}"
+            yield Case("adamw", variant, dtype, partial(_adamw, dtype=dtype, moments=moments, packed=packed))
 
 
 # Initial values and selection
@@ -274,8 +255,13 @@ def _select_cases() -> Iterator[Case]:
 
 
 CASES: tuple[Case, ...] = (
-    *_linear_cases(), *_grad_cases(), *_library_cases(), *_adamw_cases(), *_select_cases(),
-)  # fmt: skip
+    *_linear_cases(),
+    *_grad_cases(),
+    *_gather_cases(),
+    *_composing_cases(),
+    *_adamw_cases(),
+    *_select_cases(),
+)
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ class GatedSparseLinear(nn.Module):
     def _adopt_indices(self, pattern: SparsePattern) -> None:
         self.restore_weight()
         self._start()
-        self._pattern = pattern.map(torch.clone)  # another layer may have been given the same pattern
+        self._pattern = pattern
 
     @torch.no_grad()
     def composed_threshold(self) -> float:
@@ -505,7 +505,7 @@ class GatedSparseLinear(nn.Module):
 
     def decides_by_optimizer(self) -> bool:
         """Whether `exact_in_training` is what `auto` goes by (`rigsa_kernels.switching`)."""
-        return (self.rule_device or self.weight.device).type != "cpu"
+        return (self.rule_device or self._parameters["weight"].device).type != "cpu"  # type: ignore[union-attr]
 
     def composing_norm(self) -> Tensor:
         """``|alpha|`` times the 2-norm of the values from which composing is safe: a scalar on the layer's device.

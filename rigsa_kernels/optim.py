@@ -284,6 +284,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 another pattern has another shape); nothing is changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
+        numerics = state_dict.get("numerics")
+        self._switch.check(numerics)
 
         def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
             loaded.update(self._loaded(final))
@@ -294,7 +296,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         finally:
             hook.remove()
         self.state.update(loaded)
-        self._switch.load(state_dict.get("numerics"))
+        self._switch.load(numerics)
         self._remembered.clear()
         for group in self.param_groups:  # a state of torch.optim.AdamW has no options of ours
             group |= {name: value for name, value in self.defaults.items() if name not in group}

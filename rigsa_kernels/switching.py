@@ -56,20 +56,21 @@ class Switch:
             return None
         return {"exact": [layer.exact_in_training for layer in layers], "measured": self._resolve() or []}
 
-    def load(self, state: dict[str, list[bool]] | None) -> None:
-        """The inverse of `state`.
-
-        Raises:
-            ValueError: `state` is of another number of layers.
-        """
+    def check(self, state: dict[str, list[bool]] | None) -> None:
+        """Raises ValueError where `state` is of another number of layers."""
         layers = self._present()
         if not state or not layers:
             return
-        exact, measured = list(state["exact"]), list(state["measured"])
+        exact, measured = state["exact"], state["measured"]
         if len(exact) != len(layers) or len(measured) not in (0, len(layers)):
             raise ValueError(f"numerics: expected decisions of {len(layers)} layers, got {len(exact)}, {len(measured)}")
-        self._adopt(layers, exact)
-        self._measured, self._copied = measured or None, None
+
+    def load(self, state: dict[str, list[bool]] | None) -> None:
+        """The inverse of `state`, which has passed `check`."""
+        layers = self._present()
+        if state and layers:
+            self._adopt(layers, list(state["exact"]))
+            self._measured, self._copied = list(state["measured"]) or None, None
 
     def _present(self) -> list[GatedSparseLinear]:
         layers = [layer for reference in self._layers if (layer := reference()) is not None]

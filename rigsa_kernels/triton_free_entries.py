@@ -6,19 +6,29 @@ addresses and sizes for each matrix (`rigsa_kernels.triton_tables`).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels.triton_common import architecture, free_entries, load_words
-from rigsa_kernels.triton_tables import COLUMNS, TYPES, owners, pointers, table
+from rigsa_kernels.triton_common import free_entries, load_words
+from rigsa_kernels.triton_tables import (
+    TYPES,
+    Table,
+    cell,
+    current_stream,
+    filled,
+    on_device,
+    place_in_row,
+    pointers,
+    read,
+)
 
 ROWS, WORDS = 8, 4
 """Rows and words that a program takes at a time: 8 values a thread. The words of 8 rows lie in one 32-byte sector."""
 GATHER, SCATTER, COMPOSE = 0, 1, 2
-
-_COLUMNS = tl.constexpr(COLUMNS)
 
 
 @triton.jit
@@ -26,31 +36,29 @@ def free_entries_kernel(table_ptr, owners_ptr, MATRIX: tl.constexpr, PACKED: tl.
                         ALPHA: tl.constexpr, TASK: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
     """TASK: 0 reads the free entries into the packed vector, 1 writes it to them, 2 writes packed + alpha * values.
 
-    Columns of the table: matrix, packed, values, alpha, words, word_offsets, row_base, N, K, first program.
+    Columns of the table: matrix, packed, values, alpha, words, word_offsets, row_base, N, K.
     """
-    pid = tl.program_id(0)
-    number = tl.load(owners_ptr + pid)
-    row_ptr = table_ptr + number * _COLUMNS
-    N, K, first = tl.load(row_ptr + 7), tl.load(row_ptr + 8), tl.load(row_ptr + 9)
-    n = (pid - first) * ROWS + tl.arange(0, ROWS)[:, None, None]
-    row_base = tl.load(pointers(table_ptr, number, 6, n, tl.int32), mask=n < N, other=0)
-    words_ptr = pointers(table_ptr, number, 4, 0, tl.int32)
-    word_offsets_ptr = pointers(table_ptr, number, 5, 0, tl.int16)
+    row = tl.load(owners_ptr + tl.program_id(0))
+    N, K = cell(table_ptr, row, 7), cell(table_ptr, row, 8)
+    n = place_in_row(table_ptr, row) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    row_base = tl.load(pointers(table_ptr, row, 6, n, tl.int32), mask=n < N, other=0)
+    words_ptr = pointers(table_ptr, row, 4, 0, tl.int32)
+    word_offsets_ptr = pointers(table_ptr, row, 5, 0, tl.int16)
     num_words = (K + 31) // 32
     if TASK == 2:
-        alpha = tl.load(pointers(table_ptr, number, 3, 0, ALPHA)).to(tl.float32)
+        alpha = tl.load(pointers(table_ptr, row, 3, 0, ALPHA)).to(tl.float32)
     for word in range(0, num_words, WORDS):
         q = word + tl.arange(0, WORDS)[None, :, None]
         ok = (n < N) & (q < num_words)
         free, position = free_entries(*load_words(words_ptr, word_offsets_ptr, row_base, q * N + n, ok))
-        packed_ptr = pointers(table_ptr, number, 1, position, PACKED)
-        matrix_ptr = pointers(table_ptr, number, 0, n * K + q * 32 + tl.arange(0, 32)[None, None, :], MATRIX)
+        packed_ptr = pointers(table_ptr, row, 1, position, PACKED)
+        matrix_ptr = pointers(table_ptr, row, 0, n * K + q * 32 + tl.arange(0, 32)[None, None, :], MATRIX)
         if TASK == 0:
             tl.store(packed_ptr, tl.load(matrix_ptr, mask=free, other=0.0), mask=free)
         else:
             entry = tl.load(packed_ptr, mask=free, other=0.0)
             if TASK == 2:
-                value = tl.load(pointers(table_ptr, number, 2, position, VALUE), mask=free, other=0.0).to(tl.float32)
+                value = tl.load(pointers(table_ptr, row, 2, position, VALUE), mask=free, other=0.0).to(tl.float32)
                 entry = entry.to(tl.float32) + alpha * value
             tl.store(matrix_ptr, entry.to(MATRIX), mask=free)
 
@@ -87,18 +95,23 @@ def _launch(
     rows = [row for row in rows if row[1].numel()]
     if not rows:
         return
-    architecture()
-    device, programs, entries, first = matrices[0].device, [], [], 0
-    for row in rows:
-        entries.append((*(tensor.data_ptr() for tensor in row), *row[0].shape, first))
-        programs.append(triton.cdiv(row[0].shape[0], ROWS))
-        first += programs[-1]
+    device = matrices[0].device
+    columns = [[tensor.data_ptr() for tensor in column] for column in zip(*rows, strict=True)]
+    columns += [[matrix.shape[at] for matrix, *_ in rows] for at in (0, 1)]
+    table = _on_device(filled(columns).tobytes(), device, current_stream(device))
     with torch.cuda.device_of(matrices[0]):
-        free_entries_kernel[(first,)](
-            table(tuple(entries), device), owners(tuple(programs), device),
+        free_entries_kernel[(table.grid,)](
+            table.rows, table.owners,
             *(TYPES[rows[0][column].dtype] for column in range(4)), TASK=task, ROWS=ROWS, WORDS=WORDS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(content: bytes, device: torch.device, stream: int) -> Table:
+    """The table of `content`: a pure function of it, so it cannot go stale."""
+    rows = read(content)
+    return on_device(rows, (rows[:, 7] + ROWS - 1) // ROWS, device, stream)
 
 
 def _check(row: tuple[Tensor, ...]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub by mistake fails at once; read at import
+
 
 import hypothesis
 import pytest
@@ -72,3 +74,35 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data sets are not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def talking_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a model whose replies differ, as its weights are large."""
+    from rigsa.run import main
+
+    folder = tmp_path_factory.mktemp("chat")
+    make_llama(initializer_range=0.4).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    assert main([
+        "imp", "--preset", "smoke", "--model", str(folder / "model"), "--dtype", "float32", "--device", "cpu",
+        "--test-images", "20", "--train-images", "40", "--alpha-learning-rate", "0.5", "--no-drift",
+        "--out", str(folder / "run"),
+    ]) == 0  # fmt: skip
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def talking_experiment(talking_run: Path) -> Any:
+    from rigsa import gated_linears
+    from rigsa.experiments.config_file import load
+    from rigsa.experiments.experiment import Experiment
+
+    experiment = Experiment.prepare(load(talking_run), talking_run)
+    experiment.attach()
+    experiment.restore(1)
+    with torch.no_grad():
+        for layer in gated_linears(experiment.model).values():
+            layer.rigsa_alpha.fill_(0.5)
+    experiment.model.eval()
+    return experiment

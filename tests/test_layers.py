@@ -13,10 +13,13 @@ RIG = "rigsa/experiments"
 FLOORS = {
     "kernels": ["rigsa_kernels/*"],
     "library": ["rigsa/*"],
-    "settings": [f"{RIG}/{name}" for name in ("config", "run_folder", "hardware", "peak_memory", "distributed")],
+    "settings": [
+        f"{RIG}/{name}"
+        for name in ("bounds", "config", "run_folder", "records", "lock", "hardware", "peak_memory", "distributed")
+    ],
     "model": [f"{RIG}/{name}" for name in ("model", "attach", "adapter")],
     "tasks": [f"{RIG}/tasks/*", f"{RIG}/tasks/lm_eval_tasks/*"],
-    "training": [f"{RIG}/{name}" for name in ("train", "experiment")],
+    "training": [f"{RIG}/{name}" for name in ("checkpoints", "layer_checks", "train", "experiment")],
     "methods": [f"{RIG}/methods/*"],
     "recipes": [f"{RIG}/{name}" for name in ("presets", "config_file")],
     "memory": [f"{RIG}/memory/*"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rigsa.errors import RigsaError
-from rigsa.files import write_atomically
-from rigsa_kernels import SparsePattern, gated_linears
+from rigsa.experiments.records import PRUNING, read_record
+from rigsa.experiments.run_folder import MASK_FILE, PRUNING_FILE
+from rigsa.files import parse_json, require_regular, write_atomically
+from rigsa_kernels import SparsePattern, gated_linears, restore_weights
+from rigsa_kernels.format import WORD_BITS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Name to shape and dtype of the tensors of a file."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -33,6 +38,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def base_fingerprint(model: nn.Module) -> str:
     """A short hash of the frozen parameters: names, shapes and every 97th row."""
     digest = hashlib.sha256()
+    restore_weights(model)  # of tickets, which compose into their weights
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and not name.endswith("rigsa_alpha"):
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
@@ -43,24 +49,59 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def save_masks(patterns: dict[str, SparsePattern], path: Path, base: str) -> None:
     """Write the patterns of layers, one bit an entry. `base` is the `base_fingerprint` of the model they belong to."""
-    tensors = {name: pattern.words.cpu() for name, pattern in patterns.items() if pattern.words is not None}
-    _save(tensors, path, base)
+    _save(_words(patterns), path, base)
 
 
-def load_masks(model: nn.Module, path: Path) -> dict[str, SparsePattern]:
+def masks_hash(patterns: dict[str, SparsePattern]) -> str:
+    """The hash that a file with these masks carries."""
+    return tensors_hash(_words(patterns))
+
+
+def _words(patterns: dict[str, SparsePattern]) -> dict[str, Tensor]:
+    return {name: pattern.words.cpu() for name, pattern in patterns.items() if pattern.words is not None}
+
+
+def load_masks(model: nn.Module, path: Path, content: str | None = None) -> dict[str, SparsePattern]:
     """Read what `save_masks` wrote: layer names to packed patterns.
 
+    Args:
+        model: with gated layers.
+        path: of the file.
+        content: the hash that a record beside the file names (`masks_hash`); None where there is none.
+
     Raises:
-        RigsaError: the file is missing, damaged, or made for other layers or another base model.
+        RigsaError: the file is missing, damaged, not the one that is recorded, or made for other layers or another
+            base model.
     """
-    layers, base = gated_linears(model), base_fingerprint(model)
-    words = _load(path, base)
-    if words.keys() != layers.keys():
-        raise RigsaError(f"{path} holds masks for other layers than this model's; use it with the model of its run")
+    layers = gated_linears(model)
+    expected = {name: ((-(-layer.in_features // WORD_BITS), layer.out_features), torch.int32)
+                for name, layer in layers.items()}  # fmt: skip
+    words = _load(path, base_fingerprint(model), expected, content)
     try:
-        return {name: SparsePattern.from_words(words[name], layer.in_features) for name, layer in layers.items()}
+        patterns = {name: SparsePattern.from_words(words[name], layer.in_features) for name, layer in layers.items()}
     except ValueError as error:
         raise RigsaError(f"{path} is damaged: {error}") from error
+    for name, pattern in patterns.items():
+        if pattern.nnz == 0:
+            raise RigsaError(f"{path} is damaged: no entry of {name} is free; expected at least one in every layer")
+    return patterns
+
+
+def load_ticket(model: nn.Module, level: Path) -> dict[str, SparsePattern]:
+    """The masks in a level's folder, for `model`'s layers.
+
+    Raises:
+        RigsaError: as `load_masks`, or they are not those that the record of their choice names.
+    """
+    record = read_record(level / PRUNING_FILE, PRUNING)
+    patterns = load_masks(model, level / MASK_FILE, record["mask"])
+    kept = sum(pattern.nnz for pattern in patterns.values())
+    if kept != record["kept"]:
+        raise RigsaError(
+            f"{level / MASK_FILE} has {kept} free entries, but {PRUNING_FILE} beside it says {record['kept']}; delete "
+            f"{level} and run again"
+        )
+    return patterns
 
 
 def save_adapter(model: nn.Module, path: Path) -> None:
@@ -78,25 +119,43 @@ def load_adapter(model: nn.Module, path: Path) -> None:
     Raises:
         RigsaError: the file is missing, damaged, of another base model or another pattern. The model is unchanged.
     """
-    saved, wanted = read_adapter(model, path), trained_parameters(model)
-    for name in {**saved, **wanted}:
-        there = tuple(saved[name].shape) if name in saved else "nothing"
-        here = tuple(wanted[name].shape) if name in wanted else "nothing"
-        if there != here:
-            raise RigsaError(f"{path} does not fit: {name} is {there} there, the model expects {here}")
+    wanted = trained_parameters(model)
+    saved = read_adapter(model, path, {name: tuple(parameter.shape) for name, parameter in wanted.items()})
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(saved[name])
 
 
-def read_adapter(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """What `save_adapter` wrote, as it is. Raises RigsaError where it is missing, damaged or of another base model."""
-    return _load(path, base_fingerprint(model))
+def read_adapter(model: nn.Module, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read what `save_adapter` wrote, as it is: parameters with the names and dtypes of `model`'s, and these shapes.
+
+    Raises:
+        RigsaError: the file is missing, damaged, of another base model or does not fit, or a number in it is not
+            finite.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in trained_parameters(model).items()}
+    expected = {name: (shape, dtypes[name]) for name, shape in shapes.items()}
+    tensors = _load(path, base_fingerprint(model), expected)
+    for name, tensor in tensors.items():
+        if not_finite := int((~tensor.isfinite()).sum()):
+            raise RigsaError(f"{path} is damaged: {not_finite} of {tensor.numel()} numbers in {name} are not finite")
+    return tensors
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, base: str) -> None:
     # One entry, as safetensors orders several at random, and equal runs write equal files.
-    metadata = {"rigsa": json.dumps({"version": FORMAT_VERSION, "base": base})}
+    entry = {"version": FORMAT_VERSION, "base": base, "content": tensors_hash(tensors)}
+    metadata = {"rigsa": json.dumps(entry)}
 
     def write(temporary: Path) -> None:
         try:
@@ -107,20 +166,48 @@ def _save(tensors: dict[str, Tensor], path: Path, base: str) -> None:
     write_atomically(path, write)
 
 
-def _load(path: Path, base: str) -> dict[str, Tensor]:
-    if not path.exists():
-        raise RigsaError(f"{path} is missing")
+def _load(path: Path, base: str, expected: Expected, content: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a file, once all of it fits: version, base, names, shapes, dtypes, hash."""
+    require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("rigsa", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            entry = _entry(file.metadata(), path)
+            _check_base(entry, base, path)
+            _check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, expected, path)  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as error:
         raise RigsaError(f"{path} is damaged ({error}); delete its folder and run again") from error
-    if metadata.get("version") != FORMAT_VERSION:
-        raise RigsaError(f"{path}: expected a rigsa file of version {FORMAT_VERSION}, got {metadata or 'another file'}")
-    if metadata.get("base") != base:
-        raise RigsaError(f"{path} belongs to another base model (its weights differ from this model's)")
+    for name, (_, dtype) in expected.items():
+        if tensors[name].dtype != dtype:
+            raise RigsaError(f"{path} does not fit: {name} is {tensors[name].dtype} there, the model expects {dtype}")
+    found = tensors_hash(tensors)
+    if found != entry.get("content"):
+        raise RigsaError(f"{path} is damaged (its content does not have the hash that it names); delete its folder "
+                         "and run again")  # fmt: skip
+    if content is not None and found != content:
+        raise RigsaError(f"{path} is not the file that the record beside it names; delete their folder and run again")
     return tensors
+
+
+def _entry(metadata: dict[str, str] | None, path: Path) -> dict[str, Any]:
+    text = (metadata or {}).get("rigsa")
+    entry = parse_json(text, f"{path}, its metadata,") if text is not None else None
+    if not isinstance(entry, dict) or entry.get("version") != FORMAT_VERSION:
+        raise RigsaError(f"{path}: expected a rigsa file of version {FORMAT_VERSION}, got {entry or 'another file'}")
+    return entry
+
+
+def _check_base(entry: dict[str, Any], base: str, path: Path) -> None:
+    if entry.get("base") != base:
+        raise RigsaError(f"{path} belongs to another base model (its weights differ from this model's)")
+
+
+def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Expected, path: Path) -> None:
+    for name in {**found, **expected}:
+        there = found.get(name, "nothing")
+        here = expected[name][0] if name in expected else "nothing"
+        if there != here:
+            raise RigsaError(f"{path} does not fit: {name} is {there} there, the model expects {here}")
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def attach_peft(model: PreTrainedModel, config: Config) -> None:
     mask from the run's seed, the same for all layers of one shape: that is how PEFT does it.
 
     Raises:
-        RigsaError: peft is not installed, or the rank is too large for a layer.
+        RigsaError: peft is not installed.
     """
     try:
         from peft import LoraConfig, PeftConfig, ShiraConfig, inject_adapter_in_model
@@ -64,10 +64,6 @@ def attach_peft(model: PreTrainedModel, config: Config) -> None:
     layers = select_linears(model, "*", ())[0]
     adapter: PeftConfig
     if config.method.peft == "shira":
-        for name, layer in layers.items():
-            largest = layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
-            if config.rank > largest:
-                raise RigsaError(f"--rank: expected at most {largest} (the weights of {name}), got {config.rank}")
         adapter = ShiraConfig(r=config.rank, random_seed=config.seed, target_modules=list(layers))
     else:
         adapter = LoraConfig(

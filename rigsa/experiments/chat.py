@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +15,17 @@ from PIL import Image, ImageOps
 from transformers import TextStreamer
 
 from rigsa.errors import RigsaError
+from rigsa.experiments import bounds
 from rigsa.experiments.adapter import adapter_off
 from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
+from rigsa.experiments.records import metrics_of, read_record
 from rigsa.experiments.run_folder import METRICS_FILE, finished_levels
 from rigsa.experiments.tasks.drift import chat_ids, greedy
 from rigsa.experiments.tasks.evaluation import answer_logits
+from rigsa.experiments.tasks.special_tokens import until_special_token
 from rigsa.experiments.tasks.textual_mnist import ANSWER_PREFIX, image_text, quantise
-from rigsa.files import read_json
+from rigsa.files import require_regular
 
 Read = Callable[[str], str]
 """Works like `input`: shows a prompt, returns a line, raises EOFError at the end."""
@@ -35,6 +40,14 @@ HELP = """\
 /quit             end; so do Ctrl-D and Ctrl-C. While the model replies, Ctrl-C only stops the reply
 Everything else is said to the model.
 """
+
+
+NOT_UTF8 = "that line is not UTF-8, so the model cannot read it"
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM")
+MOST_PIXELS = 2**24
+"""Of an image file: unpacked they take 64 MiB, four times over."""
+LONGEST_NUMBER = 18
+"""Digits of what is taken for the number of a test image."""
 
 
 def write_now(text: str) -> None:
@@ -57,15 +70,16 @@ def run_chat(
         RigsaError: there is no such run or level, or its model or data cannot be loaded. What goes wrong later is a
             message in the conversation.
     """
-    if max_new_tokens < 1:
-        raise RigsaError(f"--max-new-tokens: expected 1 or more, got {max_new_tokens}")
+    bounds.check("max-new-tokens", max_new_tokens, bounds.TOKENS)
     config, level = load(run), finished_level(run, level)
     experiment = Experiment.prepare(config, run)
     experiment.attach()
     experiment.restore(level)
     experiment.model.eval()
-    density = read_json(experiment.folder(level) / METRICS_FILE)["density"]
+    density = read_record(experiment.folder(level) / METRICS_FILE, metrics_of(config))["density"]
     write(f"{config.method}, level {level} ({density:.2%} of the weights), on {config.model}. /help lists commands.\n")
+    if read is input and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is one line lost, and not the rest
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives `input` arrow keys and a history
@@ -93,6 +107,9 @@ def talk(chat: Chat, read: Read, write: Write) -> None:
         except (EOFError, KeyboardInterrupt):
             write("\n")
             return
+        except UnicodeDecodeError as error:
+            write(f"{NOT_UTF8} ({error.reason})\n")
+            continue
         if line.strip() == "/quit":
             return
         try:
@@ -119,7 +136,9 @@ class Chat:
         self.adapted = True
 
     def take(self, line: str) -> None:
-        """One line: a command, or something said. Raises RigsaError for a command that cannot be done."""
+        """One line: a command, or something said. Raises RigsaError for what cannot be done or said."""
+        if any("\ud800" <= character <= "\udfff" for character in line):  # how bytes that are no text come in
+            raise RigsaError(NOT_UTF8)
         commands = {"/digit": self.digit, "/adapter": self.adapter, "/reset": self.reset, "/help": self.help}
         if not line.startswith("/"):
             if line.strip():
@@ -144,7 +163,7 @@ class Chat:
                 reply.end()
                 self.write("(stopped)\n")
                 content = reply.text
-        self.turns = [*turns, {"role": "assistant", "content": content}]
+        self._keep(turns, content)
 
     @torch.no_grad()
     def digit(self, which: str) -> None:
@@ -157,7 +176,12 @@ class Chat:
             token = answer_logits(self.model, {"input_ids": torch.tensor([ids], device=self.model.device)}).argmax()
         answer = ANSWER_PREFIX + self.prompts.tokenizer.decode([token.item()])
         self.write(f"{self.speaker}> {answer}\n")
-        self.turns = [*turns, {"role": "assistant", "content": answer}]
+        self._keep(turns, answer)
+
+    def _keep(self, turns: list[dict[str, str]], reply: str) -> None:
+        """The reply becomes a turn, without what would end that."""
+        content = until_special_token(self.prompts.tokenizer, reply)
+        self.turns = [*turns, {"role": "assistant", "content": content}]
 
     def adapter(self, state: str) -> None:
         if state not in ("on", "off"):
@@ -192,12 +216,18 @@ class Chat:
     def _image(self, which: str) -> tuple[np.ndarray, str]:
         """uint8 levels ``[height, width]``, and where they come from."""
         count, height, width = self.images.levels.shape
-        if which.isdecimal() and int(which) < count:
+        is_number = which.isdecimal()
+        if is_number and len(which) <= LONGEST_NUMBER and int(which) < count:
             return self.images.levels[int(which)], f"test image {int(which)}, a {self.images.labels[int(which)]}"
-        if which.isdecimal() or not which:
+        if is_number or not which:
             expected = f"the number of a test image, 0 to {count - 1}, or an image file"
-            raise RigsaError(f"/digit: expected {expected}, got {which or 'nothing'}")
-        return read_image(Path(which).expanduser(), height, width)
+            got = which if len(which) <= LONGEST_NUMBER else f"one of {len(which)} digits"
+            raise RigsaError(f"/digit: expected {expected}, got {got or 'nothing'}")
+        try:
+            path = Path(which).expanduser()
+        except RuntimeError as error:  # there is no such user
+            raise RigsaError(f"/digit: {which}: {error}") from error
+        return read_image(path, height, width)
 
 
 class _Reply(TextStreamer):
@@ -222,10 +252,17 @@ def read_image(path: Path, height: int, width: int) -> tuple[np.ndarray, str]:
         The levels, and what was done in words.
 
     Raises:
-        RigsaError: it is not there, or not an image.
+        RigsaError: it is not there, is not an image in one of `FORMATS`, or has more than `MOST_PIXELS`.
     """
     try:
-        with Image.open(path) as opened:
+        if path.exists():
+            require_regular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is a lower one
+            opened = Image.open(path, formats=FORMATS)
+        with opened:
+            if opened.width * opened.height > MOST_PIXELS:  # known before any of them is unpacked
+                raise ValueError(f"{opened.width}x{opened.height}; expected at most {MOST_PIXELS:,} pixels")
             image = opened.convert("RGBA")
         grey = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
         pixels = np.asarray(grey)
@@ -234,7 +271,7 @@ def read_image(path: Path, height: int, width: int) -> tuple[np.ndarray, str]:
         if inverted:
             grey, background = ImageOps.invert(grey), 255 - background
         scaled = ImageOps.pad(grey, (width, height), Image.Resampling.BOX, color=background)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file makes Pillow raise a dozen unrelated types
         reason = getattr(error, "strerror", None) or error
         raise RigsaError(f"/digit: {path} cannot be read as an image ({reason})") from error
     done = f"{path.name}, {'inverted as its background is bright, ' if inverted else ''}"

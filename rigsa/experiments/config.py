@@ -9,24 +9,38 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rigsa.criteria import CRITERIA, TREATMENTS
 from rigsa.errors import RigsaError
+from rigsa.experiments import bounds
+from rigsa.experiments.bounds import (
+    ANY,
+    BELOW_1,
+    COUNT,
+    COUNT_OR_0,
+    EPSILON,
+    LEVELS,
+    NORM,
+    PART,
+    RANK,
+    RATE,
+    RATE_OR_0,
+    SCALE,
+    SEED,
+    SHARE,
+    SHARE_OR_0,
+    SIGNED,
+    Bound,
+    Rule,
+)  # fmt: skip
 from rigsa.masks import Ranking
 from rigsa_kernels.linear import Numerics
 from rigsa_kernels.optim import StateDtype
-
-Bound = tuple[str, Callable[[Any], bool]]
-"""What a value has to be, in words and as a test."""
-ANY: Bound = ("", lambda value: True)
-AT_LEAST_0: Bound = ("0 or more", lambda value: 0 <= value < float("inf"))
-AT_LEAST_1: Bound = ("1 or more", lambda value: value >= 1)
-POSITIVE: Bound = ("a positive number", lambda value: 0 < value < float("inf"))
-BELOW_1: Bound = ("0 or more and less than 1", lambda value: 0 <= value < 1)
-SHARE: Bound = ("more than 0 and at most 1", lambda value: 0 < value <= 1)
 
 QUANTIZATIONS = ("none", "nf4")
 """What frozen weights may be kept in, the wider first."""
@@ -44,7 +58,7 @@ class Identity:
     seed: int = _field(
         0,
         "of the initial values, the order of the training images and random masks",
-        ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63),
+        SEED,
     )
 
 
@@ -74,26 +88,24 @@ class Gates:
         "one for each layer or one for the model (paper: not stated); none: it is not trained and stays at alpha_init",
         choices=("layer", "model", "none"),
     )
-    alpha_init: float = _field(
-        1e-6, "initial value of every gate", ("a finite number", lambda value: abs(value) < float("inf"))
-    )
+    alpha_init: float = _field(1e-6, "initial value of every gate", SIGNED)
     init_scale: float = _field(
         1.0,
         "initial values are uniform in +-init_scale/sqrt(in_features), all zero for 0; paper: not stated",
-        AT_LEAST_0,
+        RATE_OR_0,
     )
     numerics: Numerics = _field(
         "auto", "how W0 + alpha*D is applied: two products, one, or by rule", choices=get_args(Numerics)
     )
-    alpha_learning_rate: float = _field(2e-3, "peak of the linear schedule of the gates", AT_LEAST_0)
-    alpha_weight_decay: float = _field(0.0, "decoupled, of the gates; paper: not stated", AT_LEAST_0)
+    alpha_learning_rate: float = _field(2e-3, "peak of the linear schedule of the gates", RATE_OR_0)
+    alpha_weight_decay: float = _field(0.0, "decoupled, of the gates; paper: not stated", RATE_OR_0)
 
 
 @dataclass(frozen=True)
 class Pruning:
     """The levels and tickets of `imp`, which alone reads these fields."""
 
-    prunings: int = _field(4, "levels after level 0, the dense one; the paper's five levels are 0 to 4", AT_LEAST_0)
+    prunings: int = _field(4, "levels after level 0, the dense one; the paper's five levels are 0 to 4", LEVELS)
     keep_fraction: float = _field(
         0.8,
         "share of the eligible (under criterion rigsa: same-sign) entries kept by a pruning; only 'kept' gives the "
@@ -108,13 +120,13 @@ class Pruning:
     )
     rewind: str = _field("init", "what a ticket's values start from (Zhou et al. 2019)", choices=tuple(TREATMENTS))
     rewind_step: int = _field(
-        0, "tickets start from values and gates after so many steps of level 0 (Frankle et al. 2020)", AT_LEAST_0
+        0, "tickets start from values and gates after so many steps of level 0 (Frankle et al. 2020)", COUNT_OR_0
     )
     early_bird_steps: int = _field(
         0,
         "look every so many steps whether the mask has settled, and if so prune at once (You et al. 2020); 0: never; a "
         "multiple of logging_steps",
-        AT_LEAST_0,
+        COUNT_OR_0,
     )
     early_bird_distance: float = _field(
         0.1,
@@ -140,15 +152,15 @@ class Choosing:
     density: float = _field(
         0.0,
         "share of the weights that is trained; random-mask: instead of --match",
-        ("0 to 1", lambda value: 0 <= value <= 1),
+        SHARE_OR_0,
     )
-    mask_images: int = _field(64, "training images whose gradients choose the mask", AT_LEAST_1)
+    mask_images: int = _field(64, "training images whose gradients choose the mask", COUNT)
     super_rank: str = _field("largest", "which pretrained magnitudes are trained", choices=("largest", "smallest"))
-    reselect_steps: int = _field(20, "steps between two rounds of dropping and growing", AT_LEAST_1)
+    reselect_steps: int = _field(20, "steps between two rounds of dropping and growing", COUNT)
     reselect_share: float = _field(
         0.2,
         "share of the entries dropped and grown in the first round; it falls linearly to 0",
-        ("more than 0 and less than 1", lambda value: 0 < value < 1),
+        PART,
     )
 
 
@@ -156,8 +168,8 @@ class Choosing:
 class LowRank:
     """The adapters of PEFT. Methods that train one read these fields."""
 
-    rank: int = _field(8, "of the low-rank difference; shira: as many trained numbers as LoRA of this rank", AT_LEAST_1)
-    lora_alpha: float = _field(32.0, "the low-rank difference is scaled by lora_alpha/rank", POSITIVE)
+    rank: int = _field(8, "of the low-rank difference; shira: as many trained numbers as LoRA of this rank", RANK)
+    lora_alpha: float = _field(32.0, "the low-rank difference is scaled by lora_alpha/rank", SCALE)
     lora_dropout: float = _field(0.0, "of the input of the low-rank difference", BELOW_1)
 
 
@@ -176,11 +188,15 @@ class Training:
         "of the optimiser's two moments; paper: not stated, and float32 would not fit its 24 GB",
         choices=get_args(StateDtype),
     )
-    loss: str = _field("answer", "of the answer token or of all tokens; paper: not stated", choices=("answer", "all"))
-    epochs: int = _field(1, "passes over the training images in each level", AT_LEAST_1)
-    max_steps: int = _field(0, "at most this many steps a level; 0: as many as the epochs have", AT_LEAST_0)
-    batch_size: int = _field(16, "prompts per optimiser step", AT_LEAST_1)
-    micro_batch_size: int = _field(1, "prompts per forward and backward pass; divides batch_size", AT_LEAST_1)
+    loss: str = _field(
+        "answer",
+        "of the answer token, or the mean over all tokens of a prompt; paper: not stated",
+        choices=("answer", "all"),
+    )
+    epochs: int = _field(1, "passes over the training images in each level", COUNT)
+    max_steps: int = _field(0, "at most this many steps a level; 0: as many as the epochs have", COUNT_OR_0)
+    batch_size: int = _field(16, "prompts per optimiser step", COUNT)
+    micro_batch_size: int = _field(1, "prompts per forward and backward pass; divides batch_size", COUNT)
     checkpointing: bool = _field(
         False, "keep only the input of each decoder layer for the backward pass and compute the rest again"
     )
@@ -189,18 +205,16 @@ class Training:
         "update each layer as soon as its gradient is complete, and free the gradient; needs --max-grad-norm 0 and one "
         "micro-batch a step",
     )
-    learning_rate: float = _field(2e-3, "peak of the linear schedule", POSITIVE)
-    warmup_steps: int = _field(1000, "linear warm-up; after it the rate falls linearly to 0", AT_LEAST_0)
-    weight_decay: float = _field(1.0, "decoupled, of the values", AT_LEAST_0)
+    learning_rate: float = _field(2e-3, "peak of the linear schedule", RATE)
+    warmup_steps: int = _field(1000, "linear warm-up; after it the rate falls linearly to 0", COUNT_OR_0)
+    weight_decay: float = _field(1.0, "decoupled, of the values", RATE_OR_0)
     beta1: float = _field(0.9, "AdamW; paper: not stated", BELOW_1)
     beta2: float = _field(0.999, "AdamW; paper: not stated", BELOW_1)
-    eps: float = _field(1e-8, "AdamW; paper: not stated", POSITIVE)
-    max_grad_norm: float = _field(1.0, "gradient norm is clipped to this; 0: never; paper: not stated", AT_LEAST_0)
-    train_images: int = _field(0, "use only the first N training images; 0: all", AT_LEAST_0)
-    logging_steps: int = _field(10, "steps between two lines of the training log", AT_LEAST_1)
-    checkpoint_steps: int = _field(
-        100, "steps between two points to resume from; a multiple of logging_steps", AT_LEAST_1
-    )
+    eps: float = _field(1e-8, "AdamW; paper: not stated", EPSILON)
+    max_grad_norm: float = _field(1.0, "gradient norm is clipped to this; 0: never; paper: not stated", NORM)
+    train_images: int = _field(0, "use only the first N training images; 0: all", COUNT_OR_0)
+    logging_steps: int = _field(10, "steps between two lines of the training log", COUNT)
+    checkpoint_steps: int = _field(100, "steps between two points to resume from; a multiple of logging_steps", COUNT)
 
     @property
     def accumulation_steps(self) -> int:
@@ -211,19 +225,19 @@ class Training:
 class Measuring:
     """The tests of a level. Every method reads these fields, and none of them changes what is trained."""
 
-    test_images: int = _field(0, "test on the first N images only; 0: all", AT_LEAST_0)
+    test_images: int = _field(0, "test on the first N images only; 0: all", COUNT_OR_0)
     eval_shots: str = _field(
         "0,5",
         "numbers of examples in the test prompts, comma-separated; the first is the headline",
-        ("numbers separated by commas", lambda value: all(shot.isdigit() for shot in value.split(","))),
+        Rule("numbers from 0 to 999,999 separated by commas", re.compile(r"[0-9]{1,6}(,[0-9]{1,6})*").fullmatch),
     )
-    eval_batch_size: int = _field(16, "prompts per test pass", AT_LEAST_1)
+    eval_batch_size: int = _field(16, "prompts per test pass", COUNT)
     drift: bool = _field(True, "measure how far the adapted model has moved from the base model's own replies")
     source_tasks: str = _field(
         "piqa,hellaswag,gsm8k", "what may be forgotten, measured by lm-eval: some of these, comma-separated; '': none"
     )
     data_dir: str = _field("", "folder with the data of the source tasks; '': the hub's")
-    limit: int = _field(0, "only the first N documents of each source task; 0: all", AT_LEAST_0)
+    limit: int = _field(0, "only the first N documents of each source task; 0: all", COUNT_OR_0)
 
     @property
     def tasks(self) -> list[str]:
@@ -313,6 +327,15 @@ def require(config: Config, name: str, expected: str, holds: bool) -> None:
         raise RigsaError(f"--{flag(name)}: expected {expected}, got {getattr(config, name)}")
 
 
+def require_utf8(option: str, text: str) -> str:
+    """`text`. Raises RigsaError if it holds half characters, as an argument does whose bytes are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RigsaError(f"--{option}: expected text in UTF-8, got {os.fsencode(text)!r}") from None
+    return text
+
+
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     kind: Any = type(field.default)
     kinds = (int, float) if kind is float else kind
@@ -321,9 +344,9 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise RigsaError(f"--{flag(field.name)}: expected one of {', '.join(choices)}, got {value!r}")
-    expected, holds = field.metadata["bound"]
-    if not holds(value):
-        raise RigsaError(f"--{flag(field.name)}: expected {expected}, got {value}")
+    if kind is str:
+        require_utf8(flag(field.name), str(value))
+    bounds.check(flag(field.name), value, field.metadata["bound"])
 
 
 Colour = Literal["black", "orange", "sky", "green", "blue", "red", "purple"]
@@ -399,6 +422,14 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def levels(self, config: Config) -> tuple[int, ...]:
         """The levels that a finished run has; empty where another run decides."""
+
+    def has_ticket(self, config: Config) -> bool:
+        """Whether a level trains some entries only, in a packed pattern."""
+        return any(level > 0 for level in self.levels(config))
+
+    def most_kept(self, config: Config, weights: int) -> int:
+        """The most entries that its last ticket can leave in a layer of so many weights."""
+        return weights
 
     @abc.abstractmethod
     def summary(self, config: Config) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config, flag
+from rigsa.experiments.lock import LOCK_FILE
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.run_folder import CONFIG_FILE
-from rigsa.files import read_json, write_json
+from rigsa.files import is_temporary, read_json, write_json
 
 
 def check_folder(config: Config, folder: Path) -> None:
@@ -18,7 +19,7 @@ def check_folder(config: Config, folder: Path) -> None:
     Raises:
         RigsaError: it holds another configuration (the differences are shown), or files but no configuration.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(_counts(path.name) for path in folder.iterdir())):
         return
     path = folder / CONFIG_FILE
     if not path.exists():
@@ -31,6 +32,11 @@ def check_folder(config: Config, folder: Path) -> None:
             f"{folder} holds a run with another configuration; choose another folder with --out, or ask for the same:\n"
             + "\n".join(lines)
         )
+
+
+def _counts(name: str) -> bool:
+    """Whether a file of that name is neither the lock of the process that asks nor what a killed one left of a file."""
+    return name != LOCK_FILE and not is_temporary(name)
 
 
 def save(config: Config, folder: Path) -> None:

@@ -18,14 +18,17 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import (
     base_fingerprint,
     load_adapter,
-    load_masks,
+    load_ticket,
+    masks_hash,
     save_masks,
     trained_parameters,
 )
 from rigsa.experiments.attach import attach
 from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import is_sharded, main_first, wait_for_all
+from rigsa.experiments.layer_checks import check_layers
 from rigsa.experiments.model import load_model, resolve_device
+from rigsa.experiments.records import EARLY_BIRD, PRUNING, REPLIES, RESOURCES, metrics_of, read_record
 from rigsa.experiments.run_folder import (
     ADAPTER_FILE,
     BASE,
@@ -42,12 +45,23 @@ from rigsa.experiments.tasks.drift import drift, replies
 from rigsa.experiments.tasks.evaluation import evaluate
 from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts, Splits, load_splits
 from rigsa.experiments.train import read_log, remove_checkpoints, steps_per_level, train_level
-from rigsa.files import is_done, mark_done, read_json, write_json
+from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
 from rigsa_kernels import SparsePattern, gated_linears
-from rigsa_kernels.selection import adaptable
+from rigsa_kernels.selection import adaptable, select_linears
 
 Choose = Callable[["Experiment"], tuple[dict[str, SparsePattern], dict[str, Any]]]
 """A mask strategy: a dense adapter as attached, to the patterns of its layers and what to record of the choice."""
+
+
+def _check_undamaged(folder: Path) -> None:
+    if damage := first_damage(folder):
+        raise RigsaError(f"{folder} is damaged ({damage}); delete it and run again")
+
+
+def _mark_done(folder: Path) -> None:
+    """Name all files but the resources, in which equal runs differ."""
+    files = [path.name for path in folder.iterdir() if path.is_file() and path.name != RESOURCES_FILE]
+    mark_done(folder, [name for name in files if not is_temporary(name)])
 
 
 @dataclass
@@ -78,10 +92,21 @@ class Experiment:
             raise RigsaError(
                 f"--mask-images: there are only {len(splits.train)} training images, got {config.mask_images}"
             )
+        if config.logging_steps > steps - config.rewind_step:
+            raise RigsaError(
+                f"--logging-steps: expected at most the {steps - config.rewind_step} steps of a level, so that its log "
+                f"has a line, got {config.logging_steps}"
+            )
+        if max(config.shots) > len(splits.train):
+            raise RigsaError(
+                f"--eval-shots: there are only {len(splits.train)} training images to show, got {config.eval_shots}"
+            )
         model, tokenizer = load_model(config, resolve_device(config.device))
         prompts = Prompts(tokenizer, config.system_prompt)
         set_seed(config.seed % 2**32)
-        return cls(config, run, model, prompts, splits, sum(adaptable(model).values()))
+        linears, sizes = select_linears(model, "*", ())[0], adaptable(model)
+        check_layers(config, {name: (one.out_features, one.in_features) for name, one in linears.items()}, sizes)
+        return cls(config, run, model, prompts, splits, sum(sizes.values()))
 
     def attach(self) -> None:
         """Put what the method trains on the model."""
@@ -107,8 +132,10 @@ class Experiment:
     def restore(self, level: int) -> None:
         """Put the trained adapter of a finished level on the model, its ticket first."""
         folder = self.folder(level)
+        if is_done(folder):
+            _check_undamaged(folder)
         if (folder / MASK_FILE).exists():
-            self.adopt(load_masks(self.model, folder / MASK_FILE))
+            self.adopt(load_ticket(self.model, folder))
         load_adapter(self.model, folder / ADAPTER_FILE)
 
     def enter_ticket(self, level: int, choose: Choose) -> None:
@@ -120,9 +147,9 @@ class Experiment:
         with main_first():
             if not (folder / MASK_FILE).exists():
                 patterns, record = choose(self)
-                write_json(folder / PRUNING_FILE, record)
+                write_json(folder / PRUNING_FILE, record | {"mask": masks_hash(patterns)})
                 save_masks(patterns, folder / MASK_FILE, base_fingerprint(self.model))
-        self.adopt(load_masks(self.model, folder / MASK_FILE))
+        self.adopt(load_ticket(self.model, folder))
 
     def record_choice(self, level: int, record: dict[str, Any]) -> None:
         """Write down how the first mask of `level` was chosen, for a method that moves it while it trains."""
@@ -162,7 +189,7 @@ class Experiment:
     def drift(self) -> dict[str, Any]:
         """Measure how far the adapter has moved the model from its base's own replies."""
         self.model.eval()
-        return drift(self.model, read_json(self.run / BASE / REPLIES_FILE))
+        return drift(self.model, read_record(self.run / BASE / REPLIES_FILE, REPLIES))
 
     def _evaluate(self, images: Images, shots: int, label: str) -> dict[str, Any]:
         dataset = PromptDataset(images, self.prompts, self._examples(shots))
@@ -186,8 +213,9 @@ class Experiment:
                     write_json(folder / REPLIES_FILE, spoken)
                 metrics = {"tokenizer": self.prompts.fingerprint(), **self.test("untrained")}
                 write_json(folder / METRICS_FILE, metrics)
-                mark_done(folder)
-        return read_json(folder / METRICS_FILE)
+                _mark_done(folder)
+        _check_undamaged(folder)
+        return read_record(folder / METRICS_FILE, metrics_of(self.config, base=True))
 
     def run_level(self, level: int, callbacks: Sequence[TrainerCallback] = (), first_step: int = 0) -> dict[str, Any]:
         """Train the adapter as it stands, test it, and write everything down, the marker last. Returns the metrics.
@@ -203,16 +231,16 @@ class Experiment:
         with main_first():
             if not is_done(folder):
                 metrics = {"level": level, **self._adapter_metrics(), "pruning": self._pruning(folder)}
-                metrics["steps"] = read_json(folder / RESOURCES_FILE)["steps"]
+                metrics["steps"] = read_record(folder / RESOURCES_FILE, RESOURCES)["steps"]
                 if (folder / EARLY_BIRD_FILE).exists():
-                    metrics["early_bird"] = read_json(folder / EARLY_BIRD_FILE)
+                    metrics["early_bird"] = read_record(folder / EARLY_BIRD_FILE, EARLY_BIRD)
                 metrics |= {"train_loss": read_log(folder)[-1]["loss"], **self.test(label)}
                 if self.config.drift:
                     metrics["drift"] = self.drift()
                 write_json(folder / METRICS_FILE, metrics)
-                mark_done(folder)
+                _mark_done(folder)
                 remove_checkpoints(folder)
-        return read_json(folder / METRICS_FILE)
+        return read_record(folder / METRICS_FILE, metrics_of(self.config))
 
     def _adapter_metrics(self) -> dict[str, Any]:
         """Sizes of what is trained, in all and, for gated sparse layers, layer by layer."""
@@ -230,4 +258,4 @@ class Experiment:
 
     @staticmethod
     def _pruning(folder: Path) -> dict[str, Any]:
-        return read_json(folder / PRUNING_FILE) if (folder / PRUNING_FILE).exists() else {}
+        return read_record(folder / PRUNING_FILE, PRUNING) if (folder / PRUNING_FILE).exists() else {}

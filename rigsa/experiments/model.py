@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def model_shape(name: str) -> PretrainedConfig:
         if base == f"HuggingFaceTB/SmolLM2-{size}":
             return LlamaConfig(vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True, **sizes)
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a damaged file makes transformers raise dozens of unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RigsaError(f"--model {name}: its configuration cannot be loaded ({reason})") from error
 
 
@@ -74,25 +75,59 @@ def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any
     """The base model of `config`, frozen and in evaluation mode, and its tokenizer.
 
     Raises:
-        RigsaError: there is no such model here, or no network and no cached copy.
+        RigsaError: there is no such model here, or no network and no cached copy; a file of it is damaged; its weights
+            are not those of the architecture that it names (`check_weights`); it needs code that it brings along.
     """
     source, options = _locate(config.model)
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
         if options:
             options["quantization_config"] = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), attn_implementation=config.attention, **options
+        load: Any = AutoModelForCausalLM.from_pretrained  # its type has no place for the loading info
+        model, found = load(
+            source,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            trust_remote_code=False,  # or transformers would ask on standard input
+            ignore_mismatched_sizes=True,  # `check_weights` lists them
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged file makes transformers and the hub's client raise dozens of unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RigsaError(f"--model {config.model}: cannot be loaded ({reason}). {GET_EMBEDDED}") from error
+    check_weights(config.model, type(model).__name__, found)
     if config.quantize == "nf4":
         quantize_linears(model, device)
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot see through
+    model.to(device)
     spare_the_head(model)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def check_weights(name: str, architecture: str, found: Mapping[str, Any]) -> None:
+    """Raises RigsaError unless a model's files hold the weights of its architecture, all of them and no others.
+
+    Args:
+        name: of the model.
+        architecture: the class that was made.
+        found: transformers' loading info. What was missing there has random weights.
+    """
+    wrong = {
+        "missing": sorted(found["missing_keys"]),
+        "unexpected": sorted(found["unexpected_keys"]),
+        "of another shape": sorted(str(one[0]) for one in found["mismatched_keys"]),
+    }
+    parts = [f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names]
+    if parts or found.get("error_msgs"):
+        raise RigsaError(
+            f"--model {name}: expected the weights of {architecture}, got {'; '.join(parts) or 'damaged ones'}. Its "
+            "files are incomplete, or its config.json names another architecture"
+        )
+
+
+def _first(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
 
 
 def spare_the_head(model: PreTrainedModel) -> None:

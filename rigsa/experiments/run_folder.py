@@ -11,7 +11,7 @@
     level_K/log.jsonl           training log
     level_K/metrics.json        accuracies, losses, densities
     level_K/resources.json      steps, seconds, peak memory, machine and versions
-    level_K/done                written last
+    level_K/done                written last; it names the level's files, but for resources.json, by their hash
     report.html, .md, .csv      and figures as PNG: drawn from the above at the end, and by `rigsa report`
 
 Some runs have more: ``level_0/early.safetensors`` (`--rewind-step`), ``level_K/early_bird.json``
@@ -24,6 +24,7 @@ often they were interrupted.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rigsa.files import is_done
@@ -53,5 +54,7 @@ def level_folder(run: Path, level: int) -> Path:
 
 def finished_levels(run: Path) -> list[int]:
     """The levels that are done, in ascending order."""
-    numbers = (folder.name.removeprefix("level_") for folder in run.glob("level_*") if is_done(folder))
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    found = [
+        re.fullmatch("level_(0|[1-9][0-9]{0,8})", folder.name) for folder in run.glob("level_*") if is_done(folder)
+    ]
+    return sorted(int(match[1]) for match in found if match)

@@ -29,7 +29,6 @@ a shard for each with its own CUDA_VISIBLE_DEVICES.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shlex
 import shutil
@@ -43,14 +42,14 @@ from typing import Any, BinaryIO
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Base, Config, Measuring, fields_of
 from rigsa.experiments.config_file import check_folder, load
+from rigsa.experiments.lock import LOCK_FILE, InUseError, folder_lock, locked
 from rigsa.experiments.presets import arguments_of
 from rigsa.experiments.run_folder import BASE, CONFIG_FILE, FAILED_FILE, OUTPUT_FILE
 from rigsa.experiments.sweep_plan import WHOLE, Job, Plan, Shard
-from rigsa.files import is_done, mark_done, write_json
+from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
 
 SWEEP_FILE = "sweep.json"
-LOCK_FILE = ".lock"
-TRACES = {CONFIG_FILE, FAILED_FILE, OUTPUT_FILE}
+TRACES = {CONFIG_FILE, FAILED_FILE, OUTPUT_FILE, LOCK_FILE}
 """All that a run leaves which failed before it measured anything: another configuration may take its place."""
 
 BASE_FIELDS = (*fields_of(Base), *fields_of(Measuring))
@@ -61,6 +60,7 @@ EXAMPLE_FIELDS = ("seed", "train_images")
 GRACE = 60.0
 """Seconds that an interrupted run has to end by itself."""
 MESSAGE_LINES = 10
+IN_USE = "skipped, as another process is running it"
 
 Runner = Callable[[Sequence[str], BinaryIO], int]
 """Run a command, its output into an open file. Returns the exit code, ``-n`` after signal n."""
@@ -115,17 +115,22 @@ def run_sweep(
     """
     jobs = shard.of(plan.jobs)
     _check_folders(plan, jobs)
-    with _locked(plan.out / LOCK_FILE, wait=True):
+    with locked(plan.out / LOCK_FILE, wait=True):
         write_json(plan.out / SWEEP_FILE, plan.record())
     unfinished: dict[str, str] = {}
     with _terminable():
         for number, job in enumerate(jobs, 1):
             print(f"[{number}/{len(jobs)}] {job.name}: ", end="", flush=True)
-            with _locked(plan.folder(job) / OUTPUT_FILE) as log:
+            with locked(plan.folder(job) / OUTPUT_FILE) as log:
                 reason = _attempt(job, plan, extra, run, log, unfinished)
+            if not reason:
+                try:
+                    print("{test accuracy} at level {level}, {seconds} s".format(**_result(plan.folder(job))))
+                except RigsaError as error:
+                    reason = f"done, but {error}"
             if reason:
                 unfinished[job.name] = reason
-            print(reason or "{test accuracy} at level {level}, {seconds} s".format(**_result(plan.folder(job))))
+                print(reason)
     if jobs:
         print(f"\n{_table(plan, jobs, unfinished)}")
     if unfinished:
@@ -133,7 +138,7 @@ def run_sweep(
             f"{len(unfinished)} of {len(jobs)} runs did not finish: {', '.join(unfinished)}. The same command tries "
             f"them again; `rigsa report {plan.out}` shows the others."
         )
-    with _locked(plan.out / LOCK_FILE, wait=True):
+    with locked(plan.out / LOCK_FILE, wait=True):
         if all(is_done(plan.folder(job)) for job in plan.jobs):
             report([plan.folder(job) for job in plan.jobs], plan.out)
 
@@ -154,9 +159,13 @@ def _check_folders(plan: Plan, jobs: list[Job]) -> None:
     if others and not (plan.out / SWEEP_FILE).exists():
         raise RigsaError(f"{plan.out} is not a sweep folder and not empty; choose another one with --out")
     for job in jobs:
-        folder = plan.folder(job)
-        if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= TRACES:
-            check_folder(job.config, folder)
+        _check_run_folder(job, plan.folder(job))
+
+
+def _check_run_folder(job: Job, folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names or {name for name in names if not is_temporary(name)} - TRACES:
+        check_folder(job.config, folder)
 
 
 def _attempt(
@@ -165,14 +174,19 @@ def _attempt(
     """Run a job unless it is done. Returns why it is not finished, '' where it is."""
     folder = plan.folder(job)
     if log is None:
-        return "skipped, as another process is running it"
+        return IN_USE
     if is_done(folder):
         return ""
     if job.depends_on in unfinished:
         return f"skipped, as {job.depends_on} did not finish"
-    (folder / FAILED_FILE).unlink(missing_ok=True)
-    write_json(folder / CONFIG_FILE, job.config.record())
-    share_base(job, plan)
+    try:
+        with folder_lock(folder):
+            _check_run_folder(job, folder)  # again: another command may have begun a run there since
+            (folder / FAILED_FILE).unlink(missing_ok=True)
+            write_json(folder / CONFIG_FILE, job.config.record())
+            share_base(job, plan)
+    except InUseError:
+        return IN_USE
     command = command_of(job, plan, extra)
     log.write(f"$ {shlex.join(command)}\n".encode())
     log.flush()
@@ -209,7 +223,9 @@ def share_base(job: Job, plan: Plan) -> None:
         return
     for other in plan.jobs:
         theirs = plan.folder(other) / BASE
-        if is_done(theirs) and _measured(load(plan.folder(other))) == _measured(job.config):
+        if not is_done(theirs) or first_damage(theirs):
+            continue
+        if _measured(load(plan.folder(other))) == _measured(job.config):
             partial = plan.folder(job) / f".{BASE}.part"
             try:
                 for folder in (partial, mine):
@@ -252,30 +268,6 @@ def _table(plan: Plan, jobs: list[Job], unfinished: dict[str, str]) -> str:
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
     )
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = False) -> Iterator[BinaryIO | None]:
-    """`path` open to append, for this process and those it starts alone; None where another has it and `wait` is off.
-
-    The lock belongs to the open file. So a run that outlives its sweep keeps its log, and nothing else starts it.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    except OSError as error:
-        raise RigsaError(f"cannot write {path}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        except OSError as error:
-            raise RigsaError(
-                f"{path} cannot be locked ({error.strerror}); choose an --out on a file system with locks"
-            ) from error
-        yield file
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Shard:
         """``"2/8"``. Raises RigsaError for anything that is not i/n with 1 <= i <= n."""
-        found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+        found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
         shard = cls(*map(int, found.groups())) if found else cls(0, 0)
         if not 1 <= shard.index <= shard.count:
             raise RigsaError(f"--shard: expected i/n with i from 1 to n, such as 1/4, got {text!r}")
@@ -183,7 +183,7 @@ def _methods(text: str) -> list[str]:
 def _seeds(text: str) -> list[int]:
     numbers = _list("seeds", text)
     for number in numbers:
-        if not (number.isascii() and number.isdigit() and int(number) < 2**63):
+        if not (re.fullmatch("[0-9]{1,19}", number) and int(number) < 2**63):
             raise RigsaError(f"--seeds: expected numbers from 0 to 2**63 - 1, comma-separated, got {number!r}")
     return _distinct("seeds", [int(number) for number in numbers])
 

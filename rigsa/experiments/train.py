@@ -36,6 +36,7 @@ from rigsa.experiments.adapter import (
     save_masks,
     trained_parameters,
 )
+from rigsa.experiments.checkpoints import checkpoint_step, latest_checkpoint, mark_checkpoint, remove_old
 from rigsa.experiments.config import Config, Training
 from rigsa.experiments.distributed import (
     accumulation_steps,
@@ -49,10 +50,11 @@ from rigsa.experiments.distributed import (
 )
 from rigsa.experiments.hardware import hardware, versions
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
+from rigsa.experiments.records import LOG_LINE, read_lines
 from rigsa.experiments.run_folder import ADAPTER_FILE, CHECKPOINTS, LOG_FILE, MASK_FILE, RESOURCES_FILE
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
-from rigsa.files import is_done, mark_done, read_json, write_json, write_text
+from rigsa.files import read_json, write_json, write_text
 from rigsa_kernels import MaskedAdamW, gated_linears
 from rigsa_kernels.launches import local_part
 from rigsa_kernels.optim import stepping_in_backward
@@ -180,7 +182,7 @@ def load_trained(model: nn.Module, folder: Path, moving: bool) -> None:
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The training log of a level: step, epoch, loss (mean since the line before), learning_rate, grad_norm."""
-    return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return read_lines(folder / LOG_FILE, LOG_LINE)
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -221,27 +223,13 @@ def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArgu
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.checkpoint_steps,
-        save_total_limit=2,
+        save_total_limit=None,  # `MarkCheckpoint` removes old ones: the Trainer goes by the clock, which may be wrong
         disable_tqdm=True,
         report_to=[],
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: without this a lone process would split batches over all it sees
     return arguments
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest finished checkpoint. Unfinished ones, which a killed process left, are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
-    for checkpoint in found:
-        if not is_done(checkpoint):
-            shutil.rmtree(checkpoint)
-    finished = [checkpoint for checkpoint in found if checkpoint.exists()]
-    return finished[-1] if finished else None
 
 
 def check_processes(checkpoint: Path) -> None:
@@ -390,7 +378,8 @@ class MarkCheckpoint(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         wait_for_all()  # each process saves its random state
         if is_main():
-            mark_done(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            mark_checkpoint(Path(str(args.output_dir)), state.global_step)
+            remove_old(Path(str(args.output_dir)))
 
 
 class ProgressAndTime(TrainerCallback, ExportableState):

@@ -11,43 +11,25 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import make_llama, make_tokenizer
 from rigsa.errors import RigsaError
 from rigsa.experiments import chat as chat_module
 from rigsa.experiments.chat import HELP, Chat, finished_level, read_image, run_chat, talk
 from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.tasks.textual_mnist import Prompts, image_text, load_splits
-from rigsa.run import main
 from rigsa_kernels import gated_linears
 
 WIDTH = HEIGHT = 8
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a model whose replies differ, as its weights are large."""
-    folder = tmp_path_factory.mktemp("chat")
-    make_llama(initializer_range=0.4).save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    assert main([
-        "imp", "--preset", "smoke", "--model", str(folder / "model"), "--dtype", "float32", "--device", "cpu",
-        "--test-images", "20", "--train-images", "40", "--alpha-learning-rate", "0.5", "--no-drift",
-        "--out", str(folder / "run"),
-    ]) == 0  # fmt: skip
-    return folder / "run"
+@pytest.fixture
+def run(talking_run: Path) -> Path:
+    return talking_run
 
 
-@pytest.fixture(scope="module")
-def experiment(run: Path) -> Experiment:
-    experiment = Experiment.prepare(load(run), run)
-    experiment.attach()
-    experiment.restore(1)
-    with torch.no_grad():
-        for layer in gated_linears(experiment.model).values():
-            layer.rigsa_alpha.fill_(0.5)
-    experiment.model.eval()
-    return experiment
+@pytest.fixture
+def experiment(talking_experiment: Experiment) -> Experiment:
+    return talking_experiment
 
 
 def script(*lines: str | type[BaseException]) -> Callable[[str], str]:
@@ -277,7 +259,7 @@ def test_what_cannot_be_talked_to_is_named_before_a_model_is_loaded(run, tmp_pat
         run_chat(tmp_path / "nowhere")
     with pytest.raises(RigsaError, match=r"--level: expected a finished level of .* \(0, 1\), got 7"):
         run_chat(run, 7)
-    with pytest.raises(RigsaError, match="--max-new-tokens: expected 1 or more, got 0"):
+    with pytest.raises(RigsaError, match="--max-new-tokens: expected 1 to 1,000,000, got 0"):
         run_chat(run, max_new_tokens=0)
     shutil.copytree(run, tmp_path / "young", ignore=shutil.ignore_patterns("done"))
     with pytest.raises(RigsaError, match="has no finished level to talk to; let the run finish one first"):

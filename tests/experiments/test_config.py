@@ -174,9 +174,9 @@ def test_unknown_options_are_refused(argument, capsys):
     [
         (["--keep-fraction", "1.5"], "--keep-fraction: expected more than 0 and at most 1, got 1.5"),
         (["--micro-batch-size", "5"], "--micro-batch-size: expected a divisor of the batch size 8, got 5"),
-        (["--learning-rate", "nan"], "--learning-rate: expected a positive number, got nan"),
+        (["--learning-rate", "nan"], "--learning-rate: expected more than 0 and at most 1,000, got nan"),
         (["--checkpoint-steps", "15"], "--checkpoint-steps: expected a multiple of the 10 logging steps, got 15"),
-        (["--eval-shots", "0;5"], "--eval-shots: expected numbers separated by commas, got 0;5"),
+        (["--eval-shots", "0;5"], "--eval-shots: expected numbers from 0 to 999,999 separated by commas, got 0;5"),
         (["--seed", "-1"], "--seed: expected 0 to"),
         (["--step-in-backward"], "--step-in-backward: no whole gradient ever exists to be clipped or added to"),
         (
@@ -199,7 +199,7 @@ def test_values_out_of_range_are_named(arguments, message, capsys):
         ("qlora", ["--quantize", "none"], "--quantize: expected nf4 for qlora, got none"),
         ("lora", ["--quantize", "nf4"], "--quantize: expected none for lora, got nf4"),
         ("full", ["--quantize", "nf4"], "--quantize: expected none for full, got nf4"),
-        ("lora", ["--rank", "0"], "--rank: expected 1 or more, got 0"),
+        ("lora", ["--rank", "0"], "--rank: expected 1 to 65,536, got 0"),
         ("lora", ["--lora-dropout", "1"], "--lora-dropout: expected 0 or more and less than 1, got 1.0"),
         ("spiel", ["--reselect-share", "1"], "--reselect-share: expected more than 0 and less than 1, got 1.0"),
     ],

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rigsa.errors import RigsaError
-from rigsa.experiments import sweep
+from rigsa.experiments import lock, sweep
 from rigsa.experiments.config import Config
 from rigsa.experiments.config_file import load
 from rigsa.experiments.methods.registry import METHODS
@@ -59,9 +59,11 @@ class FakeRuns:
         if code == 0:
             test = {f"{shots}-shot": {"accuracy": 10 + config.seed, "loss": 1.0, "images": 9} for shots in config.shots}
             for level in ("base", "level_0", "level_1"):
-                metrics = {"level": int(level[-1]) if level != "base" else -1, "density": 0.5, "test": test}
+                metrics = {"level": int(level[-1]) if level != "base" else -1, "density": 0.5, "free": 1, "test": test}
                 write_json(folder / level / "metrics.json", metrics | {"pruning": {}})
-                write_json(folder / level / "resources.json", {"train_seconds": 1.5, "peak_memory_bytes": 1})
+                write_json(
+                    folder / level / "resources.json", {"steps": 1, "train_seconds": 1.5, "peak_memory_bytes": 1}
+                )
                 mark_done(folder / level)
         return code
 
@@ -138,7 +140,7 @@ def test_a_random_mask_takes_the_settings_of_its_imp_run(tmp_path):
         ({"vary": ["drift=yes"]}, "--vary drift: expected true or false, got 'yes'"),
         ({"vary": ["eps=1e-8,0.00000001"]}, "--vary eps: expected every value once"),
         ({"vary": ["epochs=1", "imp:epochs=2"]}, "--vary imp:epochs: epochs of imp is varied twice"),
-        ({"vary": ["epochs=0"]}, "--epochs: expected 1 or more, got 0"),
+        ({"vary": ["epochs=0"]}, "--epochs: expected 1 to 1,000,000,000, got 0"),
         ({"vary": ["gate=round"]}, "--gate: expected one of layer, model"),
         ({"vary": ["data=a/b,a_b"]}, "2 runs would have the folder .*imp-data-a_b-seed0"),
         ({"rank": 4}, "--rank: no run of this sweep would use it"),
@@ -214,7 +216,7 @@ def test_arguments_give_the_configuration_back(method, preset):
     assert changed > 20
 
 
-@given(st.floats(-1, 1), st.floats(1e-9, 1e9), st.text())
+@given(st.floats(-1, 1), st.floats(1e-9, 1e3), st.text())
 def test_numbers_and_text_survive_the_command_line(alpha_init, learning_rate, system_prompt):
     config = dataclasses.replace(
         PRESETS["smoke"]("imp"), alpha_init=alpha_init, learning_rate=learning_rate, system_prompt=system_prompt
@@ -309,7 +311,7 @@ def test_a_run_that_another_process_holds_is_not_started(tmp_path, capsys):
     plan = planned(tmp_path, "imp,random-mask", "0,1")
     runs = FakeRuns()
     write_json(tmp_path / "sweep.json", {})
-    with sweep._locked(tmp_path / "imp-seed0" / "run.log") as held:
+    with lock.locked(tmp_path / "imp-seed0" / "run.log") as held:
         assert held is not None
         with pytest.raises(RigsaError, match="did not finish: imp-seed0, random-mask-seed0"):
             run_sweep(plan, runs.report, run=runs)
@@ -319,12 +321,12 @@ def test_a_run_that_another_process_holds_is_not_started(tmp_path, capsys):
 
 def test_a_run_that_outlives_its_sweep_keeps_its_log_locked(tmp_path):
     path = tmp_path / "run.log"
-    with sweep._locked(path) as log:
+    with lock.locked(path) as log:
         child = sweep.subprocess.Popen([sys.executable, "-c", "input()"], stdin=sweep.subprocess.PIPE, stdout=log)
-    with sweep._locked(path) as log:
+    with lock.locked(path) as log:
         assert log is None
     child.communicate(b"\n")
-    with sweep._locked(path) as log:
+    with lock.locked(path) as log:
         assert log is not None
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from rigsa_kernels import SparsePattern, adamw, sass, triton_adamw
+from rigsa_kernels import adamw, sass, triton_adamw
 from rigsa_kernels.offline import capturing
 from rigsa_kernels.testing import Guard, GuardError, interpreting
 
@@ -322,12 +322,11 @@ def test_float64_on_a_cpu_is_adamw():
         torch.testing.assert_close(got, exact, rtol=1e-14, atol=1e-15)
 
 
-@pytest.mark.parametrize("density", [None, 0.5])
-def test_reference_in_chunks(density, monkeypatch):
-    one, other = (Composing((BF16, BF16, INT8), BF16, density, [(40, 70)]) for _ in range(2))
-    one.run(adamw.adamw_compose_)
+def test_reference_in_chunks(monkeypatch):
+    one, other = (Tensors([(40, 70), 1400], (BF16, BF16, INT8)) for _ in range(2))
+    one.run(adamw.adamw_)
     monkeypatch.setattr(adamw, "_CHUNK", 512)
-    other.run(adamw.adamw_compose_)
+    other.run(adamw.adamw_)
     assert same(one, other)
 
 
@@ -543,89 +542,6 @@ def test_codes_of_second_moments_are_right_on_average_and_never_zero_by_rounding
     assert_right_on_average(mean[ordinary], values[ordinary], 255, 4)
 
 
-# The composed weight.
-
-SHAPES = [(3, 4), (40, 70), (24, 200), (8, 32), (5, 33)]
-DENSITIES = {"dense": None, "half": 0.5, "sparse": 0.035, "full": 1.0, "empty": 0.0}
-
-
-class Composing(Tensors):
-    """The arguments of ``adamw_compose_``."""
-
-    def __init__(self, dtypes, weight, density, shapes=SHAPES):
-        generator = torch.Generator().manual_seed(1)
-        masks = [torch.rand(shape, generator=generator) < (density or 0.0) for shape in shapes]
-        dense = density is None
-        self.patterns = [SparsePattern.dense(*m.shape) if dense else SparsePattern.from_mask(m) for m in masks]
-        super().__init__([pattern.values_shape for pattern in self.patterns], dtypes)
-        self.weights = [torch.randn(shape, generator=generator).to(weight) for shape in shapes]
-        self.composed = [matrix.clone() for matrix in self.weights]
-        self.base_values = [p.gather(matrix) for p, matrix in zip(self.patterns, self.weights, strict=True)]
-        self.alphas = [torch.tensor([0.1 + index / 7]) for index in range(len(shapes))]
-
-    @property
-    def state(self):
-        return [*super().state, self.composed]
-
-    @property
-    def arguments(self):
-        indices = [tensor for pattern in self.patterns for tensor in pattern.tensors]
-        moments = super().state[1:]
-        return [self.params, self.grads, *moments, self.composed, self.base_values, self.alphas, indices]
-
-    def interpret(self, step=1, order=0, **options):
-        with interpreting(order=order, also=[tensor for list_ in self.arguments for tensor in list_]):
-            self.run(triton_adamw.adamw_compose_, step, **options)
-
-
-@pytest.mark.parametrize("density", DENSITIES.values(), ids=DENSITIES)
-@pytest.mark.parametrize(
-    ("dtypes", "weight"), [((F32, F32, F32), F32), ((BF16, BF16, BF16), BF16), ((BF16, BF16, INT8), F16)]
-)
-def test_composed_entries(dtypes, weight, density):
-    """The same bits in kernel and reference; the same values and moments as without; nothing off the pattern moves."""
-    kernel, reference, alone = (make(dtypes, weight, density) for make in (Composing,) * 3)
-    kernel.interpret(order=3)
-    reference.run(adamw.adamw_compose_)
-    assert same(kernel, reference)
-    adamw.adamw_(*alone.arguments[:5], list(range(5)), *HYPER.values(), 1, 11)
-    assert all(torch.equal(a, b) for a, b in zip(kernel.params, alone.params, strict=True))
-    for matrix, before, pattern, value, alpha in zip(
-        kernel.composed, kernel.weights, kernel.patterns, kernel.params, kernel.alphas, strict=True
-    ):
-        mask = pattern.to_mask()
-        assert torch.equal(matrix[~mask], before[~mask])
-        want = (before.float() + alpha * pattern.scatter(value).float()).to(weight)
-        assert torch.equal(matrix[mask], want[mask])
-
-
-@pytest.mark.parametrize(
-    ("density", "moment", "launches"),
-    [
-        (None, BF16, ["flat composing"]),
-        (None, INT8, ["flat composing"]),
-        (0.5, BF16, ["packed updating"]),
-        (0.5, INT8, ["flat", "packed"]),
-        (0.035, BF16, ["flat", "packed"]),
-        (0.035, INT8, ["flat", "packed"]),
-    ],
-)
-def test_launches_of_a_composing_step(density, moment, launches, monkeypatch):
-    """One pass where a tile has enough free entries to be worth it."""
-    found = []
-
-    def flat(columns, weights, *rest):
-        found.append("flat composing" if weights else "flat")
-
-    def packed(*args, update):
-        found.append("packed updating" if update else "packed")
-
-    monkeypatch.setattr(triton_adamw, "_launch_flat", flat)
-    monkeypatch.setattr(triton_adamw, "_launch_packed", packed)
-    Composing((BF16, BF16, moment), BF16, density).run(triton_adamw.adamw_compose_)
-    assert found == launches
-
-
 # Memory: what is touched, how wide, how much.
 
 MINIMUM = {
@@ -658,10 +574,6 @@ def test_everything_is_read_once_and_written_once(dtypes, monkeypatch):
     assert (moved["load"] / values, moved["store"] / values) == MINIMUM[dtypes]
 
 
-def meta(shape, dtype):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def compiled(dtypes, arch, **options):
     tensors = Tensors([4 * triton_adamw.CHUNK], dtypes)
     for list_ in tensors.arguments:
@@ -690,41 +602,12 @@ def test_compiled_main_path_is_wide_and_nothing_spills(dtypes, arch):
         assert wide.total() <= last_chunk + beside
 
 
-def test_compiled_dense_composing_is_wide_and_does_not_spill():
-    """Two more bytes read and two more written for each value."""
-    moments = [[meta((64, 2048), BF16)], [meta((64, 2048), BF16)]]
-    beside = [[meta((64, 2048), BF16)], [meta((64, 2048), BF16)], [meta(1, F32)], []]
-    values = [meta((64, 2048), BF16)], [meta((64, 2048), BF16)]
-    with capturing(89) as launches:
-        triton_adamw.adamw_compose_(*values, *moments, [], *beside, [0], *HYPER.values(), 1, 0)
-    code = sass.read(launches[0].compiled)
-    assert not code.spills
-    assert [sass.widths(code.instructions, name)[128] for name in ("LDG", "STG")] == [8 + 2, 6 + 2]
-
-
 def test_fault_without_the_promise_of_alignment_loads_are_narrow():
     unaligned = Tensors([4096], (F32, F32, F32))
     unaligned.params[0] = torch.zeros(4097)[1:]
     with capturing(89) as launches:
         unaligned.run(triton_adamw.adamw_)
     assert 128 not in sass.widths(sass.read(launches[0].compiled).instructions, "LDG")
-
-
-@pytest.mark.parametrize("update", [True, False])
-@pytest.mark.parametrize("arch", [80, 89, 90])
-def test_compiled_packed_kernel_does_not_spill(arch, update):
-    out, nnz = (2048, 2048), 2048 * 2048 // (2 if update else 30)
-    moments = [[meta(nnz, BF16)], [meta(nnz, BF16)]]
-    pattern = [meta((64, 2048), torch.int32), meta((64, 2048), torch.int16), meta(2048, torch.int32)]
-    beside = [[meta(out, BF16)], [meta(nnz, BF16)], [meta(1, F32)], pattern]
-    with capturing(arch) as launches:
-        triton_adamw.adamw_compose_(
-            [meta(nnz, BF16)], [meta(nnz, BF16)], *moments, [], *beside, [0], *HYPER.values(), 1, 0
-        )
-    code = sass.read(launches[-1].compiled)
-    assert launches[-1].arguments["UPDATE"] == update
-    assert not code.spills
-    assert code.programs_per_sm >= 3
 
 
 def test_steps_seeds_and_rates_share_one_compiled_kernel():
@@ -823,29 +706,6 @@ def test_bad_tensors_are_named_before_anything_is_changed(function, name):
         assert torch.equal(tensors.params[1], before)
 
 
-@pytest.mark.parametrize("function", [adamw.adamw_compose_, triton_adamw.adamw_compose_], ids=["reference", "launcher"])
-def test_bad_composed_arguments_are_named(function):
-    def fails(message, density=0.5, **changed):
-        tensors = Composing((F32, F32, F32), F32, density)
-        for name, value in changed.items():
-            getattr(tensors, name)[0] = value
-        before = [param.clone() for param in tensors.params]
-        with pytest.raises(ValueError, match=message):
-            tensors.run(function)
-        assert all(torch.equal(a, b) for a, b in zip(tensors.params, before, strict=True))
-
-    fails(r"alphas\[0\]: expected float32 \(1,\)", alphas=torch.tensor(1.0))
-    fails(r"composed\[0\]: expected one of", composed=torch.zeros(3, 4, dtype=torch.float64))
-    fails(r"composed\[0\]: expected \[3, 4\], got \[4, 3\]", density=None, composed=torch.zeros(4, 3))
-    fails(r"composed\[0\]: expected a contiguous", composed=torch.zeros(4, 3).t())
-    fails(r"base_values\[0\]: expected \[", base_values=torch.zeros(2))
-    fails(r"patterns of composed\[0\]: expected contiguous", patterns=SparsePattern.from_mask(torch.ones(2, 40) > 0))
-    tensors = Composing((F32, F32, F32), F32, 0.5)
-    tensors.base_values.pop()
-    with pytest.raises(ValueError, match="base_values: expected 5 tensors, as many as params, got 4"):
-        tensors.run(function)
-
-
 # As operators.
 
 
@@ -858,10 +718,3 @@ def test_operator(dtypes):
     one.run(torch.ops.rigsa.adamw_)
     other.run(adamw.adamw_)
     assert same(one, other)
-
-
-@pytest.mark.parametrize("density", [None, 0.5])
-def test_composing_operator(density):
-    tensors = Composing((F32, F32, INT8), BF16, density, [(3, 4), (9, 40)])
-    arguments = (*tensors.arguments, [0, 1], *HYPER.values(), 1, 11)
-    torch.library.opcheck(torch.ops.rigsa.adamw_compose_, arguments)

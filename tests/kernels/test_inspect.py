@@ -37,6 +37,10 @@ from rigsa_kernels.sass import Instruction, KernelCode, main_loop, parse, read, 
 
 # float16 differs from bfloat16 in conversions only, so one architecture answers for it.
 EVERYWHERE = [(case, arch) for case in CASES for arch in (80, 89, 90) if arch == 89 or case.dtype != torch.float16]
+OF_OTHER_KINDS = (
+    ("gather_grad", "packed"), ("add_scaled", ""), ("free_entries", "compose"), ("adamw", "8-bit dense"),
+    ("digit_counts", "packed score"),
+)  # fmt: skip
 # Of what is newer, the products of a training step in bfloat16, and one kernel of each other kind.
 ON_BLACKWELL = [
     (case, arch)
@@ -45,7 +49,7 @@ ON_BLACKWELL = [
     if case.dtype == torch.bfloat16
     and (
         (case.kernel.startswith("linear") and case.rows == ROWS and "D32" not in case.variant)
-        or (case.kernel, case.variant) in (("adamw_compose", "8-bit dense"), ("digit_counts", "packed score"))
+        or (case.kernel, case.variant) in OF_OTHER_KINDS
     )
 ]
 

@@ -552,7 +552,7 @@ def test_an_absurd_header_takes_no_memory(folder, length):
     path = file_of(folder)
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     os.truncate(path, 2**36)  # 64 GiB of holes
-    assert_refused(folder, "header")
+    assert_refused(folder, "bytes of tensors, got a file of 68719476736 with a header of")
 
 
 def test_nested_json_is_refused(folder):
@@ -667,6 +667,15 @@ def test_every_encoding_gives_the_pattern_back(rows, columns, density, seed, dat
     assert torch.equal(back.words, pattern.words)
     assert digest(back) == digest(pattern)
     assert choose_encoding(pattern) in ("bits", "columns")
+
+
+def test_a_bit_beyond_the_matrix_is_refused():
+    pattern = SparsePattern.from_mask(torch.ones(3, 5, dtype=torch.bool))
+    bits = encode(pattern, "bits")["bits"]
+    assert decode("bits", {"bits": bits}, (3, 5), 15).nnz == 15
+    bits[-1] |= 128
+    with pytest.raises(ValueError, match="a bit beyond the last of 15 entries"):
+        decode("bits", {"bits": bits}, (3, 5), 15)
 
 
 def test_the_widest_matrices_keep_their_columns():

@@ -20,9 +20,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from rigsa.experiments.adapter import base_fingerprint, load_masks, save_masks
 from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import main_first
+from rigsa.experiments.records import EARLY_BIRD, read_record
 from rigsa.experiments.run_folder import CHECKPOINTS, EARLY_BIRD_FILE
 from rigsa.experiments.train import EndsEarly
-from rigsa.files import read_json, write_json
+from rigsa.files import write_json
 from rigsa.masks import hamming_distance
 from rigsa_kernels import SparsePattern, gated_linears
 
@@ -48,7 +49,7 @@ class EarlyBird(EndsEarly):
 
     def ended_at(self) -> int | None:
         path = self.folder / EARLY_BIRD_FILE
-        return read_json(path)["ended_at"] if path.exists() else None
+        return read_record(path, EARLY_BIRD)["ended_at"] if path.exists() else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step, every, warmup = state.global_step, self.config.early_bird_steps, self.config.warmup_steps
@@ -77,7 +78,7 @@ class EarlyBird(EndsEarly):
 
     def _write(self, step: int, distance: float | None, max_steps: int, ends: bool) -> None:
         path = self.folder / EARLY_BIRD_FILE
-        before = read_json(path)["distances"] if path.exists() else {}
+        before = read_record(path, EARLY_BIRD)["distances"] if path.exists() else {}
         distances = {at: value for at, value in before.items() if int(at) < step} | {str(step): distance}
         record = {"ended_at": step if ends else None, "steps_saved": max_steps - step if ends else 0}
         write_json(path, record | {"distances": distances})

@@ -36,6 +36,12 @@ class Imp(Method):
     def levels(self, config: Config) -> tuple[int, ...]:
         return tuple(range(config.prunings + 1))
 
+    def most_kept(self, config: Config, weights: int) -> int:
+        """As many as if all of them were eligible in each pruning."""
+        for _ in range(config.prunings):
+            weights = round(config.keep_fraction * weights)
+        return weights
+
     def summary(self, config: Config) -> str:
         return f"level 0 (dense) and {config.prunings} ticket{'' if config.prunings == 1 else 's'}"
 

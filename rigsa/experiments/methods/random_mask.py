@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.adapter import load_masks
+from rigsa.experiments.adapter import load_ticket
 from rigsa.experiments.config import Config, Gates, Look, Method, fields_of
 from rigsa.experiments.methods.imp import ticket_densities
-from rigsa.experiments.run_folder import CONFIG_FILE, MASK_FILE, METRICS_FILE, finished_levels, level_folder
-from rigsa.files import read_json
+from rigsa.experiments.records import AMOUNT, TEXT, Fields, read_record
+from rigsa.experiments.run_folder import CONFIG_FILE, METRICS_FILE, finished_levels, level_folder
 from rigsa.masks import random_patterns
 from rigsa_kernels import SparsePattern, gated_linears
 
@@ -25,6 +25,12 @@ class RandomMask(Method):
     def levels(self, config: Config) -> tuple[int, ...]:
         return (1,) if config.density else ()
 
+    def has_ticket(self, config: Config) -> bool:
+        return True
+
+    def most_kept(self, config: Config, weights: int) -> int:
+        return round(config.density * weights) if config.density else weights
+
     def summary(self, config: Config) -> str:
         return f"one ticket of {config.density:.2%}" if config.density else "one ticket, drawn at random"
 
@@ -37,7 +43,8 @@ class RandomMask(Method):
         if config.density:
             return None
         level = matched_ticket(config)
-        return {level: read_json(level_folder(Path(config.match), level) / METRICS_FILE)["density"]}
+        metrics = read_record(level_folder(Path(config.match), level) / METRICS_FILE, Fields({"density": AMOUNT}, {}))
+        return {level: metrics["density"]}
 
     def run(self, experiment: Experiment) -> None:
         level = matched_ticket(experiment.config)
@@ -52,7 +59,7 @@ def matched_ticket(config: Config) -> int:
     """The last finished level of the imp run that ``config.match`` names; 1 where a density is given instead.
 
     Raises:
-        RigsaError: there is no such run, or it has no ticket yet.
+        RigsaError: there is no such run, it is one of another method, or it has no ticket yet.
     """
     if config.density:
         return 1
@@ -62,6 +69,9 @@ def matched_ticket(config: Config) -> int:
             f"--match {run}: no run folder there, so there is no ticket to match. Run `python -m rigsa.run imp` first "
             "(same preset and seed), name a run with --match, or give --density."
         )
+    method = read_record(run / CONFIG_FILE, Fields({"method": TEXT}, {}))["method"]
+    if method != config.method.matches:
+        raise RigsaError(f"--match {run}: expected the folder of an {config.method.matches} run, got one of {method}")
     tickets = [level for level in finished_levels(run) if level > 0]
     if not tickets:
         raise RigsaError(f"--match {run}: that run has no finished ticket yet; run the same imp command again first")
@@ -78,7 +88,7 @@ def draw_ticket(level: int, experiment: Experiment) -> tuple[dict[str, SparsePat
     if config.density:
         counts = {name: round(config.density * layer.num_weights) for name, layer in layers.items()}
     else:
-        matched = load_masks(experiment.model, level_folder(Path(config.match), level) / MASK_FILE)
+        matched = load_ticket(experiment.model, level_folder(Path(config.match), level))
         counts = {name: pattern.nnz for name, pattern in matched.items()}
     shapes = {name: layer.pattern.shape for name, layer in layers.items()}
     try:

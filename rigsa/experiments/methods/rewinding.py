@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rigsa.criteria import treated_values
-from rigsa.experiments.adapter import read_adapter, save_adapter
+from rigsa.experiments.adapter import read_adapter, save_adapter, trained_parameters
 from rigsa.experiments.distributed import main_first
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.run_folder import EARLY_FILE
@@ -55,9 +55,19 @@ def start_of(experiment: Experiment, level: int) -> dict[str, Tensor] | None:
     if level == 0 or (config.rewind == "init" and not config.rewind_step):
         return None
     if config.rewind_step:
-        early = read_adapter(experiment.model, experiment.folder(0) / EARLY_FILE)
+        early = read_early(experiment)
         return {name: layer.pattern.gather(early[f"{name}.rigsa_values"]) for name, layer in layers.items()}
     return {name: treated(layer, config.rewind, config.seed) for name, layer in layers.items()}
+
+
+def read_early(experiment: Experiment) -> dict[str, Tensor]:
+    """The adapter of level 0, which is dense, after `rewind_step` steps. The layers may carry a ticket by now."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in gated_linears(experiment.model).items():
+        shapes |= {f"{name}.rigsa_values": layer.pattern.shape, f"{name}.rigsa_alpha": tuple(layer.rigsa_alpha.shape)}
+    trained = trained_parameters(experiment.model)
+    shapes = {name: shape for name, shape in shapes.items() if name in trained}  # --gate none trains no gates
+    return read_adapter(experiment.model, experiment.folder(0) / EARLY_FILE, shapes)
 
 
 def treated(layer: GatedSparseLinear, treatment: str, seed: int) -> Tensor:
@@ -69,7 +79,8 @@ def treated(layer: GatedSparseLinear, treatment: str, seed: int) -> Tensor:
 
 @torch.no_grad()
 def _rewind_to_early_step(experiment: Experiment) -> None:
-    early = read_adapter(experiment.model, experiment.folder(0) / EARLY_FILE)
+    early = read_early(experiment)
     for name, layer in gated_linears(experiment.model).items():
         layer.rigsa_values.copy_(layer.pattern.gather(early[f"{name}.rigsa_values"]))
-        layer.rigsa_alpha.copy_(early[f"{name}.rigsa_alpha"])
+        if f"{name}.rigsa_alpha" in early:
+            layer.rigsa_alpha.copy_(early[f"{name}.rigsa_alpha"])

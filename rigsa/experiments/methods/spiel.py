@@ -29,7 +29,7 @@ class Spiel(TicketMethod):
         if experiment.is_finished(1):
             return
         patterns, record = self.choose(experiment)
-        experiment.record_choice(1, record | planned_exchanges(experiment, patterns))
+        experiment.record_choice(1, record | planned_exchanges(experiment, patterns) | {"mask": None})  # it moves
         experiment.adopt(patterns)
         dataset = PromptDataset(experiment.splits.train, experiment.prompts)
         experiment.run_level(1, [Reselection(experiment.config, dataset)])

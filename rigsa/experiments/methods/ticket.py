@@ -59,6 +59,9 @@ class TicketMethod(Method):
     def levels(self, config: Config) -> tuple[int, ...]:
         return (1,)
 
+    def most_kept(self, config: Config, weights: int) -> int:
+        return round(config.density * weights)
+
     def summary(self, config: Config) -> str:
         return f"one ticket of {config.density:.2%}"
 

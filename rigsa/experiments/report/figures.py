@@ -21,6 +21,7 @@ from rigsa.experiments.report.statistics import Estimate, estimate, group
 from rigsa.experiments.tasks.textual_mnist import Images, image_text
 
 STYLE: Any = {
+    "text.parse_math": False,  # a `$` in a label is a `$`
     "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "lines.linewidth": 1.4,
     "lines.markersize": 6, "legend.frameon": False, "legend.handlelength": 3.2, "text.color": "#1a1a1a",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.hardware import versions
 from rigsa.experiments.report.figures import Drawing, drawings
 from rigsa.experiments.report.runs import Report, command_of, read_report
-from rigsa.experiments.report.tables import Table, csv_text, level_table, seeds_text, tables
+from rigsa.experiments.report.tables import Table, csv_text, escape_markdown, level_table, seeds_text, tables
 from rigsa.experiments.run_folder import CONFIG_FILE
 from rigsa.experiments.tasks.textual_mnist import Images, load_splits
 from rigsa.files import write_atomically, write_text
@@ -154,20 +155,37 @@ def heading(report: Report) -> tuple[str, str]:
 
 def markdown(report: Report, sections: Sequence[Section], command: str) -> str:
     """The report for a terminal or a repository; figures are the files beside it."""
-    title, line = heading(report)
+    title, line = map(escape_markdown, heading(report))
     parts = [_MARK, f"# {title}", line]
     for section in sections:
-        parts.append(f"## {section.title}")
+        parts.append(f"## {escape_markdown(section.title)}")
         for block in section.blocks:
             if isinstance(block, str):
-                parts.append(block)
+                parts.append("\n".join(map(escape_markdown, block.splitlines())))
             elif isinstance(block, Commands):
-                parts.append("```\n" + "\n".join(block.lines) + "\n```")
+                parts.append(_fenced(block.lines))
             elif isinstance(block, Table):
-                parts += [f"**{block.title}.** {block.note}", block.markdown(), f"`{command}`"]
+                parts += [_titled(block.title, block.note), block.markdown(), _code(command)]
             else:
-                parts += [f"![{block.alt}]({block.file})", f"**{block.title}.** {block.caption}", f"`{command}`"]
+                parts += [f"![{escape_markdown(block.alt)}]({block.file})", _titled(block.title, block.caption)]
+                parts.append(_code(command))
     return "\n\n".join(parts) + "\n"
+
+
+def _titled(title: str, text: str) -> str:
+    return f"**{escape_markdown(title)}.** {escape_markdown(text)}"
+
+
+def _code(command: str) -> str:
+    """In the line, unless something in it would end that."""
+    return _fenced([command]) if "`" in command or len(command.splitlines()) > 1 else f"`{command}`"
+
+
+def _fenced(lines: Sequence[str]) -> str:
+    """A block of code, between fences that are longer than any in it."""
+    text = "\n".join(lines)
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}\n{text}\n{fence}"
 
 
 def page(report: Report, sections: Sequence[Section], command: str) -> str:

@@ -12,6 +12,7 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.config import OPTIONS, Config, flag
 from rigsa.experiments.config_file import load
 from rigsa.experiments.presets import PRESETS, arguments_of
+from rigsa.experiments.records import FAILURE, RESOURCES, metrics_of, read_record
 from rigsa.experiments.report import paper_numbers
 from rigsa.experiments.report.statistics import Estimate, estimate, group
 from rigsa.experiments.run_folder import (
@@ -23,7 +24,6 @@ from rigsa.experiments.run_folder import (
     finished_levels,
     level_folder,
 )
-from rigsa.files import read_json
 
 TASKS = {"piqa": "PIQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8k"}
 SAME = ("model", "data", "test_images", "eval_shots", "system_prompt")
@@ -45,9 +45,9 @@ class Run:
     def read(cls, path: Path) -> Run:
         """Raises RigsaError where `path` is no run folder or is damaged. `levels` may be empty."""
         config = load(path)
-        folders = [level_folder(path, level) for level in finished_levels(path)]
-        levels = [_metrics(folder / METRICS_FILE, config) | read_json(folder / RESOURCES_FILE) for folder in folders]
-        return cls(path, config, _metrics(path / BASE / METRICS_FILE, config) if levels else {}, levels)
+        levels = [_level(path, number, config) for number in finished_levels(path)]
+        base = read_record(path / BASE / METRICS_FILE, metrics_of(config, base=True)) if levels else {}
+        return cls(path, config, base, levels)
 
     def level(self, number: int) -> Metrics | None:
         return next((metrics for metrics in self.levels if metrics["level"] == number), None)
@@ -57,12 +57,16 @@ class Run:
         return "untrained" if self.config.quantize == "none" else "untrained, 4 bits"
 
 
-def _metrics(path: Path, config: Config) -> Metrics:
-    metrics = read_json(path)
-    names = [f"{number}-shot" for number in config.shots]
-    if not isinstance(metrics, dict) or any(accuracy(name).of(metrics) is None for name in names):
-        raise RigsaError(f"{path} is damaged (no accuracy for {', '.join(names)}); delete its folder and run again")
-    return metrics
+def _level(run: Path, number: int, config: Config) -> Metrics:
+    """Metrics and resources of a finished level."""
+    folder = level_folder(run, number)
+    metrics = read_record(folder / METRICS_FILE, metrics_of(config))
+    if metrics["level"] != number:
+        raise RigsaError(
+            f"{folder / METRICS_FILE} is damaged (level: expected {number}, got {metrics['level']}); delete its folder "
+            "and run again"
+        )
+    return metrics | read_record(folder / RESOURCES_FILE, RESOURCES)
 
 
 @dataclass(frozen=True)
@@ -217,14 +221,14 @@ def read_report(paths: Sequence[Path]) -> Report:
     """Read run folders, and folders of them.
 
     Raises:
-        RigsaError: a path is not there or holds no run, a folder is damaged, no run has a finished level, or the runs
-            cannot stand in one report.
+        RigsaError: a path is not there or holds no run, no run that can be read has a finished level, or the runs
+            cannot stand in one report. A damaged run beside others is left out, and `Report.notes` says so.
     """
     folders = list({folder.resolve(): folder for path in paths for folder in run_folders(path)}.values())
     failed = [(folder, _failure(folder / FAILED_FILE)) for folder in folders if (folder / FAILED_FILE).exists()]
-    rest = [Run.read(folder) for folder in folders if not (folder / FAILED_FILE).exists()]
+    rest, notes = _read_all([folder for folder in folders if not (folder / FAILED_FILE).exists()])
     runs = [run for run in rest if run.levels]
-    notes = [f"{run.path} has no finished level yet; run its command again to go on" for run in rest if not run.levels]
+    notes += [f"{run.path} has no finished level yet; run its command again to go on" for run in rest if not run.levels]
     if not runs:
         raise RigsaError("; ".join(notes + [f"{folder} failed: {message}" for folder, message in failed]))
     check_comparable(runs)
@@ -232,6 +236,17 @@ def read_report(paths: Sequence[Path]) -> Report:
     settings = [Setting(one.label, [runs[index] for index in one.members]) for one in groups]
     check_distinct(settings)
     return Report(runs, settings, notes + [note for setting in settings for note in _unfinished(setting)], failed)
+
+
+def _read_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs that can be read, and what is wrong with the others."""
+    runs, notes = [], []
+    for folder in folders:
+        try:
+            runs.append(Run.read(folder))
+        except RigsaError as error:
+            notes.append(f"{folder} is left out: {error}")
+    return runs, notes
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -251,10 +266,10 @@ def _is_run(folder: Path) -> bool:
 
 
 def _failure(path: Path) -> str:
-    record = read_json(path)
-    if not isinstance(record, dict) or "message" not in record:
-        raise RigsaError(f"{path} is damaged (no message in it); delete it and run again")
-    return str(record["message"])
+    try:
+        return str(read_record(path, FAILURE)["message"])
+    except RigsaError as error:
+        return str(error)
 
 
 def _unfinished(setting: Setting) -> Iterator[str]:

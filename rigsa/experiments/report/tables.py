@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class Table:
 
     def markdown(self) -> str:
         """Columns are padded, so it reads well in a terminal too."""
-        cells = [self.columns, *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in self.rows)]
+        cells = [self.columns, *([escape_markdown(cell) for cell in row] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["| " + " | ".join(self._padded(row, widths)) + " |" for row in cells]
         rules = ["-" * (width + 2) if i < self.num_names else "-" * (width + 1) + ":" for i, width in enumerate(widths)]
@@ -43,6 +44,11 @@ class Table:
         rows = [[row[i] for i in kept] for row in self.rows]
         names = sum(i < self.num_names for i in kept)
         return dataclasses.replace(self, columns=[self.columns[i] for i in kept], rows=rows, num_names=names)
+
+
+def escape_markdown(text: str) -> str:
+    """`text` as words of Markdown on one line: no HTML, no code, no link and no cell begins in it."""
+    return re.sub(r"([\\`<\[|])", r"\\\1", " ".join(text.splitlines()))
 
 
 INTERVALS = "± is half of the 95 % t interval over seeds; one seed has none."
@@ -281,6 +287,7 @@ def csv_text(report: Report) -> str:
         for run in setting.runs
         for metrics in (run.base, *run.levels)
     ]
+    rows = [{str(_csv_cell(name)): _csv_cell(value) for name, value in row.items()} for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
     columns = sorted(names, key=lambda name: name.startswith("config."))
@@ -288,6 +295,11 @@ def csv_text(report: Report) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _flat(values: Metrics, prefix: str = "") -> Iterator[tuple[str, Any]]:

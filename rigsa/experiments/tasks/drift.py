@@ -20,7 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from rigsa.experiments.adapter import adapter_off
-from rigsa.experiments.tasks.textual_mnist import Prompts
+from rigsa.experiments.tasks.special_tokens import refuse_special_tokens
+from rigsa.experiments.tasks.textual_mnist import Prompts, positions
 
 PROMPTS_FILE = "drift_prompts.txt"
 PROMPTS_A_PASS = 8
@@ -61,7 +62,13 @@ def replies(model: PreTrainedModel, tokenizer: Any, system_prompt: str, max_new_
 
 
 def chat_ids(prompts: Prompts, turns: Sequence[dict[str, str]], prefill: str = "") -> list[int]:
-    """Token ids of a conversation, up to and with the start of the assistant's next turn and `prefill`."""
+    """Token ids of a conversation, up to and with the start of the assistant's next turn and `prefill`.
+
+    Raises:
+        RigsaError: a turn holds a special token, which would end it.
+    """
+    for turn in turns:
+        refuse_special_tokens(prompts.tokenizer, turn["content"], f"what the {turn['role']} says")
     conversation = [*prompts.system, *turns]
     text = prompts.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     return prompts.tokenizer(text + prefill, add_special_tokens=False)["input_ids"]
@@ -153,7 +160,7 @@ def _reply_logits(model: nn.Module, replies: Sequence[Reply]) -> list[Tensor]:
     logits = model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        position_ids=positions(mask),
         logits_to_keep=max(lengths),
         use_cache=False,
     ).logits

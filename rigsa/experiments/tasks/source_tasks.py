@@ -1,7 +1,8 @@
 """What fine-tuning forgets: the source tasks of RIGSA (section 4.3), measured by lm-eval (Gao et al. 2024).
 
 Tasks, prompts, metrics and the model's wrapper are lm-eval's own, so the scores of a model are those of
-``lm_eval run --apply_chat_template --tasks piqa,hellaswag,gsm8k`` with the same batch size and dtype. The model is
+``lm_eval run --apply_chat_template --tasks piqa,hellaswag,gsm8k`` with the same batch size and dtype, and, if the
+tokenizer puts a token before what its chat template writes, ``--model_args add_bos_token=False``. The model is
 measured as it stands, adapter unmerged, and every model of a run through the same chat template, system prompt and
 examples.
 """
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Measuring
+from rigsa.experiments.tasks.special_tokens import special_tokens
 
 TASK_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 """Textual MNIST for ``lm_eval run --include_path``."""
@@ -118,6 +120,35 @@ def check(config: Measuring) -> None:
     for name in config.tasks:
         with _quiet():
             _load_task(name, config.data_dir)
+
+
+def check_content(config: Measuring, tokenizer: Any) -> None:
+    """Refuse documents that hold a special token of `tokenizer`, where it would end a turn of the chat.
+
+    Raises:
+        RigsaError: as `check`, or there is such a document (task and number are named).
+    """
+    special = special_tokens(tokenizer)
+    for name in config.tasks:
+        with _quiet():
+            task = _load_task(name, config.data_dir)
+            shown = list(task.fewshot_docs()) if TASKS[name].shots else []
+        for documents in (task.eval_docs, shown):
+            for number, document in enumerate(documents, 1):
+                if found := next((match for text in _texts(document) if (match := special.search(text))), None):
+                    raise RigsaError(
+                        f"--source-tasks {name}: document {number} holds {found[0]!r}, which is a special token of the "
+                        "model; expected text without it"
+                    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a document."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def measure(
@@ -210,7 +241,12 @@ def _language_model(model: PreTrainedModel, tokenizer: Any, batch_size: int, sys
             bar.update(len(context))
             return replies
 
-    return LanguageModel(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    return LanguageModel(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),
+        batch_size=batch_size,
+        add_bos_token=False,  # the chat template alone says what a prompt begins with, as in all of a run's prompts
+    )
 
 
 def _load_task(name: str, data_dir: str) -> Any:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rigsa.errors import RigsaError
+from rigsa.experiments.tasks.special_tokens import refuse_special_tokens
+from rigsa.files import require_regular
 
 ANSWER_PREFIX = "The digit is "
 SPLIT_SEED = 0
@@ -28,6 +32,8 @@ VALIDATION_SHARE = 0.01
 HELD_OUT_SHARE = 1 / 6
 """Test share where a source has no split of its own: MNIST's 10,000 of 60,000."""
 MAX_SIDE = 64
+LARGEST_IDX = 2**30
+"""Values, a byte each, in one file: 20 times MNIST."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,23 @@ def load_splits(source: str) -> Splits:
         train, test = _load_hub()
     else:
         train, test = _load_folder(Path(source))
+    _check_splits(train, test, source)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
     num_validation = max(1, round(VALIDATION_SHARE * len(train)))
     return Splits(train.take(order[num_validation:]), train.take(order[:num_validation]), test)
+
+
+def _check_splits(train: Images, test: Images, source: str) -> None:
+    if len(train) < 2 or len(test) < 1:
+        raise RigsaError(
+            f"--data {source}: expected 2 training images or more, of which one is for validation, and a test image or "
+            f"more; got {len(train)} and {len(test)}"
+        )
+    sizes = [f"{images.levels.shape[1]}x{images.levels.shape[2]}" for images in (train, test)]
+    if sizes[0] != sizes[1]:
+        raise RigsaError(
+            f"--data {source}: expected images of one size, got {sizes[0]} to train and {sizes[1]} to test"
+        )
 
 
 def _hold_out(images: Images) -> tuple[Images, Images]:
@@ -168,21 +188,34 @@ def _read_pair(folder: Path, split: str) -> Images | None:
 def read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes (LeCun's format: two zeros, type 8, rank, big-endian sizes, data), gzipped or not.
 
+    No more is read than the file announces, so a small file that unpacks to a huge one takes no memory.
+
     Raises:
-        RigsaError: the file is not that, or is cut short.
+        RigsaError: the file is not that, is cut short or goes on after its last value, or announces over 1 GiB.
     """
+    require_regular(path)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            shape = _idx_shape(file.read(4), file.read, path)
+            size = math.prod(shape)
+            if size > LARGEST_IDX:
+                raise RigsaError(f"--data: {path} announces {shape} values; expected at most {LARGEST_IDX}")
+            data = file.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise RigsaError(f"--data: cannot read {path}: {error}") from error
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+    if len(data) != size:
+        held = "more" if len(data) > size else len(data)
+        raise RigsaError(f"--data: {path} announces {shape} values and holds {held}; it is cut short or damaged")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _idx_shape(magic: bytes, read: Callable[[int], bytes], path: Path) -> tuple[int, ...]:
+    if len(magic) < 4 or magic[:3] != b"\x00\x00\x08":
         raise RigsaError(f"--data: {path} is not an IDX file of unsigned bytes")
-    rank = data[3]
-    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", count=rank, offset=4))
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * rank)
-    if values.size != int(np.prod(shape, dtype=np.int64)):
-        raise RigsaError(f"--data: {path} announces {shape} values and holds {values.size}; it is cut short or damaged")
-    return values.reshape(shape)
+    sizes = read(4 * magic[3])
+    if len(sizes) < 4 * magic[3]:
+        raise RigsaError(f"--data: {path} ends within its header; it is cut short or damaged")
+    return tuple(int(size) for size in np.frombuffer(sizes, ">u4"))
 
 
 class Prompts:
@@ -200,6 +233,7 @@ class Prompts:
         if not getattr(tokenizer, "chat_template", None):
             raise RigsaError("--model: its tokenizer has no chat template; Textual MNIST needs an instruct model")
         self.tokenizer = tokenizer
+        refuse_special_tokens(tokenizer, system_prompt, "--system-prompt")
         self.system = [] if system_prompt == "default" else [{"role": "system", "content": system_prompt}]
         self.digit_ids = torch.tensor([self._digit_id(digit) for digit in range(10)])
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -247,6 +281,14 @@ class PromptDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         ids = self.prompts.encode(self.images.levels[index], self.examples)
         return {"input_ids": ids, "answer": int(self.prompts.digit_ids[self.images.labels[index]])}
+
+
+def positions(mask: Tensor) -> Tensor:
+    """int64 ``[B, T]``: each token's place in its own prompt, from a mask that is 0 where a row is padded on the left.
+
+    A model with learned positions would else read a prompt as one that begins in the middle.
+    """
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def collate(samples: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:

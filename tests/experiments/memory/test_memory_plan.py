@@ -399,8 +399,8 @@ def test_plan_command_prints_and_writes_the_plan(small_model_folder, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "0"], "--tokens: expected a positive number, got 0"),
-        (["--gpu-memory", "nan"], "--gpu-memory: expected a positive number, got nan"),
+        (["--tokens", "0"], "--tokens: expected 1 to 1,000,000, got 0"),
+        (["--gpu-memory", "nan"], "--gpu-memory: expected more than 0 and at most 1,000,000, got nan"),
         (["--same-sign-share", "2"], "--same-sign-share: expected more than 0 and at most 1, got 2.0"),
         (["--model", "nobody/nothing"], "--model nobody/nothing: its configuration cannot be loaded"),
     ],

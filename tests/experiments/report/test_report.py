@@ -172,7 +172,7 @@ def test_what_is_read_is_escaped(written):
 
 def test_failed_and_unfinished_runs_are_named(sweep, written):
     text = (written / TEXT_FILE).read_text()
-    assert f"{sweep}/broken failed: rigsa: training <diverged> at step 7" in text
+    assert f"{sweep}/broken failed: rigsa: training \\<diverged> at step 7" in text
     assert f"{sweep}/begun has no finished level yet; run its command again to go on" in text
 
 
@@ -389,11 +389,19 @@ def test_configuration_that_is_no_object_is_one_error(tmp_path, content):
         read_report([run])
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"test": 3}', '{"test": {"5-shot": {"accuracy": 3}}}'])
-def test_damaged_metrics_are_one_error(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"expected an object, got \[\]"),
+        ("{}", "test is missing"),
+        ('{"test": 3}', "test: expected an object, got 3|level is missing"),
+        ('{"test": {"5-shot": {"accuracy": 3}}}', "test.0-shot is missing|level is missing"),
+    ],
+)
+def test_damaged_metrics_are_one_error(tmp_path, content, message):
     run = write_run(tmp_path / "run", make("imp"))
     (run / "level_1/metrics.json").write_text(content)
-    with pytest.raises(RigsaError, match=r"level_1/metrics.json is damaged \(no accuracy for 0-shot\)"):
+    with pytest.raises(RigsaError, match=rf"level_1/metrics.json is damaged \(({message})\)"):
         read_report([run])
 
 

@@ -16,12 +16,15 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from conftest import make_llama, make_tokenizer
 from rigsa.errors import RigsaError
 from rigsa.experiments.model import load_model
 from rigsa.experiments.presets import quickstart
 from rigsa.experiments.tasks import source_tasks
+from rigsa.experiments.tasks.drift import chat_ids
 from rigsa.experiments.tasks.evaluation import answer_logits, evaluate
 from rigsa.experiments.tasks.source_tasks import TASK_FOLDER, TASKS, check, measure
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, Prompts, collate, load_splits
@@ -382,3 +385,27 @@ def test_textual_mnist_of_smollm2(task, shots, limit, smollm2):
     expected, dataset = ours(*smollm2, shots, limit)
     assert accuracy == expected
     assert_same_prompts(smollm2[1], records, dataset)
+
+
+def test_every_prompt_of_a_run_begins_as_its_chat_template_says(tmp_path):
+    """With a tokenizer that puts a token before all that it encodes, and a template that has none."""
+    words = ["<unk>", "<s>", "</s>", "\n", " ", *"0123456789", "user", "assistant", "The", "digit", "is"]
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[A-Za-z]+|\d|\n| "), "isolated")
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{% endfor %}assistant "
+    model, seen = make_llama(), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
+    )
+    (tmp_path / "piqa").mkdir()
+    rows = [{"goal": "is", "sol1": "The", "sol2": "digit", "label": label} for label in (0, 1)]
+    (tmp_path / "piqa" / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source_tasks.measure(
+        model, tokenizer, ["piqa"], data_dir=str(tmp_path), limit=2, batch_size=1, system_prompt="default", label=""
+    )
+    prompts = Prompts(tokenizer)
+    begins = [seen[0][0, :2].tolist(), prompts.encode(np.zeros((2, 2), int))[:2]]
+    begins.append(chat_ids(prompts, [{"role": "user", "content": "is"}])[:2])
+    assert begins == [[words.index("user"), words.index(" ")]] * 3

@@ -1,4 +1,6 @@
 import gzip
+import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from rigsa.experiments.tasks.textual_mnist import (
     load_splits,
     make_images,
     quantise,
+    read_idx,
 )  # fmt: skip
 
 
@@ -31,6 +34,10 @@ def write_pair(folder: Path, split: str, count: int, zipped: bool = False, shape
         data = idx_bytes(values)
         path = folder / f"{split}-{name}-ubyte{'.gz' if zipped else ''}"
         path.write_bytes(gzip.compress(data) if zipped else data)
+
+
+DAMAGED = bytearray(gzip.compress(idx_bytes(np.arange(4000).reshape(10, 20, 20) % 251)))
+DAMAGED[40:60] = bytes(20)
 
 
 def test_grey_values_become_ten_equal_steps():
@@ -101,6 +108,30 @@ def test_real_mnist(shared_data):
             },
             "expected labels 0 to 9, got 12 to 12",
         ),
+        ({"t10k-images-idx3-ubyte": b"\0\0\x08\x03\0", "t10k-labels-idx1-ubyte": b""}, "ends within its header"),
+        ({"t10k-images-idx3-ubyte": b"\0\0\x08\xff" + bytes(99), "t10k-labels-idx1-ubyte": b""}, "within its header"),
+        (
+            {"t10k-images-idx3-ubyte": idx_bytes(np.zeros((3, 2, 2))) + b"x", "t10k-labels-idx1-ubyte": b""},
+            r"announces \(3, 2, 2\) values and holds more",
+        ),
+        (
+            {"t10k-images-idx3-ubyte": b"\0\0\x08\x03" + b"\xff" * 12, "t10k-labels-idx1-ubyte": b""},
+            "expected at most 1073741824",
+        ),
+        (
+            {
+                "t10k-images-idx3-ubyte.gz": DAMAGED,
+                "t10k-labels-idx1-ubyte": b"",
+            },
+            "cannot read .*: (Error -3|CRC)",
+        ),
+        (
+            {
+                "t10k-images-idx3-ubyte": idx_bytes(np.zeros((2, 2, 2))),
+                "t10k-labels-idx1-ubyte": idx_bytes(np.zeros(2)),
+            },
+            "expected 2 training images or more, .* and a test image or more; got 2 and 0",
+        ),
     ],
 )
 def test_bad_folders_are_named(tmp_path, files, message):
@@ -108,6 +139,34 @@ def test_bad_folders_are_named(tmp_path, files, message):
         (tmp_path / name).write_bytes(data)
     with pytest.raises(RigsaError, match=message):
         load_splits(str(tmp_path))
+
+
+def test_images_of_two_sizes_and_no_test_images_are_refused(tmp_path):
+    write_pair(tmp_path, "train", 20)
+    write_pair(tmp_path, "t10k", 6, shape=(5, 5))
+    with pytest.raises(RigsaError, match="expected images of one size, got 5x4 to train and 5x5 to test"):
+        load_splits(str(tmp_path))
+    write_pair(tmp_path, "t10k", 0)
+    with pytest.raises(RigsaError, match="got 20 and 0"):
+        load_splits(str(tmp_path))
+
+
+def test_a_small_file_that_unpacks_to_a_huge_one_takes_no_memory(tmp_path):
+    header = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in (10, 2, 2))
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(header)
+        for _ in range(300):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(RigsaError, match="holds more"):
+        read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(RigsaError, match="expected a regular file, got a pipe"):
+        read_idx(path)
 
 
 def test_missing_source_is_named():

@@ -1,0 +1,57 @@
+"""What can be known of a run from the shapes of its layers: refused before anything is trained or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rigsa.errors import RigsaError
+from rigsa.experiments.config import Config
+from rigsa_kernels.format import MAX_IN_FEATURES
+
+
+def check_layers(config: Config, shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> None:
+    """Check that every ticket and every adapter of a run fits its layers.
+
+    Args:
+        config: of the run.
+        shapes: name to N and K of the linear layers that are adapted.
+        sizes: name to the number of weights of all that is adapted: of these, and of experts.
+
+    Raises:
+        RigsaError: a layer is too wide for a ticket, the density or keep fraction leaves one empty, or the rank is too
+            large. The layer is named.
+    """
+    if config.method.peft:
+        _check_rank(config, shapes)
+    if config.method.has_ticket(config):
+        _check_width(shapes)
+        _check_kept(config, sizes)
+
+
+def _check_rank(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
+    for name, (rows, columns) in shapes.items():
+        # SHiRA of rank r trains r * (N + K) of the N * K weights.
+        most = rows * columns // (rows + columns) if config.method.peft == "shira" else min(rows, columns)
+        if config.rank > most:
+            raise RigsaError(f"--rank: expected at most {most} ({name} is {rows} x {columns}), got {config.rank}")
+
+
+def _check_width(shapes: Mapping[str, tuple[int, int]]) -> None:
+    for name, (_, columns) in shapes.items():
+        if columns > MAX_IN_FEATURES:
+            raise RigsaError(
+                f"--model: {name} has {columns:,} columns; expected at most {MAX_IN_FEATURES:,} in a ticket"
+            )
+
+
+def _check_kept(config: Config, sizes: Mapping[str, int]) -> None:
+    """Entries ranked over the whole model may still leave a layer empty, which only training can tell."""
+    if config.method.reads("ranking") and config.ranking == "global":
+        sizes = {"every layer": sum(sizes.values())}
+    for name, weights in sizes.items():
+        if config.method.most_kept(config, weights) == 0:
+            option = "density" if config.density else "keep-fraction"
+            value = config.density or config.keep_fraction
+            raise RigsaError(
+                f"--{option}: {value} leaves {name} empty ({weights:,} weights); keep more, or fewer levels"
+            )
