@@ -282,7 +282,8 @@ def test_ctrl_c_while_it_starts_is_one_line():
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
         assert "Traceback" not in error
-        assert (process.returncode, "interrupted" in error) in ((130, True), (1, False)), error
+        # Where C code of an import ran Python code, Python ends by the signal itself: a shell has 130 for both.
+        assert (process.returncode, "interrupted" in error) in ((130, True), (-signal.SIGINT, True), (1, False)), error
 
 
 def test_every_preset_is_within_the_ranges():
