@@ -4,7 +4,12 @@ Adapt a model
     replace_linears(model)                every nn.Linear but the head; ``density=0.1`` starts sparse
     restore_linears(model)                the inverse
     merge_linears(model)                  plain layers with the adapter in their weights
+    unmerge_linears(model)                takes it out again, to the bit
+    rounding_losses(model)                what a merge would round away, layer by layer
+    restore_weights(model)                W0 in the weights of tickets, which compose into them for a pass
     adapter_summary(model)                how much is adapted, in one line
+    left_out(model)                       which weights in matrices are not, and how many
+    verify_adapted(model, *inputs)        runs the model, and refuses layers that an adapter does not reach
     gated_linears(model)                  the layers by name; each is a GatedSparseLinear
     MaskedAdamW(model, lr=2e-3)           the optimiser; parameter_groups(model) for one of your own
     stepping_in_backward(optimizer)       a context in which no whole gradient is ever in memory
@@ -51,11 +56,16 @@ if TYPE_CHECKING:
         __version__,
         adapter_summary,
         gated_linears,
+        left_out,
         merge_linears,
         parameter_groups,
         replace_linears,
         restore_linears,
+        restore_weights,
+        rounding_losses,
         stepping_in_backward,
+        unmerge_linears,
+        verify_adapted,
     )
 
 _MODULES = {
@@ -70,7 +80,8 @@ _MODULES = {
     ),
     "rigsa_kernels": (
         "GatedSparseLinear", "MaskedAdamW", "SparsePattern", "__version__", "adapter_summary", "gated_linears",
-        "merge_linears", "parameter_groups", "replace_linears", "restore_linears", "stepping_in_backward",
+        "left_out", "merge_linears", "parameter_groups", "replace_linears", "restore_linears", "restore_weights",
+        "rounding_losses", "stepping_in_backward", "unmerge_linears", "verify_adapted",
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -106,6 +117,7 @@ __all__ = [
     "gated_linears",
     "gradient_ticket",
     "intersection",
+    "left_out",
     "load_adapter",
     "magnitude_ticket",
     "merge_linears",
@@ -117,9 +129,13 @@ __all__ = [
     "replace_linears",
     "restore_linears",
     "restore_snapshot",
+    "restore_weights",
+    "rounding_losses",
     "save_adapter",
     "set_ticket",
     "snapshot",
     "stepping_in_backward",
     "union",
+    "unmerge_linears",
+    "verify_adapted",
 ]

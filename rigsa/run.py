@@ -10,11 +10,32 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+_interrupts: list[int] = []
+"""Signals that came. C code that is importing a module may swallow the exception, and fail in another way later."""
+
+
+def note_interrupt(number: int, _frame: object) -> None:
+    """What Python does at Ctrl-C, and a note of it."""
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def say_nothing_of_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python reports what a destructor or a callback of C swallowed; an interrupt is noted already."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and __name__ == "__main__":
+    signal.signal(signal.SIGINT, note_interrupt)
+    sys.unraisablehook = say_nothing_of_interrupts
 
 try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
     import torch
@@ -27,7 +48,9 @@ try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
     from rigsa.experiments.methods.registry import METHODS
     from rigsa.experiments.presets import PRESETS
     from rigsa.files import reason_of, remove_temporaries, write_json
-except KeyboardInterrupt:
+except BaseException as error:
+    if not _interrupts and not isinstance(error, KeyboardInterrupt):
+        raise
     print("\nrigsa: interrupted.", file=sys.stderr)
     raise SystemExit(130) from None
 
@@ -56,15 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.command(options)
         finally:
             flush_output()  # here, where it is one line if that fails, and not as Python ends
-    except RigsaError as error:
-        return fail(str(error))
-    except KeyboardInterrupt:
-        hint = " Run the same command again to go on from the last checkpoint." if resumes else ""
-        say(f"\n{speaker()}: interrupted.{hint}")
-        return 130
-    except OSError as error:  # no one's argument: what the system refused on the way
-        named = f"{error.filename}: " if error.filename else "input or output failed: "
-        return fail(f"{named}{reason_of(error)}")
+    except (Exception, KeyboardInterrupt) as error:
+        if _interrupts or isinstance(error, KeyboardInterrupt):
+            hint = " Run the same command again to go on from the last checkpoint." if resumes else ""
+            say(f"\n{speaker()}: interrupted.{hint}")
+            return 130
+        if isinstance(error, RigsaError):
+            return fail(str(error))
+        if isinstance(error, OSError):  # no one's argument: what the system refused on the way
+            named = f"{error.filename}: " if error.filename else "input or output failed: "
+            return fail(f"{named}{reason_of(error)}")
+        raise
     return 0
 
 
@@ -272,6 +297,8 @@ def run_method(options: argparse.Namespace) -> None:
     from rigsa.experiments.lock import folder_lock
     from rigsa.experiments.model import resolve_device
 
+    if _interrupts:  # swallowed by an import
+        raise KeyboardInterrupt
     distributed.join(on_cpu=resolve_device(config.device).type == "cpu")
     with folder_lock(out) if distributed.is_main() else contextlib.nullcontext():
         train_run(config, out, options.gpu_memory)

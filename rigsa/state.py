@@ -95,15 +95,14 @@ def adapted_layers(model: nn.Module) -> dict[str, GatedSparseLinear]:
 
 def ticket_of(layer: GatedSparseLinear) -> Ticket:
     """What was written down when the layer took its pattern; of another pattern, adopted since, nothing is known."""
-    noted: tuple[int, Ticket] | None = getattr(layer, "_ticket", None)
-    if noted is not None and noted[0] == layer.rigsa_values.numel():
-        return noted[1]
+    if isinstance(layer.pattern_note, Ticket):
+        return layer.pattern_note
     return Ticket() if layer.pattern.is_dense else Ticket(kind="given")
 
 
 def note_ticket(layer: GatedSparseLinear, ticket: Ticket) -> None:
-    """Write `ticket` down. It counts for as long as the layer has as many free entries as now."""
-    layer._ticket = (layer.rigsa_values.numel(), ticket)  # type: ignore[assignment]
+    """Write `ticket` down. It counts until the layer takes another pattern."""
+    layer.pattern_note = ticket
 
 
 def state_of(layer: GatedSparseLinear) -> LayerState:

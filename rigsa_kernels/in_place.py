@@ -40,7 +40,7 @@ class InPlaceWeight:
         self._made_from: Snapshot | None = None
         with _writing():
             torch.ops.rigsa.gather_free_([self.base_values], [weight.detach()], pattern.tensors)
-        self._left_as = Snapshot(weight)
+        self._left_as: Snapshot | None = Snapshot(weight)
 
     def holds(self, values: Tensor, alpha: Tensor) -> bool:
         """Whether the weight is composed of these, as they are now."""
@@ -52,6 +52,8 @@ class InPlaceWeight:
         Raises:
             RuntimeError: somebody wrote into it while it held the sum, so W0 cannot be told any more.
         """
+        if self._left_as is None:
+            return True  # a write of our own was interrupted, which the next one mends
         untouched = self._left_as.is_of(self.weight)
         if not untouched and self.is_composed and self._left_as.same_address(self.weight):
             raise RuntimeError(
@@ -63,10 +65,14 @@ class InPlaceWeight:
     def frozen(self) -> Tensor:
         """W0 as a matrix of its own."""
         matrix = self.weight.detach().clone()
-        if self.is_composed:
+        if self.is_composed and self.check_untouched():
             with _writing():
                 torch.ops.rigsa.scatter_free_([matrix], [self.base_values], self.pattern.tensors)
         return matrix
+
+    def _begin_writing(self) -> None:
+        """From here until `_mark_written`, the free entries hold nothing in particular, and base_values are W0."""
+        self.is_composed, self._left_as, self._made_from = True, None, None
 
     def _mark_written(self, made_from: Snapshot | None) -> None:
         self._left_as, self._made_from = Snapshot(self.weight), made_from
@@ -89,7 +95,7 @@ def compose(weights: list[InPlaceWeight], values: list[Tensor], alphas: list[Ten
         chosen = [weights[number] for number in numbers]
         own_values, own_alphas = ([tensors[number].detach() for number in numbers] for tensors in (values, alphas))
         for weight in chosen:
-            weight.is_composed = True  # before the first write: what stops in the middle is written back
+            weight._begin_writing()
         try:
             with _writing():
                 torch.ops.rigsa.compose_free_(
@@ -105,12 +111,21 @@ def compose(weights: list[InPlaceWeight], values: list[Tensor], alphas: list[Ten
 
 
 def restore(weights: Iterable[InPlaceWeight]) -> None:
-    """Write W0 back into those of `weights` that are composed."""
+    """Write W0 back into those of `weights` that are composed.
+
+    Raises:
+        RuntimeError: somebody wrote into one of them meanwhile.
+    """
     groups: defaultdict[tuple[object, ...], list[InPlaceWeight]] = defaultdict(list)
     for weight in weights:
         if weight.is_composed:
-            groups[weight.weight.device, weight.weight.dtype].append(weight)
+            if weight.check_untouched():
+                groups[weight.weight.device, weight.weight.dtype].append(weight)
+            else:  # its `.data` was exchanged, and holds another W0 already
+                weight.is_composed = False
     for chosen in groups.values():
+        for weight in chosen:
+            weight._begin_writing()
         with _writing():
             torch.ops.rigsa.scatter_free_(
                 [weight.weight.detach() for weight in chosen], [weight.base_values for weight in chosen],

@@ -135,6 +135,8 @@ class GatedSparseLinear(nn.Module):
     bias: Tensor | None
     rule_device: torch.device | None = None
     """The device by whose rule a path is chosen; None for the operands'. For plans of a device that is not there."""
+    pattern_note: object = None
+    """What somebody wrote down about the present pattern. A new pattern clears it."""
     exact_in_training: bool = True
     """What `auto` goes by in training on a GPU, where the host must not ask. `MaskedAdamW` sets it."""
 
@@ -300,7 +302,8 @@ class GatedSparseLinear(nn.Module):
     def _adopt_indices(self, pattern: SparsePattern) -> None:
         self.restore_weight()
         self._start()
-        self._pattern = pattern.map(torch.clone)  # another layer may have been given the same pattern
+        self.pattern_note = None
+        self._pattern = pattern
 
     @torch.no_grad()
     def composed_threshold(self) -> float:

@@ -28,9 +28,9 @@ NUM_WARPS = 4
 sm_89, and where a row's length is no multiple of four it spilled on sm_90."""
 PROGRAMS = 1024
 """Of a counting pass: each adds its 256 counts to the total once, so few programs mean few atomics."""
-MAX_REGISTERS = 128
-"""Of a thread that counts or selects, for four programs a multiprocessor. Unless it is told a limit, the assembler aims
-at more of them and spills a few bytes to get there."""
+COUNTING_REGISTERS = 128
+"""Of a thread in a counting pass at most, for four programs a multiprocessor. Unless it is told a limit, the assembler
+of Triton 3.7 aims at six and spills 8 bytes to get there."""
 
 
 @triton.jit
@@ -244,7 +244,7 @@ def digit_counts(
     with torch.cuda.device_of(candidates):
         digit_counts_kernel[(min(_num_tiles(shape), PROGRAMS),)](
             *_ranked(values, candidates, pattern), counts, *shape, seed, _as_int32(key), _as_int32(prefix), shift,
-            **_options(by, pattern, shape),
+            maxnreg=COUNTING_REGISTERS, **_options(by, pattern, shape),
         )  # fmt: skip
     return counts
 
@@ -290,7 +290,7 @@ def _ranked(values, candidates, pattern) -> list[Tensor]:
 def _options(by, pattern, shape):
     return {
         "BY": by, "PACKED": bool(pattern), "ALIGNED": shape[1] % 4 == 0, "ROWS": ROWS, "WORDS": WORDS,
-        "num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS, "enable_fp_fusion": False,
+        "num_warps": NUM_WARPS, "enable_fp_fusion": False,
     }  # fmt: skip
 
 

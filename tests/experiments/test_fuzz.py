@@ -38,7 +38,7 @@ from rigsa_kernels import SparsePattern, gated_linears, replace_linears
 from tests.experiments.report.test_report import make, write, write_run
 from tests.experiments.tasks.test_textual_mnist import idx_bytes
 
-IN_CI = 400
+IN_CI = 800
 """Damaged files for each loader."""
 MOST_MEMORY = 300_000
 """kB that all of them may add: images of `chat.MOST_PIXELS` are not made here."""

@@ -21,6 +21,7 @@ from rigsa_kernels import (
     GatedSparseLinear,
     MaskedAdamW,
     SparsePattern,
+    free_entries,
     gated_linears,
     merge_linears,
     replace_linears,
@@ -202,12 +203,19 @@ def test_new_patterns_loads_moves_merges_and_restoring_start_from_w0():
 
 
 def test_a_weight_that_is_written_to_while_composed_is_an_error():
-    model, x = make_model(), make_x()
-    model(x)
-    with torch.no_grad():
-        model[0].weight.mul_(2)
+    for look in (
+        lambda model: model(make_x()),
+        lambda model: model[0].frozen_matrix(),
+        lambda model: model.state_dict(),
+        restore_weights,
+        copy.deepcopy,
+    ):
+        model = make_model()
+        model(make_x())
+        with torch.no_grad():
+            model[0].weight.mul_(2)
         with pytest.raises(RuntimeError, match=r"weight: it was written to while it held W0 \+ alpha \* D"):
-            model(x)
+            look(model)
 
 
 def test_a_weight_that_is_written_to_or_exchanged_is_the_new_w0():
@@ -221,6 +229,8 @@ def test_a_weight_that_is_written_to_or_exchanged_is_the_new_w0():
                 model[0].weight.copy_(new)
         else:
             model[0].weight.data = new.clone()
+        assert torch.equal(model[0].frozen_matrix(), new)
+        assert torch.equal(model.state_dict()["0.weight"], new)
         model(x)
         assert torch.equal(model[0].frozen_matrix(), new)
         want = new + 0.5 * model[0].delta()
@@ -282,6 +292,29 @@ def test_an_error_in_the_midst_of_composing_leaves_w0():
     with torch.no_grad():
         model[2].rigsa_alpha.fill_(0.5)
     assert torch.equal(model(x), copy.deepcopy(model)(x))
+
+
+@pytest.mark.parametrize("during", ["compose", "restore"])
+def test_an_interrupt_between_two_writes_is_mended_by_the_next(during, monkeypatch):
+    """Ctrl-C, say: the first of two layers is written, the second is not."""
+    model, x = make_model(), make_x()
+    frozen, write = weights(model), free_entries._indices
+
+    def interrupted(matrices, patterns):  # type: ignore[no-untyped-def]
+        matrices[0].view(-1)[write(matrices, patterns)[0][:1]] = 7.0
+        raise KeyboardInterrupt
+
+    model(x)
+    if during == "compose":
+        train_step(model, torch.optim.SGD(model.parameters(), 0.1), x)
+    monkeypatch.setattr(free_entries, "_indices", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(x) if during == "compose" else restore_weights(model)
+    monkeypatch.undo()
+    assert same_bits([layer.frozen_matrix() for layer in gated_linears(model).values()], frozen)
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
+    restore_weights(model)
+    assert same_bits(weights(model), frozen)
 
 
 def test_a_replica_is_made_of_w0():

@@ -39,7 +39,7 @@ from rigsa_kernels.sass import Instruction, KernelCode, main_loop, parse, read, 
 EVERYWHERE = [(case, arch) for case in CASES for arch in (80, 89, 90) if arch == 89 or case.dtype != torch.float16]
 OF_OTHER_KINDS = (
     ("gather_grad", "packed"), ("add_scaled", ""), ("free_entries", "compose"), ("adamw", "8-bit dense"),
-    ("keep_largest", "packed score"),
+    ("digit_counts", "packed score"),
 )  # fmt: skip
 # Of what is newer, the products of a training step in bfloat16, and one kernel of each other kind.
 ON_BLACKWELL = [

@@ -207,7 +207,7 @@ def test_what_is_attached_changes_nothing_at_the_start_and_can_be_switched_off(m
     ("method", "options", "message"),
     [
         ("sift", ["--mask-images", "41"], "--mask-images: there are only 40 training images, got 41"),
-        ("sift", ["--density", "0.0001"], "--density: 0.0001 leaves "),
+        ("sift", ["--density", "0.0001"], "--density: 0.0001 leaves"),
         ("shira", ["--rank", "17"], "--rank: expected at most 16"),
     ],
 )
