@@ -508,7 +508,7 @@ class GatedSparseLinear(nn.Module):
 
     def decides_by_optimizer(self) -> bool:
         """Whether `exact_in_training` is what `auto` goes by (`rigsa_kernels.switching`)."""
-        return (self.rule_device or self._parameters["weight"].device).type != "cpu"  # type: ignore[union-attr]
+        return (self.rule_device or self._trio()[0].device).type != "cpu"
 
     def composing_norm(self) -> Tensor:
         """``|alpha|`` times the 2-norm of the values from which composing is safe: a scalar on the layer's device.

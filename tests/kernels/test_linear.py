@@ -167,9 +167,10 @@ def test_passes_without_gradients_leave_one_matrix_behind():
     assert matrix() is None
 
 
-def test_a_replica_without_parameters_computes_the_same():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replica_without_parameters_computes_the_same(dtype):
     """nn.DataParallel's, which transformers.Trainer takes on several GPUs."""
-    layer, x = make_layer(), torch.randn(5, 40)
+    layer, x = make_layer(dtype), torch.randn(5, 40).to(dtype)
     replica = layer._replicate_for_data_parallel()
     vars(replica).update(layer.named_parameters())
     for mode in (torch.enable_grad, torch.no_grad):
