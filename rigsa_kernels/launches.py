@@ -37,7 +37,6 @@ class Launch:
     Attributes:
         options: of the group.
         step: the number of this step, from 1.
-        gates: whether these are single numbers. Such launches run first: a composed weight needs its new gate.
         owned: the parameters as they stand in the group; a DTensor is whole here.
         states: what the optimiser holds for them; for their first step it is new and not yet in the optimiser.
         numbers: of the parameters in the random stream.
@@ -48,7 +47,6 @@ class Launch:
 
     options: dict[str, Any]
     step: int
-    gates: bool
     owned: list[Tensor]
     states: list[dict[str, Any]]
     numbers: list[int]
@@ -103,7 +101,7 @@ class Checked:
         numbers: as in `Launch`.
         shapes: of the parameters.
         devices: of the parameters.
-        kinds: (device, dtype, dtype of the first moment, whether it is a single number): members of one launch agree.
+        kinds: (device, dtype, dtype of the first moment): members of one launch agree.
         same_kind: whether all do.
         starts, ends: of each piece of memory that an update writes, in order; empty where there is no memory.
         held: as in `Launch`, where one launch takes all members.
@@ -122,11 +120,7 @@ class Checked:
             check_state(members.name(at), param, exp_avgs[at], exp_avg_sqs[at], scales[at] if scales else None)
         self.objects, self.addresses, self.numbers = objects, addresses, members.numbers()
         self.shapes, self.devices = [param.shape for param in params], [param.device for param in params]
-        self.kinds = [
-            # A gate is told by its whole shape: of one in shards, some processes hold nothing.
-            (param.device, param.dtype, moment.dtype, tuple(owned.shape) == (1,))
-            for param, moment, owned in zip(params, exp_avgs, members.owned, strict=True)
-        ]
+        self.kinds = [(param.device, param.dtype, moment.dtype) for param, moment in zip(params, exp_avgs, strict=True)]
         self.same_kind = len(set(self.kinds)) == 1
         self.starts, self.ends = self._written(members, columns, addresses)
         self._apart: list[int] | None = None
@@ -224,7 +218,6 @@ def launches_of(members: Members, state: dict[Tensor, dict[str, Any]], remembere
             Launch(
                 options=members.group,
                 step=steps[first],
-                gates=checked.kinds[first][3],
                 owned=pick(members.owned, part),
                 states=pick(states, part),
                 numbers=pick(checked.numbers, part),

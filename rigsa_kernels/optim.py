@@ -205,7 +205,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             )
 
     def _launches(self, chosen: Sequence[Sequence[int]] | None = None) -> list[Launch]:
-        """What to run, checked as a whole before the first of it runs; gates first.
+        """What to run, checked as a whole before the first of it runs.
 
         Args:
             chosen: positions of parameters in each group; all that have a gradient by default.
@@ -217,7 +217,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             members = Members(index, group, number, None if chosen is None else chosen[index])
             launches += launches_of(members, self.state, self._remembered)
             number += len(group["params"])
-        launches.sort(key=lambda launch: not launch.gates)
         return launches
 
     def _run(self, launch: Launch) -> None:

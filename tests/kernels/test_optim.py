@@ -853,17 +853,6 @@ def test_nameless_groups_of_the_trainer_are_refused_beside_a_rate_for_gates(tmp_
 # Launches.
 
 
-def test_gates_are_updated_before_values():
-    """A weight that is composed in the values' pass needs the new gate: also where both stand in one group."""
-    model = make_model()
-    fill_gradients(trainable(model))
-    for params in (model, [{"params": trainable(model)}]):
-        found = MaskedAdamW(params)._launches()
-        assert [launch.gates for launch in found] == [True, False]
-        assert [len(launch.params) for launch in found] == [2, 2]
-        assert all((tuple(param.shape) == (1,)) == launch.gates for launch in found for param in launch.params)
-
-
 def test_capture_into_a_graph_is_refused(monkeypatch):
     model = make_model()
     optimizer = MaskedAdamW(model)
