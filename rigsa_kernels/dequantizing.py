@@ -49,10 +49,10 @@ def rest_in_four_bits(model: nn.Module) -> dict[str, nn.Linear]:
         if not is_nf4_linear(module):
             raise ValueError(f"model: expected layers in NF4 to dequantise, got {name}, a {type(module).__name__}")
         try:
-            nf4_base(module.weight)  # type: ignore[arg-type]
+            nf4_base(module.weight)
         except ValueError as error:
             raise ValueError(f"model: {name} cannot be dequantised: {error}") from error
-        found[name] = module  # type: ignore[assignment]
+        found[name] = module
     check_replaceable(found)
     return found
 
@@ -61,7 +61,7 @@ def rest_in_four_bits(model: nn.Module) -> dict[str, nn.Linear]:
 def dequantize_rest(model: nn.Module, rest: dict[str, nn.Linear]) -> Dequantized:
     """Put a plain layer in the place of each of `rest`, in the dtype it computes in, and take the notes away."""
     for name, linear in rest.items():
-        state: Any = linear.weight.quant_state
+        state: Any = linear.weight.quant_state  # type: ignore[attr-defined]
         plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         weight = dequantize(nf4_base(linear.weight), tuple(state.shape), state.dtype)
         plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), linear.bias

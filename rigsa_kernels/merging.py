@@ -97,8 +97,8 @@ def merge_linears(model: M, *, keep_adapter: bool = False, dequantize: bool = Fa
     Raises:
         ValueError: `model` has no gated layer or is one itself; a layer is in four bits, without `dequantize`, or in 16
             bits and takes two products because rounding the sum would lose its adapter; under `dequantize`, a layer
-            is quantised in another way than NF4; a gate or a value is not finite, or the sum exceeds the dtype; a layer has a `forward` of the instance's own or an adapter of PEFT
-            that is not a plain LoRA. `model` is unchanged.
+            is quantised in another way than NF4; a gate or a value is not finite, or the sum exceeds the dtype; a layer
+            has a `forward` of the instance's own or an adapter of PEFT that is not a plain LoRA. `model` is unchanged.
     """
     jobs = list(_jobs(model))
     if not jobs:

@@ -274,7 +274,8 @@ class LevelTrainer(Trainer):
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         keep_out_of_ddp(model)
         if is_sharding():
-            release_origins(model)
+            for layer in gated_linears(model).values():
+                layer.release_origin()
         return super()._wrap_model(model, *args, **kwargs)
 
     def compute_loss(
@@ -338,13 +339,6 @@ def keep_out_of_ddp(model: nn.Module) -> None:
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
-
-
-def release_origins(model: nn.Module) -> None:
-    """Forget the layers that were adapted: they would keep the frozen weights whole beside their shards."""
-    for layer in gated_linears(model).values():
-        (linear,) = layer._origin
-        linear.weight = linear.bias = None  # type: ignore[assignment]
 
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:
