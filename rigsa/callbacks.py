@@ -24,6 +24,7 @@ from rigsa.masks import Ranking
 from rigsa.saving import check_folder
 from rigsa.state import adapted_layers, ticket_of
 from rigsa.tickets import TicketReport, prune
+from rigsa_kernels.roles import decayed_gates, how_to_spare_gates
 
 logger = logging.getLogger(__name__)
 _STATE_FILE = "trainer_state.json"
@@ -39,7 +40,8 @@ class AdapterCheckpoints(TrainerCallback):
     checkpoint in its output folder that is newer than the last whole one is renamed to ``unfinished-checkpoint-...``,
     and a warning says so. A run that goes on then ends with the bits of one that was never interrupted.
 
-    It also sees to it that the model that the Trainer saves is the one that carries the adapter.
+    It also sees to it that the model that the Trainer saves is the one that carries the adapter, and that the optimiser
+    does not decay gates among other parameters, as the Trainer's default one does with a ``weight_decay``.
     """
 
     def on_init_end(
@@ -50,6 +52,19 @@ class AdapterCheckpoints(TrainerCallback):
         keep_adapter_in_checkpoints(model)
         if args.should_save and args.output_dir is not None:
             set_unfinished_aside(Path(args.output_dir), with_optimizer=not args.save_only_model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raises ValueError where the Trainer's own groups of parameters would decay gates."""
+        for found in decayed_gates(optimizer.param_groups if optimizer is not None else ()):
+            raise ValueError(how_to_spare_gates(found))
 
 
 def set_unfinished_aside(folder: Path, with_optimizer: bool = True) -> None:

@@ -198,6 +198,7 @@ def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
         weight_decay=config.weight_decay,
         alpha_lr=config.alpha_learning_rate,
         alpha_weight_decay=config.alpha_weight_decay,
+        other_weight_decay=None,  # low-rank differences beside ours decay as ours do
         state_dtype=config.state_dtype,
         seed=config.seed,
     )

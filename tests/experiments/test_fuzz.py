@@ -114,7 +114,7 @@ def masks_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
 
 
 def level_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
-    path, load_it = masks_of(folder, model)
+    path, _ = masks_of(folder, model)
     patterns = load_masks(model, path)
     densities = {name: pattern.density for name, pattern in patterns.items()}
     write(folder / "metrics.json", {"layer_density": densities})
