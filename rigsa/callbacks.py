@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from rigsa.checkpoints import keep_adapter_in_checkpoints
 from rigsa.errors import RigsaError
 from rigsa.masks import Ranking
+from rigsa.processes import check_same_patterns, ddp_around, renew_ddp
 from rigsa.saving import check_folder
 from rigsa.state import adapted_layers, ticket_of
 from rigsa.tickets import TicketReport, prune
@@ -117,8 +118,9 @@ class PruningLevels(TrainerCallback):
 
     Raises:
         ValueError: an argument is out of range; when training begins, the steps cannot be shared evenly, the scheduler
-            is no ``LambdaLR``, or several processes train: DistributedDataParallel holds on to the parameters that it
-            was made with, so give each level a Trainer of its own there.
+            is no ``LambdaLR``, or several processes train in another way than DistributedDataParallel.
+
+    Several processes prune to the same patterns, as they hold the same values; that is checked at each pruning.
     """
 
     def __init__(
@@ -151,8 +153,11 @@ class PruningLevels(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         levels = self.prunings + 1
-        if args.world_size > 1:
-            raise ValueError(f"PruningLevels: expected one process, got {args.world_size}; give each level a Trainer")
+        if args.world_size > 1 and not ddp_around(model):
+            raise ValueError(
+                f"PruningLevels: expected one process, or several under DistributedDataParallel, got {args.world_size} "
+                "that share the model in another way; give each level a Trainer"
+            )
         if state.max_steps % levels:
             raise ValueError(f"max_steps: expected a multiple of {levels} levels, got {state.max_steps}")
         if not isinstance(lr_scheduler, LambdaLR):
@@ -179,6 +184,8 @@ class PruningLevels(TrainerCallback):
         before = dict(model.named_parameters(remove_duplicate=False))
         report = prune(model, self.keep_fraction, self.criterion, self.ranking, self.rewind, draw_seed=self.draw_seed)
         exchange_parameters(optimizer, before, dict(model.named_parameters(remove_duplicate=False)))
+        check_same_patterns({name: layer.pattern for name, layer in adapted_layers(model).items()})
+        renew_ddp(model)
         self.reports.append(report)
         logger.info("step %d: %r", state.global_step, report)
 

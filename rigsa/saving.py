@@ -33,6 +33,7 @@ from rigsa.encoding import Layout, choose_encoding, decode, digest, encode, layo
 from rigsa.errors import RigsaError
 from rigsa.files import content_hash, write_json
 from rigsa.placing import Place, build_layers, places_of, trained_beside
+from rigsa.processes import is_main, is_sharded, wait_for_all, whole
 from rigsa.record import (
     GATES,
     MOST_BYTES,
@@ -68,13 +69,24 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: with gated sparse layers; what is wrapped in DistributedDataParallel or ``torch.compile`` is looked into.
+            Of several processes one has to call this, the main one. Where the layers are in shards (FSDP2), all of them
+            have to, and the main one writes.
         folder: made where it is missing.
 
     Raises:
         RigsaError: a value or a gate is not finite, or the folder cannot be written.
-        ValueError: `model` has no gated layer, or its layers are in shards.
+        ValueError: `model` has no gated layer.
     """
-    folder = Path(folder)
+    if not is_sharded(model):
+        _replace_adapter(model, Path(folder))
+        return
+    with whole(unwrap(model)):
+        if is_main():
+            _replace_adapter(model, Path(folder))
+    wait_for_all()
+
+
+def _replace_adapter(model: nn.Module, folder: Path) -> None:
     write_adapter(model, folder, None)
     wanted = json.loads((folder / CONFIG_FILE).read_text())["file"]
     for path in folder.iterdir():

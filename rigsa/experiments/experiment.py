@@ -26,7 +26,7 @@ from rigsa.experiments.adapter import (
 )
 from rigsa.experiments.attach import attach
 from rigsa.experiments.config import Config
-from rigsa.experiments.distributed import is_sharded, main_first, wait_for_all
+from rigsa.experiments.distributed import main_first, wait_for_all
 from rigsa.experiments.layer_checks import check_layers
 from rigsa.experiments.model import load_model, resolve_device
 from rigsa.experiments.records import EARLY_BIRD, PRUNING, REPLIES, RESOURCES, metrics_of, read_record
@@ -47,6 +47,7 @@ from rigsa.experiments.tasks.evaluation import evaluate
 from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts, Splits, load_splits
 from rigsa.experiments.train import read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
+from rigsa.processes import is_sharded
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.selection import adaptable, select_linears
 

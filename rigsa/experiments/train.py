@@ -41,12 +41,10 @@ from rigsa.experiments.config import Config, Training
 from rigsa.experiments.distributed import (
     accumulation_steps,
     is_main,
-    is_sharded,
     is_sharding,
     main_first,
     num_processes,
     wait_for_all,
-    whole,
 )
 from rigsa.experiments.hardware import hardware, versions
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
@@ -55,6 +53,7 @@ from rigsa.experiments.run_folder import ADAPTER_FILE, CHECKPOINTS, LOG_FILE, MA
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.files import read_json, write_json, write_text
+from rigsa.processes import is_sharded, whole
 from rigsa_kernels import MaskedAdamW, gated_linears
 from rigsa_kernels.launches import local_part
 from rigsa_kernels.optim import stepping_in_backward
