@@ -215,6 +215,14 @@ class GatedSparseLinear(nn.Module):
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
         return linear.train(self.training)
 
+    def release_origin(self) -> None:
+        """Have the layer that was adapted let go of weight and bias, which would stay whole beside shards (FSDP2).
+
+        `restored` gives it the present ones.
+        """
+        (linear,) = self._origin
+        linear.weight = linear.bias = None  # type: ignore[assignment]
+
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain layer, frozen, that multiplies by ``W0 + alpha * D`` in `dtype`, as this one does where it composes.
