@@ -24,6 +24,7 @@ from rigsa.experiments.bounds import (
     COUNT,
     COUNT_OR_0,
     EPSILON,
+    LARGEST_INT,
     LEVELS,
     NORM,
     PART,
@@ -36,6 +37,7 @@ from rigsa.experiments.bounds import (
     SHARE_OR_0,
     SIGNED,
     Bound,
+    Range,
     Rule,
 )  # fmt: skip
 from rigsa.masks import Ranking
@@ -146,8 +148,14 @@ class Choosing:
     )
     match: str = _field(
         "",
-        "run folder of an imp run: keep as many entries per layer as its last ticket; "
-        "default: the imp run of this preset and seed",
+        "run folder of an imp run, whose ticket it is: random-mask keeps as many entries per layer, reinit the same "
+        "entries; default: the imp run of this preset and seed",
+    )
+    match_level: int = _field(0, "the level of that run whose ticket it is; 0: the last finished one", LEVELS)
+    init_seed: int = _field(
+        -1,
+        "of the initial values in place of the seed, for all else stays as the seed has it; -1: the seed + 1,000,000",
+        Range(-1, LARGEST_INT),
     )
     density: float = _field(
         0.0,
@@ -296,6 +304,13 @@ class Config(Measuring, Training, LowRank, Choosing, Pruning, Gates, Base, Ident
             self.checkpoint_steps % self.logging_steps == 0,
         )
 
+    @property
+    def values_seed(self) -> int:
+        """Of the initial values."""
+        if not self.method.reads("init_seed"):
+            return self.seed
+        return self.seed + 1_000_000 if self.init_seed < 0 else self.init_seed
+
     def record(self) -> dict[str, Any]:
         """Field to value as JSON has them, the method by its name."""
         return {"method": self.method.name} | {name: getattr(self, name) for name in OPTIONS}
@@ -358,12 +373,12 @@ class Look:
 
     Attributes:
         colour: a name in the palette of `rigsa.experiments.report.figures`.
-        marker, line: as matplotlib has them.
+        marker, line: as matplotlib has them. A marker of three numbers is a polygon or, with 1 in the middle, a star.
         by_level: it has a point for each level; other methods have one, the end of training.
     """
 
     colour: Colour
-    marker: str
+    marker: str | tuple[int, int, int]
     line: Any
     by_level: bool = False
 

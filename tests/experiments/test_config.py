@@ -42,7 +42,7 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "numerics": "auto",
         "prunings": 4, "keep_fraction": 0.8, "criterion": "rigsa", "rewind": "init",
         "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
-        "match": "", "density": 0.0,
+        "match": "", "match_level": 0, "init_seed": -1, "density": 0.0,
         "mask_images": 64, "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
         "loss": "answer", "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
@@ -66,7 +66,7 @@ def test_low_rank_paper_preset_is_table_4():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_every_preset_and_its_options(method, preset):
-    config = parse(method, "--preset", preset, *(["--match", "runs/x"] if method == "random-mask" else []))
+    config = parse(method, "--preset", preset, *(["--match", "runs/x"] if METHODS[method].matches else []))
     assert config.method.name == method
     for name in OPTIONS:
         if not config.method.reads(name):
@@ -199,6 +199,10 @@ def test_values_out_of_range_are_named(arguments, message, capsys):
         ("qlora", ["--quantize", "none"], "--quantize: expected nf4 for qlora, got none"),
         ("lora", ["--quantize", "nf4"], "--quantize: expected none for lora, got nf4"),
         ("full", ["--quantize", "nf4"], "--quantize: expected none for full, got nf4"),
+        ("snip", ["--init-scale", "0"], "--init-scale 0: every score of snip would be 0"),
+        ("grasp", ["--alpha-init", "0"], "--alpha-init 0: every score of grasp would be 0"),
+        ("erk", ["--density", "0"], "--density: expected more than 0 for erk, got 0.0"),
+        ("reinit", ["--init-seed", "-2"], "--init-seed: expected -1 to 2**63 - 1, got -2"),
         ("lora", ["--rank", "0"], "--rank: expected 1 to 65,536, got 0"),
         ("lora", ["--lora-dropout", "1"], "--lora-dropout: expected 0 or more and less than 1, got 1.0"),
         ("spiel", ["--reselect-share", "1"], "--reselect-share: expected more than 0 and less than 1, got 1.0"),
@@ -242,6 +246,15 @@ def test_folders_that_are_no_run_are_refused(tmp_path):
             RigsaError, match=r"does not fit this version of rigsa: method: expected one of imp, .*, got"
         ):
             load(tmp_path)
+
+
+def test_initial_values_of_the_control_have_another_seed():
+    assert parse("reinit", "--seed", "3").values_seed == 1_000_003
+    assert parse("reinit", "--seed", "3", "--init-seed", "0").values_seed == 0
+    assert parse("imp", "--seed", "3").values_seed == 3
+    assert parse("reinit", "--seed", "3").match == "runs/imp-quickstart-seed3"
+    with pytest.raises(RigsaError, match="--match-level and --density: give one of them"):
+        parse("random-mask", "--density", "0.1", "--match-level", "1")
 
 
 def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():

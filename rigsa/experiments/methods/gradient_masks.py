@@ -1,4 +1,4 @@
-"""Masks from gradients at the pretrained model: SIFT, FISH masks, SAM and RoSA.
+"""Masks from gradients before training: SIFT, FISH masks, SAM, RoSA, SNIP and GraSP.
 
 `rigsa.scores` has the scores. Here a batch is what `mask_batches` draws: one image where a score is made for examples,
 else a micro-batch, as training makes them.
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from rigsa.experiments.config import Gates, Look, LowRank, Training, fields_of
+from rigsa.errors import RigsaError
+from rigsa.experiments.config import Config, Gates, Look, LowRank, Training, fields_of
 from rigsa.experiments.methods.baselines import OWN_DTYPE
 from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa.experiments.tasks.evaluation import training_loss
@@ -33,6 +34,15 @@ class GradientMask(TicketMethod):
     """Trains the entries that its score ranks highest."""
 
     score: GradientScore
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if self.score.at_start and (config.init_scale == 0 or config.alpha_init == 0):
+            option = "init-scale" if config.init_scale == 0 else "alpha-init"
+            raise RigsaError(
+                f"--{option} 0: every score of {self.name} would be 0, as it is a product with the initial values "
+                "behind their gate; expected another number"
+            )
 
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
         config = experiment.config
@@ -61,7 +71,7 @@ def score_entries(
     """Score every entry of the gated layers by its gradients.
 
     Args:
-        model: with a dense adapter that is zero.
+        model: with a dense adapter as it starts: zero for scores of the pretrained model.
         score: what is made of the gradients.
         batches: of training images, as many in each as `images_at_a_time` says.
         loss: as `training_loss`.
@@ -114,4 +124,20 @@ ROSA = GradientMask(
     peft="lora",
     whole_because=OWN_DTYPE,
     score=SCORES["rosa"],
+)
+SNIP = GradientMask(
+    name="snip",
+    help="train the random entries without which the loss would change most (SNIP; SparseAdapter, He et al. 2022)",
+    options=_OPTIONS,
+    look=Look("green", "8", (0, (4, 1, 1, 1, 1, 1))),
+    usual={"density": PAPER_DENSITY},
+    score=SCORES["snip"],
+)
+GRASP = GradientMask(
+    name="grasp",
+    help="train the random entries that carry the gradient's flow (GraSP; SparseAdapter, He et al. 2022)",
+    options=_OPTIONS,
+    look=Look("orange", "H", (0, (6, 1, 2, 1))),
+    usual={"density": PAPER_DENSITY},
+    score=SCORES["grasp"],
 )

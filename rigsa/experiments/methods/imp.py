@@ -47,7 +47,7 @@ class Imp(Method):
 
     def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
         """If `rigsa plan` was given a density, the plan is for one ticket of it, however many prunings led there."""
-        return {1: config.density} if config.density else ticket_densities(config, same_sign_share)
+        return {1: config.density} if config.density else ticket_densities(config, same_sign_share, config.prunings)
 
     def run(self, experiment: Experiment) -> None:
         from rigsa.experiments.methods.rewinding import rewind  # here: reports import this file, and no transformers
@@ -65,9 +65,9 @@ class Imp(Method):
             experiment.run_level(level, list(watchers(experiment, level)), first_step)
 
 
-def ticket_densities(config: Config, same_sign_share: float) -> dict[int, float]:
-    """Level to density, as pruning will make it if that share of the entries keeps its sign."""
-    return {level: (config.keep_fraction * same_sign_share) ** level for level in range(config.prunings + 1)}
+def ticket_densities(config: Config, same_sign_share: float, last: int) -> dict[int, float]:
+    """Levels 0 to `last` to their density, as pruning will make it if that share of the entries keeps its sign."""
+    return {level: (config.keep_fraction * same_sign_share) ** level for level in range(last + 1)}
 
 
 def watchers(experiment: Experiment, level: int) -> Iterator[TrainerCallback]:
