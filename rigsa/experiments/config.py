@@ -138,6 +138,18 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class Tickets:
+    """The training of a ticket, where it is not that of level 0. `imp`, its controls and `lt-sft` read these fields."""
+
+    ticket_learning_rate: float = _field(
+        0.0, "peak of the linear schedule of the levels after level 0; 0: learning_rate, as in the paper", RATE_OR_0
+    )
+    ticket_alpha_learning_rate: float = _field(
+        0.0, "the same of their gates; 0: alpha_learning_rate, as in the paper", RATE_OR_0
+    )
+
+
+@dataclass(frozen=True)
 class Choosing:
     """The choice of the entries that a mask takes. A method reads those of these fields that it names."""
 
@@ -259,7 +271,7 @@ class Measuring:
 
 # Fields stand in the order of the bases from the last to the first.
 @dataclass(frozen=True)
-class Config(Measuring, Training, LowRank, Choosing, Pruning, Gates, Base, Identity):
+class Config(Measuring, Training, LowRank, Choosing, Tickets, Pruning, Gates, Base, Identity):
     """One run. Defaults are the paper's wherever it states a value (RIGSA, section 4), and say so where it does not.
 
     Raises:
@@ -310,6 +322,16 @@ class Config(Measuring, Training, LowRank, Choosing, Pruning, Gates, Base, Ident
         if not self.method.reads("init_seed"):
             return self.seed
         return self.seed + 1_000_000 if self.init_seed < 0 else self.init_seed
+
+    def at_level(self, level: int) -> Config:
+        """What that level trains by: a ticket's own rates, where it has some, stand in place of those of level 0."""
+        if level == 0:
+            return self
+        return dataclasses.replace(
+            self,
+            learning_rate=self.ticket_learning_rate or self.learning_rate,
+            alpha_learning_rate=self.ticket_alpha_learning_rate or self.alpha_learning_rate,
+        )
 
     def record(self) -> dict[str, Any]:
         """Field to value as JSON has them, the method by its name."""

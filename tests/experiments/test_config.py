@@ -18,6 +18,7 @@ from rigsa.experiments.config import (
     LowRank,
     Measuring,
     Pruning,
+    Tickets,
     Training,
     fields_of,
 )
@@ -42,6 +43,7 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "numerics": "auto",
         "prunings": 4, "keep_fraction": 0.8, "criterion": "rigsa", "rewind": "init",
         "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
+        "ticket_learning_rate": 0.0, "ticket_alpha_learning_rate": 0.0,
         "match": "", "match_level": 0, "init_seed": -1, "density": 0.0,
         "mask_images": 64, "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
@@ -77,7 +79,8 @@ def test_every_method_has_every_preset_and_its_options(method, preset):
 
 def test_every_field_is_in_one_group_and_read_by_a_method():
     groups = [
-        set(fields_of(group)) for group in (Identity, Base, Gates, Pruning, Choosing, LowRank, Training, Measuring)
+        set(fields_of(group))
+        for group in (Identity, Base, Gates, Pruning, Tickets, Choosing, LowRank, Training, Measuring)
     ]
     assert sum(map(len, groups)) == len(set().union(*groups)) == len(OPTIONS)
     for name in OPTIONS:
@@ -255,6 +258,14 @@ def test_initial_values_of_the_control_have_another_seed():
     assert parse("reinit", "--seed", "3").match == "runs/imp-quickstart-seed3"
     with pytest.raises(RigsaError, match="--match-level and --density: give one of them"):
         parse("random-mask", "--density", "0.1", "--match-level", "1")
+
+
+def test_a_ticket_trains_by_rates_of_its_own_where_it_has_some():
+    config = parse("imp", "--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--ticket-learning-rate", "0.3")
+    assert config.at_level(0) == config
+    assert (config.at_level(1).learning_rate, config.at_level(1).alpha_learning_rate) == (0.3, 0.2)
+    config = parse("random-mask", "--density", "0.1", "--ticket-alpha-learning-rate", "0.4")
+    assert config.at_level(1) == dataclasses.replace(config, alpha_learning_rate=0.4)
 
 
 def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():

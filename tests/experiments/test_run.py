@@ -258,6 +258,22 @@ def test_a_ticket_is_trained_again_to_the_same_bits_and_from_other_initial_value
     ).read_bytes()
 
 
+def test_the_rates_of_tickets_are_those_of_level_1_and_not_of_level_0(finished, options, tmp_path):
+    rates = ["--ticket-learning-rate", "0.5", "--ticket-alpha-learning-rate", "0.25"]
+    run = tmp_path / "run"
+    assert main(["imp", *without_prunings(options), "--prunings", "1", *rates, "--out", str(run)]) == 0
+    for name in ("adapter.safetensors", "log.jsonl"):
+        assert (run / "level_0" / name).read_bytes() == (finished / "level_0" / name).read_bytes()
+    for number, factor in ((0, 1), (1, 0.5 / PRESETS["smoke"]("imp").learning_rate)):
+        logs = [(folder / f"level_{number}" / "log.jsonl").read_text().splitlines() for folder in (run, finished)]
+        ours, usual = ([json.loads(line)["learning_rate"] for line in log] for log in logs)
+        assert ours == pytest.approx([factor * rate for rate in usual])
+    moved = [
+        json.loads((folder / "level_1" / "metrics.json").read_text())["mean_abs_alpha"] for folder in (run, finished)
+    ]
+    assert moved[0] > 1.5 * moved[1]
+
+
 @pytest.mark.parametrize("method", ["reinit", "random-mask"])
 def test_a_level_that_is_not_there_cannot_be_matched(method, finished, options, tmp_path, capsys):
     command = [method, *without_prunings(options), "--match", str(finished), "--out", str(tmp_path / "run")]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config, Gates, Look, Method, Pruning, fields_of
+from rigsa.experiments.config import Config, Gates, Look, Method, Pruning, Tickets, fields_of
 from rigsa.masks import PruneCounts, TrainedLayer, prune
 from rigsa_kernels import SparsePattern, gated_linears
 
@@ -112,7 +112,7 @@ def choose(experiment: Experiment, level: int) -> tuple[dict[str, SparsePattern]
 IMP = Imp(
     name="imp",
     help="iterative magnitude pruning: train the dense adapter, prune it to tickets, train each (RIGSA)",
-    options=(*fields_of(Gates), *fields_of(Pruning), "ranking"),
+    options=(*fields_of(Gates), *fields_of(Pruning), *fields_of(Tickets), "ranking"),
     look=Look("blue", "o", "solid", by_level=True),
     is_reference=True,
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import load_ticket
-from rigsa.experiments.config import Config, Gates, Look, fields_of
+from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of
 from rigsa.experiments.methods import matched
 from rigsa.experiments.methods.matched import Matched, matched_folder, matched_level
 from rigsa.masks import random_patterns
@@ -74,7 +74,7 @@ def draw_ticket(experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[
 RANDOM_MASK = RandomMask(
     name="random-mask",
     help="the control: one level whose ticket is drawn at random, as dense as an imp run's last one",
-    options=(*fields_of(Gates), *matched.OPTIONS, "density"),
+    options=(*fields_of(Gates), *fields_of(Tickets), *matched.OPTIONS, "density"),
     look=Look("red", "s", (0, (5, 2)), by_level=True),
     matches="imp",
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rigsa.experiments.adapter import load_ticket
-from rigsa.experiments.config import Config, Gates, Look, fields_of
+from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of
 from rigsa.experiments.methods import matched
 from rigsa.experiments.methods.matched import Matched, matched_folder, matched_level
 from rigsa_kernels import SparsePattern
@@ -40,7 +40,7 @@ class Reinit(Matched):
 REINIT = Reinit(
     name="reinit",
     help="a control: one level on the ticket of an imp run, from other initial values",
-    options=(*fields_of(Gates), *matched.OPTIONS, "init_seed"),
+    options=(*fields_of(Gates), *fields_of(Tickets), *matched.OPTIONS, "init_seed"),
     look=Look("purple", (5, 0, 180), (0, (7, 2, 1, 2)), by_level=True),
     matches="imp",
 )
