@@ -175,6 +175,9 @@ class Choosing:
         SHARE_OR_0,
     )
     mask_images: int = _field(64, "training images whose gradients choose the mask", COUNT)
+    gradient_share: float = _field(
+        0.3, "probability with which a step takes the gradient of an entry, divided by it; the others are 0", SHARE
+    )
     super_rank: str = _field("largest", "which pretrained magnitudes are trained", choices=("largest", "smallest"))
     reselect_steps: int = _field(20, "steps between two rounds of dropping and growing", COUNT)
     reselect_share: float = _field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rigsa.experiments.config import Method
 from rigsa.experiments.methods.baselines import FULL, LORA, QLORA, SHIRA
+from rigsa.experiments.methods.child_tuning import CHILD_D, CHILD_F
 from rigsa.experiments.methods.erk import ERK
 from rigsa.experiments.methods.gradient_masks import FISHER, GRASP, ROSA, SAM, SIFT, SNIP
 from rigsa.experiments.methods.imp import IMP
@@ -17,6 +18,6 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         IMP, RANDOM_MASK, REINIT, ERK, SNIP, GRASP, LT_SFT, SIFT, FISHER, SAM, SUPER, ROSA, SPIEL,
-        FULL, LORA, QLORA, SHIRA,
+        CHILD_D, CHILD_F, FULL, LORA, QLORA, SHIRA,
     )
 }  # fmt: skip

@@ -35,7 +35,7 @@ OPTIONS = {
 
 
 def config_of(method: str, model: Path, **options: object):
-    own = {"density": DENSITY, "mask_images": 6, "rank": 3, "reselect_steps": 2}
+    own = {"density": DENSITY, "mask_images": 6, "rank": 3, "reselect_steps": 2, "ranking": "layer"}
     base = smoke(method)
     read = set(METHODS[method].options)
     chosen = {name: value for name, value in own.items() if name in read}
@@ -75,7 +75,13 @@ def gradients_of_plain_weights(prepared: Experiment, size: int) -> dict[str, lis
 
 def by_definition(method: str, gradients: list[torch.Tensor]) -> torch.Tensor:
     mean, square = torch.stack(gradients).mean(0), torch.stack(gradients).square().mean(0)
-    return {"sift": mean.abs(), "fisher": square, "rosa": square, "sam": mean**2 / (square + square.mean())}[method]
+    return {
+        "sift": mean.abs(),
+        "fisher": square,
+        "rosa": square,
+        "child-d": square,
+        "sam": mean**2 / (square + square.mean()),
+    }[method]
 
 
 GRADIENT_MASKS = {name: method for name, method in METHODS.items() if isinstance(method, GradientMask)}
@@ -85,7 +91,7 @@ GRADIENT_MASKS = {name: method for name, method in METHODS.items() if isinstance
 def test_gradient_scores_are_those_of_their_definition(method, small_model_folder, tmp_path):
     prepared = experiment(method, small_model_folder, tmp_path)
     score = METHODS[method].score
-    gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "sam") else 2)
+    gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "child-d", "sam") else 2)
     scores = score_entries(prepared.model, score, mask_batches(prepared, score), prepared.config.loss)
     assert {name.removesuffix(".base_layer") for name in scores} == gradients.keys()
     for name, score in scores.items():
@@ -155,6 +161,8 @@ def test_sizes_are_what_was_asked_for(method, finished):
     gates = len(layers) if METHODS[method].usual.get("gate") != "none" else 0
     want = {
         "full": 15_360,
+        "child-f": 15_360,
+        "child-d": round(DENSITY * 15_360),
         "lora": low_rank,
         "shira": low_rank,
         "rosa": sparse + low_rank,
