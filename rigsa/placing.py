@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from rigsa.record import Record
-from rigsa.state import adapted_layers
+from rigsa.state import adapted_layers, layers_by_name
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
 from rigsa_kernels.parametrized import PREFIX
@@ -32,7 +32,7 @@ def places_of(record: Record, model: nn.Module) -> dict[str, Place]:
     Raises:
         ValueError: `model` carries an adapter on other layers, cannot carry one on these, or they do not fit.
     """
-    adapted = gated_linears(model)
+    adapted = layers_by_name(model)
     if adapted:
         adapted_layers(model)  # refuses shards
         _check_same_layers(record, adapted)

@@ -51,7 +51,7 @@ from rigsa.record import (
     record_from,
     to_bytes,
 )
-from rigsa.state import LayerState, adapted_layers, put_state, ticket_of, unwrap
+from rigsa.state import LayerState, adapted_layers, layers_by_name, put_state, ticket_of, unwrap
 from rigsa_kernels import __version__
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
@@ -354,7 +354,7 @@ def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
         _read_finite(name, read)
     if not gated_linears(model):
         build_layers(model, record, patterns)
-    layers = gated_linears(model)
+    layers = layers_by_name(model)
     shared = [gates[number : number + 1] for number in range(len(gates))]
     for name, layer in record.layers.items():
         put_state(layers[name], _layer_state(name, layer, patterns.pop(name), shared, read))
