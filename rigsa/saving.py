@@ -36,7 +36,7 @@ from rigsa.base import base_differences, base_name, fingerprint
 from rigsa.encoding import Layout, choose_encoding, decode, digest, encode, layout
 from rigsa.errors import RigsaError
 from rigsa.files import write_atomically, write_json
-from rigsa.placing import Place, build_layers, places_of, trained_beside
+from rigsa.placing import Place, build_layers, parameters_by_name, places_of, trained_beside
 from rigsa.record import (
     GATES,
     MOST_BYTES,
@@ -133,7 +133,7 @@ def _record_of(
 ) -> Record:
     return Record(
         base=base_name(model),
-        model_class=type(model).__name__,
+        model_class=type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__,  # type: ignore[operator]
         made_with={"rigsa": __version__, "torch": torch.__version__},
         gates=len(gates),
         layers={
@@ -358,9 +358,10 @@ def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
     shared = [gates[number : number + 1] for number in range(len(gates))]
     for name, layer in record.layers.items():
         put_state(layers[name], _layer_state(name, layer, patterns.pop(name), shared, read))
+    here = parameters_by_name(model)
     with torch.no_grad():
         for name in record.parameters:
-            model.get_parameter(name).copy_(read(PARAMETER + name))
+            here[name].copy_(read(PARAMETER + name))
     model._rigsa_trained = set(record.parameters)  # type: ignore[assignment]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,9 @@ import torch
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from rigsa.base import SAMPLES, Fingerprint
 from rigsa.encoding import Encoding
+from rigsa.record import expect_fields
 from rigsa_kernels.linear import ALPHA_INIT, Numerics
 
 Init = Literal["random", "magnitude"]
@@ -31,8 +34,9 @@ class RigsaConfig(PeftConfig):
             where the pretrained weights are largest.
         seed, alpha_init, init_scale, numerics, in_place: as in `rigsa_kernels.GatedSparseLinear`.
         values_dtype: the name of a dtype, as there. PEFT's `autocast_adapter_dtype` does not change it.
-        layers: written when an adapter is saved: by layer the number of its free entries and how they are encoded, so
-            that a model that loads it can make room. Leave it alone.
+        layers: written when an adapter is saved: by layer its shape, the number of its free entries and how they are
+            encoded, so that a model that loads it can make room, and the fingerprint of its base (`rigsa.base`). Leave
+            it alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -76,7 +80,7 @@ class RigsaConfig(PeftConfig):
         if self.numerics not in get_args(Numerics):
             raise ValueError(f"numerics: expected one of {', '.join(get_args(Numerics))}, got {self.numerics!r}")
         for layer, found in (self.layers or {}).items():
-            _check_layer(layer, found)
+            saved_layer(layer, found)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -92,9 +96,37 @@ class RigsaConfig(PeftConfig):
         return asdict(self) | {"layers": self.__dict__.get("_layers_to_save", self.layers)}
 
 
-def _check_layer(layer: str, found: Any) -> None:
-    if not isinstance(found, dict) or found.keys() != {"entries", "encoding"}:
-        raise ValueError(f"layers: expected entries and encoding for {layer}, got {str(found)[:100]}")
-    entries, encoding = found["entries"], found["encoding"]
-    if type(entries) is not int or not 0 <= entries < 2**31 or encoding not in get_args(Encoding):
-        raise ValueError(f"layers: {layer}: {str(found)[:100]} is out of range")
+@dataclass(frozen=True)
+class SavedLayer:
+    """What a saved configuration says of one layer.
+
+    Attributes:
+        shape: N and K.
+        entries, encoding: how many are free, and how they are written (`rigsa.encoding`).
+        base: of the frozen weight.
+    """
+
+    shape: tuple[int, int]
+    entries: int
+    encoding: Encoding
+    base: Fingerprint
+
+
+_TYPES: dict[str, Any] = {"shape": list, "entries": int, "encoding": str, "base": dict}
+
+
+def saved_layer(layer: str, found: Any) -> SavedLayer:
+    """Raises ValueError where a field is missing, unknown or out of its range."""
+    expect_fields(f"layers: {layer}", found, _TYPES)
+    expect_fields(f"layers: {layer}: base", found["base"], {"sample": str, "nf4": bool})
+    shape, sample = found["shape"], found["base"]["sample"]
+    is_shape = len(shape) == 2 and all(type(size) is int and 0 < size < 2**31 for size in shape)
+    if (
+        not is_shape
+        or not 0 <= found["entries"] <= min(shape[0] * shape[1], 2**31 - 1)
+        or found["encoding"] not in get_args(Encoding)
+        or (found["encoding"] == "dense" and found["entries"] != shape[0] * shape[1])
+        or re.fullmatch(f"[0-9a-f]{{{4 * SAMPLES}}}", sample) is None
+    ):
+        raise ValueError(f"layers: {layer}: {str(found)[:200]} is out of range")
+    return SavedLayer((shape[0], shape[1]), found["entries"], found["encoding"], Fingerprint(**found["base"]))

@@ -15,7 +15,7 @@ from torch import Tensor
 from rigsa.adapters import Rule, combined_state
 from rigsa.masks import largest_patterns, random_patterns
 from rigsa.peft_tuner.adapter_linear import AdapterLinear
-from rigsa.peft_tuner.config import RigsaConfig
+from rigsa.peft_tuner.config import RigsaConfig, SavedLayer, saved_layer
 from rigsa.state import put_state, state_of
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.hooks import has_own_forward
@@ -98,6 +98,19 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
 
     def _new_adapter(self, config: RigsaConfig) -> AdapterLinear:
         raise NotImplementedError
+
+    def _saved(self, config: RigsaConfig, shape: tuple[int, int]) -> SavedLayer | None:
+        """What a file says of this layer. Raises ValueError where it has nothing, or another shape."""
+        if config.layers is None:
+            return None
+        if self.name not in config.layers:
+            raise ValueError(f"layers: the adapter has nothing for {self.name}; was it trained on another model?")
+        saved = saved_layer(self.name, config.layers[self.name])
+        if saved.shape != shape:
+            raise ValueError(
+                f"layers: {self.name} is {list(saved.shape)} in the adapter and {list(shape)} in the model"
+            )
+        return saved
 
     def _pattern(self, config: RigsaConfig, shape: tuple[int, int]) -> SparsePattern:
         """Raises ValueError where the layer would be left without a free entry."""
@@ -263,10 +276,8 @@ class RigsaLinear(RigsaLayer):
             raise ValueError(f"target_modules: the weight of {name} is offloaded; load it into memory, or leave it out")
 
     def _new_adapter(self, config: RigsaConfig) -> AdapterLinear:
-        saved = (config.layers or {}).get(self.name)
-        if config.layers is not None and saved is None:
-            raise ValueError(f"layers: the adapter has nothing for {self.name}; was it trained on another model?")
         shape = self.out_features, self.in_features
+        saved = self._saved(config, shape)
         nothing = torch.zeros(-(-shape[1] // 32), shape[0], dtype=torch.int32)
         adapter = AdapterLinear(
             cast(nn.Linear, self.base_layer),
@@ -280,7 +291,7 @@ class RigsaLinear(RigsaLayer):
             in_place=config.in_place,
         )
         if saved is not None:
-            adapter.await_saved(saved["encoding"], saved["entries"])
+            adapter.await_saved(saved.encoding, saved.entries)
         return adapter
 
     def _frozen_matrix(self) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
@@ -15,10 +17,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from rigsa.adapters import Rule
+from rigsa.base import base_differences, fingerprint
 from rigsa.encoding import choose_encoding
 from rigsa.errors import RigsaError
 from rigsa.peft_tuner.adapter_linear import PREFIX
-from rigsa.peft_tuner.config import RigsaConfig
+from rigsa.peft_tuner.config import saved_layer
 from rigsa.peft_tuner.layer import BASE, RigsaLayer, RigsaLinear
 from rigsa_kernels.in_place import Peers
 
@@ -48,10 +51,11 @@ class RigsaModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, but a layer that cannot be adapted leaves the model as it was."""
         config: Any = self.peft_config[adapter_name]
+        self._check_adapter_name(model, adapter_name)
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._check_every_layer_is_there(config, adapter_name)
+            self._check_layers(config, adapter_name)
         except BaseException:
             self._take_out(adapter_name)
             for parameter, flag in flags:
@@ -59,12 +63,29 @@ class RigsaModel(BaseTuner):
             raise
         config.layers = None  # the layers have made room; in memory the configuration is that of a new adapter
 
-    def _check_every_layer_is_there(self, config: RigsaConfig, adapter_name: str) -> None:
-        here = {layer.name for layer in self._layers() if adapter_name in layer.rigsa_adapter}
-        missing = [name for name in config.layers or {} if name not in here]
+    @staticmethod
+    def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+        """PEFT finds the tensors of an adapter by its name, wherever in their names it stands."""
+        for name, module in model.named_modules():
+            own = isinstance(module, RigsaLayer | AuxiliaryTrainingWrapper) or PREFIX in name
+            if not own and ".modules_to_save." not in name and adapter_name in name.split("."):
+                raise ValueError(
+                    f"adapter_name: {adapter_name!r} is part of the name of a module, {name}; take another"
+                )
+
+    def _check_layers(self, config: Any, adapter_name: str) -> None:
+        """Raises ValueError where layers of a saved adapter are missing; warns where the base is another."""
+        here = {layer.name: layer for layer in self._layers() if adapter_name in layer.rigsa_adapter}
+        saved = {name: saved_layer(name, found) for name, found in (config.layers or {}).items()}
+        missing = [name for name in saved if name not in here]
         if missing:
             some = ", ".join(missing[:3])
             raise ValueError(f"layers: {len(missing)} of the adapter's layers are not in this model ({some}, ...)")
+        prints = {name: layer.base for name, layer in saved.items()}
+        places = {name: here[name].adapters[adapter_name] for name in saved}
+        differences = base_differences("", prints, self.model, places)
+        if differences:
+            warnings.warn(f"the adapter was trained on another base model: {'; '.join(differences)}", stacklevel=3)
 
     def _take_out(self, adapter_name: str) -> None:
         for name, layer in list(self.model.named_modules()):
@@ -221,7 +242,12 @@ class RigsaModel(BaseTuner):
                 raise RigsaError(f"save: expected finite numbers, got others in {name}")
         config.note_layers(
             {
-                name: {"entries": adapter.pattern.nnz, "encoding": choose_encoding(adapter.pattern)}
+                name: {
+                    "shape": list(adapter.pattern.shape),
+                    "entries": adapter.pattern.nnz,
+                    "encoding": choose_encoding(adapter.pattern),
+                    "base": asdict(fingerprint(adapter)),
+                }
                 for name, adapter in adapters.items()
             }
         )
