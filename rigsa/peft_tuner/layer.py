@@ -83,9 +83,15 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
             )
         return here[0] if here else None
 
-    def update_layer(self, adapter_name: str, config: RigsaConfig, peers: Peers) -> None:
-        """Add an adapter: a new one, or, where `config` comes from a file, room for the one in the file."""
-        adapter = self._new_adapter(config)
+    def update_layer(self, adapter_name: str, config: RigsaConfig, peers: Peers, twin: str | None = None) -> None:
+        """Add an adapter: a new one, or, where `config` comes from a file, room for the one in the file.
+
+        Args:
+            adapter_name, config: of the new adapter.
+            peers: the layers of the model.
+            twin: an adapter with the same configuration, whose entries the new one has, whatever became of them.
+        """
+        adapter = self._new_adapter(config, self.adapters[twin].pattern if twin in self.rigsa_adapter else None)
         adapter.join(peers)
         adapter.train(self.training)
         for table in HOOKS:
@@ -96,7 +102,7 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
         self._share_the_weight()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _new_adapter(self, config: RigsaConfig) -> AdapterLinear:
+    def _new_adapter(self, config: RigsaConfig, pattern: SparsePattern | None) -> AdapterLinear:
         raise NotImplementedError
 
     def _saved(self, config: RigsaConfig, shape: tuple[int, int]) -> SavedLayer | None:
@@ -275,15 +281,16 @@ class RigsaLinear(RigsaLayer):
         if cast(Tensor, module.weight).is_meta and "_hf_hook" in module.__dict__:
             raise ValueError(f"target_modules: the weight of {name} is offloaded; load it into memory, or leave it out")
 
-    def _new_adapter(self, config: RigsaConfig) -> AdapterLinear:
+    def _new_adapter(self, config: RigsaConfig, pattern: SparsePattern | None) -> AdapterLinear:
         shape = self.out_features, self.in_features
         saved = self._saved(config, shape)
-        nothing = torch.zeros(-(-shape[1] // 32), shape[0], dtype=torch.int32)
+        if saved is not None:
+            pattern = SparsePattern.from_words(torch.zeros(-(-shape[1] // 32), shape[0], dtype=torch.int32), shape[1])
         adapter = AdapterLinear(
             cast(nn.Linear, self.base_layer),
             seed=config.seed,
             key=layer_key(self.name),
-            pattern=self._pattern(config, shape) if saved is None else SparsePattern.from_words(nothing, shape[1]),
+            pattern=pattern or self._pattern(config, shape),
             alpha_init=config.alpha_init,
             init_scale=config.init_scale,
             values_dtype=config.dtype,

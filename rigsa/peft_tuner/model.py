@@ -108,7 +108,8 @@ class RigsaModel(BaseTuner):
     ) -> None:
         peers = self.__dict__.setdefault("_peers", Peers())
         if isinstance(target, RigsaLayer):
-            target.update_layer(adapter_name, peft_config, peers)
+            twins = [name for name, other in self.peft_config.items() if other is peft_config and name != adapter_name]
+            target.update_layer(adapter_name, peft_config, peers, twins[0] if twins else None)
             return
         RigsaLinear.check(current_key, target)
         layer = RigsaLinear(target, current_key, id(target.weight) in self.__dict__["_tied"])
