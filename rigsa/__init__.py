@@ -25,6 +25,8 @@ Choose which entries are free; each returns a TicketReport of what it did
 Keep it
     save_adapter(model, folder)           one folder, without the base
     load_adapter(model, folder)           onto a bare base, or in place of the adapter that the model carries
+    export_adapter(model, folder, to="supertuning")         for PEFT without this package; or shira, merged
+    import_adapter(model, folder)         what PEFT's SHiRA or Super-Tuning have trained, behind a gate of 1
 
 Under transformers.Trainer
     AdapterCheckpoints()                  resume from the last whole checkpoint
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from rigsa.adapters import Adapters, adapter_off
     from rigsa.callbacks import AdapterCheckpoints, PruningLevels
     from rigsa.errors import RigsaError
+    from rigsa.export import export_adapter
+    from rigsa.importing import import_adapter
     from rigsa.inspection import describe, intersection, overlap, plot_densities, union
     from rigsa.peft_tuner import RigsaConfig
     from rigsa.saving import load_adapter, save_adapter
@@ -78,6 +82,8 @@ _MODULES = {
     "rigsa.adapters": ("Adapters", "adapter_off"),
     "rigsa.callbacks": ("AdapterCheckpoints", "PruningLevels"),  # this one imports transformers
     "rigsa.errors": ("RigsaError",),
+    "rigsa.export": ("export_adapter",),
+    "rigsa.importing": ("import_adapter",),
     "rigsa.inspection": ("describe", "intersection", "overlap", "plot_densities", "union"),
     "rigsa.peft_tuner": ("RigsaConfig",),  # this one imports PEFT
     "rigsa.saving": ("load_adapter", "save_adapter"),
@@ -133,8 +139,10 @@ __all__ = [
     "adapter_off",
     "adapter_summary",
     "describe",
+    "export_adapter",
     "gated_linears",
     "gradient_ticket",
+    "import_adapter",
     "intersection",
     "left_out",
     "load_adapter",

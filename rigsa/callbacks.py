@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from rigsa import peft_format
 from rigsa.checkpoints import keep_adapter_in_checkpoints
 from rigsa.errors import RigsaError
 from rigsa.masks import Ranking
@@ -29,7 +30,6 @@ from rigsa.tickets import TicketReport, prune
 logger = logging.getLogger(__name__)
 _STATE_FILE = "trainer_state.json"
 """What the Trainer writes last."""
-_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TRAINING_FILES = ("optimizer.pt", "scheduler.pt")
 
 
@@ -79,9 +79,9 @@ def _what_is_missing(checkpoint: Path, with_optimizer: bool) -> str:
     """Why a checkpoint cannot be resumed from; empty where it can."""
     try:
         json.loads((checkpoint / _STATE_FILE).read_text())
-        if (checkpoint / _PEFT_FILES[0]).exists():
-            json.loads((checkpoint / _PEFT_FILES[0]).read_text())
-            with safe_open(checkpoint / _PEFT_FILES[1], framework="pt"):  # which refuses a file that is cut
+        if (checkpoint / peft_format.CONFIG_FILE).exists():
+            json.loads((checkpoint / peft_format.CONFIG_FILE).read_text())
+            with safe_open(checkpoint / peft_format.TENSORS_FILE, framework="pt"):  # which refuses a file that is cut
                 pass
         else:
             check_folder(checkpoint)

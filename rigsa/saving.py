@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rigsa import peft_format
 from rigsa.base import base_differences, base_name, fingerprint
 from rigsa.encoding import Layout, choose_encoding, decode, digest, encode, layout
 from rigsa.errors import RigsaError
@@ -187,7 +188,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, strict: bo
             or carries an adapter on others; under `strict`, another base. The model is unchanged.
     """
     folder = Path(folder)
-    with _naming(folder):
+    with naming(folder):
         record, path = _read_folder(folder, unwrap(model))
         with safe_open(path, framework="pt", device="cpu") as file:
             if bytes(file.get_tensor(RECORD).numpy()) != bytes(to_bytes(record).numpy()):
@@ -201,7 +202,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: boo
     Raises:
         RigsaError: as in `load_adapter`.
     """
-    with _naming("the adapter in this state"):
+    with naming("the adapter in this state"):
         if RECORD not in tensors or tensors[RECORD].dtype != torch.uint8:
             raise ValueError(f"it has no {RECORD}, which says what the tensors are")
         record = parse_record(bytes(tensors[RECORD].contiguous().cpu().numpy()))
@@ -218,13 +219,13 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
     Raises:
         RigsaError: the file is missing or damaged.
     """
-    with _naming(folder):
+    with naming(folder):
         return _read_config(Path(folder))[0]
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """Raises RigsaError where the files of a saved adapter are missing, or have changed since they were saved."""
-    with _naming(folder):
+    with naming(folder):
         _read_folder(Path(folder), None)
 
 
@@ -234,7 +235,7 @@ def read_patterns(folder: str | os.PathLike[str]) -> dict[str, SparsePattern]:
     Raises:
         RigsaError: a file is missing, damaged or not what the record says.
     """
-    with _naming(folder):
+    with naming(folder):
         record, path = _read_folder(Path(folder), None)
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: _read_pattern(name, layer, file.get_tensor) for name, layer in record.layers.items()}
@@ -253,7 +254,7 @@ def read_states(
     Raises:
         RigsaError: a file is missing, damaged or not what the record says, or it does not fit `model`.
     """
-    with _naming(folder):
+    with naming(folder):
         record, path = _read_folder(Path(folder), None if model is None else unwrap(model))
         if model is not None:
             _check_base(unwrap(model), record, places_of(record, unwrap(model)), strict)
@@ -267,7 +268,7 @@ def read_states(
 
 
 @contextmanager
-def _naming(where: object) -> Iterator[None]:
+def naming(where: object) -> Iterator[None]:
     """What goes wrong while a file is read is one error that begins with its place."""
     try:
         yield
@@ -276,7 +277,7 @@ def _naming(where: object) -> Iterator[None]:
         raise RigsaError(f"{where}: this is not an adapter that can be loaded here: {reason}") from error
 
 
-def _open_regular(path: Path, most: int | None = None) -> Any:
+def open_regular(path: Path, most: int | None = None) -> Any:
     """The file, opened for reading. Raises ValueError where it is not a plain file, or longer than `most` bytes."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for somebody to write
     found = os.fstat(descriptor)
@@ -293,8 +294,10 @@ def _read_config(folder: Path) -> tuple[Record, dict[str, Any]]:
     """The record, and what ``rigsa_config.json`` says of the other file."""
     path = folder / CONFIG_FILE
     if not path.exists():
+        if (folder / peft_format.CONFIG_FILE).exists():
+            raise ValueError(f"PEFT saved it ({peft_format.CONFIG_FILE}); write rigsa.import_adapter(model, folder)")
         raise ValueError(f"it has no {CONFIG_FILE}, which save_adapter(model, folder) writes")
-    with _open_regular(path, MOST_BYTES) as file:
+    with open_regular(path, MOST_BYTES) as file:
         config = from_json(file.read())
     where: dict[str, Any] = {name: config.pop(name) for name in ("file", "bytes", "sha256") if name in config}
     expect_fields(CONFIG_FILE, where, {"file": str, "bytes": int, "sha256": str})
@@ -312,7 +315,7 @@ def _read_folder(folder: Path, model: nn.Module | None) -> tuple[Record, Path]:
     if not path.exists():
         raise ValueError(f"{path.name} is missing")
     expected = record.layout() | {RECORD: (torch.uint8, (to_bytes(record).numel(),))}
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         _compare_layouts(expected, _read_header(file, expected))
     if path.stat().st_size != where["bytes"] or _sha256(path) != where["sha256"]:
         raise ValueError(f"{path.name} has changed since it was saved (its bytes have another hash)")

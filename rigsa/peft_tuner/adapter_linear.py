@@ -10,27 +10,18 @@ anything, so `await_saved` makes the room, and the pattern is taken in when it i
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, fields
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rigsa.encoding import Encoding, choose_encoding, decode, encode, layout
+from rigsa.encoding import Encoding, choose_encoding, encode, layout
 from rigsa.errors import RigsaError
-from rigsa.record import expect_fields, from_json
+from rigsa.peft_format import PARTS, PREFIX, TICKET_BYTES, parse_layer, ticket_to_bytes
 from rigsa.state import Ticket, note_ticket, same_pattern, ticket_of
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
-
-PREFIX = "rigsa_"
-PARTS = ("bits", "columns", "rows", "ticket")
-"""The tensors of a state that are neither values nor gate, without the prefix."""
-TICKET_BYTES = 160
-"""The ticket as JSON, filled up with spaces: a file's tensors have the shapes that the configuration says."""
 
 
 class AdapterLinear(GatedSparseLinear):
@@ -109,20 +100,11 @@ class AdapterLinear(GatedSparseLinear):
 
     def _parsed(self, parts: dict[str, Tensor], values: Tensor) -> tuple[SparsePattern, Ticket]:
         """Raises RigsaError where a file's tensors are not a pattern of this layer."""
-        encoding: Encoding = "columns" if "columns" in parts else "bits" if "bits" in parts else "dense"
         shape = self.out_features, self.in_features
-        expected = layout(encoding, shape, values.numel())
         try:
-            for name, (dtype, size) in expected.items():
-                found = parts.get(name)
-                if found is None or found.dtype != dtype or tuple(found.shape) != size:
-                    given = "none" if found is None else f"{found.dtype} {list(found.shape)}"
-                    raise ValueError(f"{PREFIX}{name}: expected {dtype} {list(size)}, got {given}")
-            pattern = decode(encoding, {name: parts[name].cpu() for name in expected}, shape, values.numel())
-            ticket = ticket_from(parts["ticket"]) if "ticket" in parts else Ticket(kind="given")
+            return parse_layer(shape, parts, values)
         except ValueError as error:
             raise RigsaError(f"this is not an adapter of a layer {list(shape)} that can be loaded: {error}") from error
-        return pattern, ticket
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
@@ -152,20 +134,3 @@ class AdapterLinear(GatedSparseLinear):
         nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         ours = {f"{prefix}{PREFIX}{name}" for name in PARTS}
         unexpected[:] = [name for name in unexpected if name not in ours]
-
-
-def ticket_to_bytes(ticket: Ticket) -> Tensor:
-    """uint8 ``[TICKET_BYTES]``."""
-    text = json.dumps(asdict(ticket), separators=(",", ":")).encode().ljust(TICKET_BYTES)
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-
-def ticket_from(tensor: Tensor) -> Ticket:
-    """Raises ValueError where `tensor` is not what `ticket_to_bytes` gives."""
-    if tensor.dtype != torch.uint8 or math.prod(tensor.shape) != TICKET_BYTES:
-        raise ValueError(f"{PREFIX}ticket: expected {TICKET_BYTES} bytes, got {tensor.dtype} {list(tensor.shape)}")
-    given = from_json(bytes(tensor.cpu().numpy()))
-    expect_fields(f"{PREFIX}ticket", given, {field.name: type(field.default) for field in fields(Ticket)})
-    if not 0 <= given["level"] < 2**31 or not 0 <= given["draw_seed"] < 2**64:
-        raise ValueError(f"{PREFIX}ticket: {str(given)[:200]} is out of range")
-    return Ticket(**given)

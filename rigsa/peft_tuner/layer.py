@@ -91,7 +91,9 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
             peers: the layers of the model.
             twin: an adapter with the same configuration, whose entries the new one has, whatever became of them.
         """
-        adapter = self._new_adapter(config, self.adapters[twin].pattern if twin in self.rigsa_adapter else None)
+        adapter = self._new_adapter(
+            config, None if twin is None or twin not in self.rigsa_adapter else self.adapters[twin].pattern
+        )
         adapter.join(peers)
         adapter.train(self.training)
         for table in HOOKS:

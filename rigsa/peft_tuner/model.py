@@ -20,7 +20,7 @@ from rigsa.adapters import Rule
 from rigsa.base import base_differences, fingerprint
 from rigsa.encoding import choose_encoding
 from rigsa.errors import RigsaError
-from rigsa.peft_tuner.adapter_linear import PREFIX
+from rigsa.peft_format import PREFIX
 from rigsa.peft_tuner.config import saved_layer
 from rigsa.peft_tuner.layer import BASE, RigsaLayer, RigsaLinear
 from rigsa_kernels.in_place import Peers

@@ -1,6 +1,7 @@
 """RIGSA under PEFT: the cells of the table "works with" in docs/peft.md, one test each, and the refusals."""
 
 import copy
+import importlib.util
 import json
 import pickle
 import subprocess
@@ -39,6 +40,7 @@ from rigsa import (
     save_adapter,
 )
 from rigsa.state import adapted_layers, ticket_of
+from rigsa.when_imported import when_imported
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
 ROWS = torch.arange(18).view(3, 6) % len(WORDS)
@@ -757,15 +759,38 @@ def test_a_configuration_from_a_file_without_its_tensors_is_refused(folder):
 
 
 def test_importing_rigsa_after_peft_and_before_it_registers_once():
-    for code in (
-        "import rigsa, sys; assert 'peft' not in sys.modules and 'torch' not in sys.modules; import peft; ",
-        "import rigsa; rigsa.RigsaConfig; import peft; ",
-    ):
-        check = "assert peft.PeftType('RIGSA') is peft.PeftType.RIGSA; assert 'RIGSA' in list(peft.PeftType); "
-        check += "import pickle, copy; assert pickle.loads(pickle.dumps(peft.PeftType.RIGSA)) is peft.PeftType.RIGSA; "
-        check += "assert peft.PEFT_TYPE_TO_CONFIG_MAPPING['RIGSA'].__name__ == 'RigsaConfig'"
-        found = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True)
-        assert found.returncode == 0, (code, found.stderr)
+    check = (
+        "assert peft.PeftType('RIGSA') is peft.PeftType.RIGSA; assert 'RIGSA' in list(peft.PeftType); "
+        "import pickle, copy; assert pickle.loads(pickle.dumps(peft.PeftType.RIGSA)) is peft.PeftType.RIGSA; "
+        "assert peft.PEFT_TYPE_TO_CONFIG_MAPPING['RIGSA'].__name__ == 'RigsaConfig'"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code + check], stderr=subprocess.PIPE, text=True)
+        for code in (
+            "import rigsa, sys; assert 'peft' not in sys.modules and 'torch' not in sys.modules; import peft; ",
+            "import rigsa; rigsa.RigsaConfig; import peft; ",
+        )
+    ]
+    for run in runs:
+        errors = run.communicate()[1]
+        assert run.returncode == 0, errors
+
+
+def test_a_watched_package_has_its_own_loader(tmp_path, monkeypatch):
+    """What is called once it is imported finds it whole; what is imported already has it called at once."""
+    (tmp_path / "watched_package.py").write_text("value = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    when_imported("watched_package", lambda: seen.append(sys.modules["watched_package"].value))
+    assert importlib.util.find_spec("a_package_that_is_not_there") is None
+    assert seen == []
+    import watched_package
+
+    assert seen == [3]
+    assert type(watched_package.__spec__.loader) is type(json.__spec__.loader)
+    when_imported("watched_package", lambda: seen.append("at once"))
+    assert seen == [3, "at once"]
+    assert not any(type(finder).__name__ == "_Watcher" for finder in sys.meta_path)
 
 
 @pytest.mark.parametrize(
