@@ -137,6 +137,8 @@ class GatedSparseLinear(nn.Module):
     """The device by whose rule a path is chosen; None for the operands'. For plans of a device that is not there."""
     pattern_note: object = None
     """What somebody wrote down about the present pattern. A new pattern clears it."""
+    waiting: bool = False
+    """Whether another adapter of the same weight is in use. `gated_linears` passes a layer that waits over."""
     exact_in_training: bool = True
     """What `auto` goes by in training on a GPU, where the host must not ask. `MaskedAdamW` sets it."""
 
@@ -170,9 +172,7 @@ class GatedSparseLinear(nn.Module):
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.seed, self.key, self.numerics, self.force, self.in_place = seed, key, numerics, force, in_place
         self.alpha_init, self.bound = alpha_init, init_scale / math.sqrt(linear.in_features)
-        self.weight = linear.weight.requires_grad_(False)
-        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
-        self._origin = (linear,)  # in a tuple, or it would be a submodule
+        self._hold(linear)
         self._start()
         self.join(Peers())
         combine_dtype = torch.promote_types(self.dtype, torch.float32)
@@ -181,6 +181,12 @@ class GatedSparseLinear(nn.Module):
             alpha = nn.Parameter(torch.empty(1, dtype=combine_dtype, device=self.weight.device))
         self.rigsa_alpha = alpha
         self.set_pattern(pattern or SparsePattern.dense(self.out_features, self.in_features))
+
+    def _hold(self, linear: nn.Linear) -> None:
+        """Freeze weight and bias, and keep them by reference."""
+        self.weight = linear.weight.requires_grad_(False)
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
+        self._origin = (linear,)  # in a tuple, or it would be a submodule
 
     def _start(self) -> None:
         """Nothing is composed, and no way is known."""
