@@ -17,7 +17,8 @@ sum of a dense difference, or D alone where two products are asked for.
 | CUDA 8.x | 16-bit | any other | fused | no copy; not measured on a GPU of this kind |
 
 The gradient at the pattern is one kernel on CUDA 8.x in 16 bits. Elsewhere on CUDA the library makes the whole product
-and a kernel reads the entries from it: on an H200 the one kernel takes 2 to 5 times as long.
+and a kernel reads the entries from it: on an H200 the one kernel takes 2 to 5 times as long. Tiles are multiplied
+alone, by one kernel on CUDA, and whole rows or columns as one product of fewer rows or columns everywhere.
 
 docs/benchmarks/gpu has the measurements.
 """

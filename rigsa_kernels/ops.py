@@ -41,23 +41,32 @@ def _on_cuda(reference: Callable[..., Any], launcher: str) -> Callable[..., Any]
 
 _FUSED_DVALUES = on_first_use("triton_grad.linear_dvalues")
 _GATHERED_DVALUES = on_first_use("triton_gather.linear_dvalues")
+_TILED_DVALUES = on_first_use("triton_tiles.linear_dvalues")
 _CHECKED_DVALUES = on_first_use("triton_gather.checked_dvalues")
 
 
 def _dvalues_on_cuda(
     dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The fused kernel where it wins (`rigsa_kernels.dispatch`), else the library's product and a gathering kernel."""
+    """The fused kernel where it wins (`rigsa_kernels.dispatch`), else the library's product and a gathering kernel.
+
+    Tiles have a kernel of their own everywhere: it does their share of the whole product's work.
+    """
     if x.dtype == torch.float64:
         return reference.linear_dvalues(dy, x, values, alpha, pattern)
+    if is_tiled(pattern):
+        return _TILED_DVALUES(dy, x, values, alpha, pattern)
     fused = kernels_win(x.device, x.dtype)
     return (_FUSED_DVALUES if fused else _GATHERED_DVALUES)(dy, x, values, alpha, pattern)
 
 
 def _dvalues(dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> tuple[Tensor, Tensor]:
     """``rigsa::linear_dvalues``. Plain CUDA tensors pass PyTorch's dispatcher by, which takes as long as the launch."""
-    if type(dy) is Tensor and dy.is_cuda and x.dtype != torch.float64 and not kernels_win(x.device, x.dtype):
-        return _CHECKED_DVALUES(dy, x, values, alpha, pattern)
+    if type(dy) is Tensor and dy.is_cuda and x.dtype != torch.float64:
+        if is_tiled(pattern):
+            return _TILED_DVALUES(dy, x, values, alpha, pattern)
+        if not kernels_win(x.device, x.dtype):
+            return _CHECKED_DVALUES(dy, x, values, alpha, pattern)
     return torch.ops.rigsa.linear_dvalues.default(dy, x, values, alpha, pattern)
 
 
