@@ -139,7 +139,8 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Tickets:
-    """The training of a ticket, where it is not that of level 0. `imp`, its controls and `lt-sft` read these fields."""
+    """The training of a ticket, where it is not that of level 0. Methods of several levels, and the
+    controls of `imp`, read these fields."""
 
     ticket_learning_rate: float = _field(
         0.0, "peak of the linear schedule of the levels after level 0; 0: learning_rate, as in the paper", RATE_OR_0
