@@ -156,7 +156,7 @@ class Adapters:
         parts = [self._state(one) for one in weights]
         numbers = list(weights.values())
         self._waiting[name] = {
-            layer: _combined(layer, [part[layer] for part in parts], numbers, rule, density) for layer in parts[0]
+            layer: combined_state(layer, [part[layer] for part in parts], numbers, rule, density) for layer in parts[0]
         }
 
     def _check(self, name: str) -> None:
@@ -191,7 +191,8 @@ def _to_host(states: Snapshot) -> dict[str, LayerState]:
     }
 
 
-def _combined(name: str, states: list[LayerState], weights: list[float], rule: Rule, density: float) -> LayerState:
+def combined_state(name: str, states: list[LayerState], weights: list[float], rule: Rule, density: float) -> LayerState:
+    """One layer of what `Adapters.combine` makes of several states, which are in host memory."""
     first = states[0]
     wide = torch.float64 if first.values.dtype == torch.float64 else torch.float32
     differences = [_difference(state, wide) for state in states]

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from rigsa import peft_format
 from rigsa.checkpoints import keep_adapter_in_checkpoints
 from rigsa.errors import RigsaError
 from rigsa.masks import Ranking
@@ -50,7 +52,8 @@ class AdapterCheckpoints(TrainerCallback):
     ) -> None:
         """Raises ValueError where `model` carries no adapter."""
         adapted_layers(model)
-        keep_adapter_in_checkpoints(model)
+        if not hasattr(model, "peft_config"):  # PEFT and transformers save the adapter of such a model by themselves
+            keep_adapter_in_checkpoints(model)
         if args.should_save and args.output_dir is not None:
             set_unfinished_aside(Path(args.output_dir), with_optimizer=not args.save_only_model)
 
@@ -92,8 +95,13 @@ def _what_is_missing(checkpoint: Path, with_optimizer: bool) -> str:
     """Why a checkpoint cannot be resumed from; empty where it can."""
     try:
         json.loads((checkpoint / _STATE_FILE).read_text())
-        check_folder(checkpoint)
-    except (OSError, ValueError, RigsaError) as error:
+        if (checkpoint / peft_format.CONFIG_FILE).exists():
+            json.loads((checkpoint / peft_format.CONFIG_FILE).read_text())
+            with safe_open(checkpoint / peft_format.TENSORS_FILE, framework="pt"):  # which refuses a file that is cut
+                pass
+        else:
+            check_folder(checkpoint)
+    except (OSError, ValueError, RigsaError, SafetensorError) as error:
         return str(error)
     for name in _TRAINING_FILES if with_optimizer else ():
         if not zipfile.is_zipfile(checkpoint / name):  # what torch.save writes, whose end a cut file lacks

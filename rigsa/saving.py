@@ -28,11 +28,12 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rigsa import peft_format
 from rigsa.base import base_differences, base_name, fingerprint
 from rigsa.encoding import Layout, choose_encoding, decode, digest, encode, layout
 from rigsa.errors import RigsaError
 from rigsa.files import content_hash, write_json
-from rigsa.placing import Place, build_layers, places_of, trained_beside
+from rigsa.placing import Place, build_layers, parameters_by_name, places_of, trained_beside
 from rigsa.processes import is_main, is_sharded, wait_for_all, whole
 from rigsa.record import (
     GATES,
@@ -48,7 +49,7 @@ from rigsa.record import (
     record_from,
     to_bytes,
 )
-from rigsa.state import LayerState, adapted_layers, put_state, ticket_of, unwrap
+from rigsa.state import LayerState, adapted_layers, layers_by_name, put_state, ticket_of, unwrap
 from rigsa.tensor_files import differing, open_regular, read_header, write_tensors
 from rigsa_kernels import __version__
 from rigsa_kernels.format import SparsePattern
@@ -130,7 +131,7 @@ def _record_of(
 ) -> Record:
     return Record(
         base=base_name(model),
-        model_class=type(model).__name__,
+        model_class=type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__,  # type: ignore[operator]
         made_with={"rigsa": __version__, "torch": torch.__version__},
         gates=len(gates),
         layers={
@@ -176,7 +177,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, strict: bo
             or carries an adapter on others; under `strict`, another base. The model is unchanged.
     """
     folder = Path(folder)
-    with _naming(folder):
+    with naming(folder):
         record, path = _read_folder(folder, unwrap(model))
         with safe_open(path, framework="pt", device="cpu") as file:
             if bytes(file.get_tensor(RECORD).numpy()) != bytes(to_bytes(record).numpy()):
@@ -190,7 +191,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: boo
     Raises:
         RigsaError: as in `load_adapter`.
     """
-    with _naming("the adapter in this state"):
+    with naming("the adapter in this state"):
         if RECORD not in tensors or tensors[RECORD].dtype != torch.uint8:
             raise ValueError(f"it has no {RECORD}, which says what the tensors are")
         record = parse_record(bytes(tensors[RECORD].contiguous().cpu().numpy()))
@@ -207,13 +208,13 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
     Raises:
         RigsaError: the file is missing or damaged.
     """
-    with _naming(folder):
+    with naming(folder):
         return _read_config(Path(folder))[0]
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """Raises RigsaError where the files of a saved adapter are missing, or have changed since they were saved."""
-    with _naming(folder):
+    with naming(folder):
         _read_folder(Path(folder), None)
 
 
@@ -223,7 +224,7 @@ def read_patterns(folder: str | os.PathLike[str]) -> dict[str, SparsePattern]:
     Raises:
         RigsaError: a file is missing, damaged or not what the record says.
     """
-    with _naming(folder):
+    with naming(folder):
         record, path = _read_folder(Path(folder), None)
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: _read_pattern(name, layer, file.get_tensor) for name, layer in record.layers.items()}
@@ -242,7 +243,7 @@ def read_states(
     Raises:
         RigsaError: a file is missing, damaged or not what the record says, or it does not fit `model`.
     """
-    with _naming(folder):
+    with naming(folder):
         record, path = _read_folder(Path(folder), None if model is None else unwrap(model))
         if model is not None:
             _check_base(unwrap(model), record, places_of(record, unwrap(model)), strict)
@@ -256,7 +257,7 @@ def read_states(
 
 
 @contextmanager
-def _naming(where: object) -> Iterator[None]:
+def naming(where: object) -> Iterator[None]:
     """What goes wrong while a file is read is one error that begins with its place."""
     try:
         yield
@@ -269,6 +270,8 @@ def _read_config(folder: Path) -> tuple[Record, dict[str, Any]]:
     """The record, and what ``rigsa_config.json`` says of the other file."""
     path = folder / CONFIG_FILE
     if not path.exists():
+        if (folder / peft_format.CONFIG_FILE).exists():
+            raise ValueError(f"PEFT saved it ({peft_format.CONFIG_FILE}); write rigsa.import_adapter(model, folder)")
         raise ValueError(f"it has no {CONFIG_FILE}, which save_adapter(model, folder) writes")
     with open_regular(path, MOST_BYTES) as file:
         config = from_json(file.read())
@@ -308,13 +311,14 @@ def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
         _read_finite(name, read)
     if not gated_linears(model):
         build_layers(model, record, patterns)
-    layers = gated_linears(model)
+    layers = layers_by_name(model)
     shared = [gates[number : number + 1] for number in range(len(gates))]
     for name, layer in record.layers.items():
         put_state(layers[name], _layer_state(name, layer, patterns.pop(name), shared, read))
+    here = parameters_by_name(model)
     with torch.no_grad():
         for name in record.parameters:
-            model.get_parameter(name).copy_(read(PARAMETER + name))
+            here[name].copy_(read(PARAMETER + name))
     model._rigsa_trained = set(record.parameters)  # type: ignore[assignment]
 
 

@@ -5,13 +5,15 @@ Each operator is a `torch.library` schema, a fake (shapes without data, for trac
 `torch.autograd.Function`: half the host time of `register_autograd` for a call this small.
 
 A frozen weight crosses this border as a list of tensors, its base: ``[weight]``, or ``[codes, absmax, levels]`` for
-NF4. So does a pattern: ``[]`` for dense, ``[words, word_offsets, row_base]`` for packed. `exact` is a boolean tensor of
-shape ``(1,)`` that the kernels read on the device.
+NF4. So does a pattern: ``[]`` for dense, ``[bits, word_offsets, row_base]`` for packed,
+``[tiles, places, size]`` for tiles. `exact` is a boolean tensor of shape
+``(1,)`` that the kernels read on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rigsa_kernels import free_entries, reference  # noqa: F401 (free_entries defines operators)
-from rigsa_kernels.dispatch import kernels_win
+from rigsa_kernels.dispatch import keeps_columns, kernels_win
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.library import define, on_first_use
 from rigsa_kernels.nf4 import num_weights
+from rigsa_kernels.tiles import is_tiled, narrowed_columns
 
 
 def _last_dim_becomes(like: Tensor, size: int) -> Tensor:
@@ -38,23 +41,32 @@ def _on_cuda(reference: Callable[..., Any], launcher: str) -> Callable[..., Any]
 
 _FUSED_DVALUES = on_first_use("triton_grad.linear_dvalues")
 _GATHERED_DVALUES = on_first_use("triton_gather.linear_dvalues")
+_TILED_DVALUES = on_first_use("triton_tiles.linear_dvalues")
 _CHECKED_DVALUES = on_first_use("triton_gather.checked_dvalues")
 
 
 def _dvalues_on_cuda(
     dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The fused kernel where it wins (`rigsa_kernels.dispatch`), else the library's product and a gathering kernel."""
+    """The fused kernel where it wins (`rigsa_kernels.dispatch`), else the library's product and a gathering kernel.
+
+    Tiles have a kernel of their own everywhere: it does their share of the whole product's work.
+    """
     if x.dtype == torch.float64:
         return reference.linear_dvalues(dy, x, values, alpha, pattern)
+    if is_tiled(pattern):
+        return _TILED_DVALUES(dy, x, values, alpha, pattern)
     fused = kernels_win(x.device, x.dtype)
     return (_FUSED_DVALUES if fused else _GATHERED_DVALUES)(dy, x, values, alpha, pattern)
 
 
 def _dvalues(dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> tuple[Tensor, Tensor]:
     """``rigsa::linear_dvalues``. Plain CUDA tensors pass PyTorch's dispatcher by, which takes as long as the launch."""
-    if type(dy) is Tensor and dy.is_cuda and x.dtype != torch.float64 and not kernels_win(x.device, x.dtype):
-        return _CHECKED_DVALUES(dy, x, values, alpha, pattern)
+    if type(dy) is Tensor and dy.is_cuda and x.dtype != torch.float64:
+        if is_tiled(pattern):
+            return _TILED_DVALUES(dy, x, values, alpha, pattern)
+        if not kernels_win(x.device, x.dtype):
+            return _CHECKED_DVALUES(dy, x, values, alpha, pattern)
     return torch.ops.rigsa.linear_dvalues.default(dy, x, values, alpha, pattern)
 
 
@@ -91,6 +103,29 @@ define(
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The columns of x that a tile pattern touches, where a layer saves them alone for backward.
+
+    Attributes:
+        numbers: int64, ascending.
+        pattern: of the matrix ``[N, columns]`` that these columns make up, with the same values.
+    """
+
+    numbers: Tensor
+    pattern: list[Tensor]
+
+
+def kept_columns(pattern: list[Tensor], shape: tuple[int, int]) -> Columns | None:
+    """What of x a layer of this pattern saves; None for all of it (`rigsa_kernels.dispatch.keeps_columns`)."""
+    if not is_tiled(pattern):
+        return None
+    numbers, narrowed = narrowed_columns(pattern, shape)
+    if numbers is None or not keeps_columns(numbers.numel(), shape[1]):
+        return None
+    return Columns(numbers, narrowed)
+
+
 class _GatedLinear(torch.autograd.Function):
     """Saves x and pointers, never a dense matrix made for one call.
 
@@ -98,16 +133,19 @@ class _GatedLinear(torch.autograd.Function):
     `exact`, the difference in the weight's dtype when `exact`. Without an operand, `exact` is a flag on the device for
     the fused products, or True: then the difference is made for each product and dropped. The base is empty where
     `operand` holds all that is multiplied by. Autograd takes a microsecond for every argument that is a tensor, so base
-    and pattern come as lists. The base is saved nevertheless: a write to it before backward is an error.
+    and pattern come as lists. The base is saved nevertheless: a write to it before backward is an error. Where
+    `columns` says which columns of x the gradient at the pattern needs, those alone are saved: dx needs no x.
     """
 
     @staticmethod
-    def forward(ctx, x, bias, values, alpha, operand, exact, base, pattern):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, bias, values, alpha, operand, exact, columns, base, pattern):  # type: ignore[no-untyped-def]
+        needed = x if columns is None else x.index_select(-1, columns.numbers)
         ctx.exact, ctx.pattern = exact, pattern
+        ctx.pattern_of_x = pattern if columns is None else columns.pattern
         if isinstance(exact, Tensor):
-            ctx.save_for_backward(x, values, alpha, operand, exact, *base)
+            ctx.save_for_backward(needed, values, alpha, operand, exact, *base)
             return torch.ops.rigsa.linear_fwd(x, base, bias, values, alpha, pattern, exact)
-        ctx.save_for_backward(x, values, alpha, operand, None, *base)
+        ctx.save_for_backward(needed, values, alpha, operand, None, *base)
         if exact:
             operand = _delta(values, base[0], pattern) if operand is None else operand
             return torch.ops.rigsa.add_scaled(F.linear(x, base[0], bias), F.linear(x, operand), alpha)
@@ -136,8 +174,8 @@ class _GatedLinear(torch.autograd.Function):
         if needs_dbias:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         if needs_dvalues or needs_dalpha:
-            dvalues, dalpha = _dvalues(dy, x, values, alpha, pattern)
-        return dx, dbias, dvalues, dalpha, None, None, None, None
+            dvalues, dalpha = _dvalues(dy, x, values, alpha, ctx.pattern_of_x)
+        return dx, dbias, dvalues, dalpha, None, None, None, None, None
 
 
 _refusing_a_second_derivative = once_differentiable(_GatedLinear._gradients)
@@ -159,9 +197,10 @@ def apply_gated_linear(
     pattern: list[Tensor],
     exact: bool | Tensor,
     operand: Tensor | None,
+    columns: Columns | None = None,
 ) -> Tensor:
-    """`gated_linear` of arguments that a layer has checked once for many calls."""
-    return _GatedLinear.apply(x, bias, values, alpha, operand, exact, base, pattern)
+    """`gated_linear` of arguments that a layer has checked once for many calls; `columns` are its `kept_columns`."""
+    return _GatedLinear.apply(x, bias, values, alpha, operand, exact, columns, base, pattern)
 
 
 def gated_linear(
@@ -205,7 +244,8 @@ def gated_linear(
     _check(x, base, bias, values, alpha, pattern, exact, operand)
     if operand is None and not isinstance(exact, Tensor):
         exact = torch.full((1,), exact, dtype=torch.bool, device=x.device)
-    return apply_gated_linear(x, base, bias, values, alpha, pattern.tensors, exact, operand)
+    columns = None if torch.compiler.is_compiling() else kept_columns(pattern.tensors, pattern.shape)
+    return apply_gated_linear(x, base, bias, values, alpha, pattern.tensors, exact, operand, columns)
 
 
 def _check(

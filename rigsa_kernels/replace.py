@@ -331,8 +331,12 @@ def check_replaceable(layers: Mapping[str, nn.Module]) -> None:
 
 
 def gated_linears(model: nn.Module) -> dict[str, GatedSparseLinear]:
-    """Qualified name to layer, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GatedSparseLinear)}
+    """Qualified name to layer, in the model's order. Of several adapters of one weight it is the one in use."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GatedSparseLinear) and not module.waiting
+    }
 
 
 def adapter_summary(model: nn.Module) -> str:

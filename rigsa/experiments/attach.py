@@ -38,7 +38,7 @@ def attach_adapter(model: PreTrainedModel, config: Config, **others: Any) -> Non
     `others` are options of `replace_linears` that take the place of the configuration's.
     """
     options: dict[str, Any] = {
-        "seed": config.seed,
+        "seed": config.values_seed,
         "shared_gate": config.gate == "model",
         "alpha_init": config.alpha_init,
         "init_scale": config.init_scale,

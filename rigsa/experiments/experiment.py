@@ -240,7 +240,7 @@ class Experiment:
         folder, label = self.folder(level), f"level {level}"
         wait_for_all()  # until every process has seen that this level is not done
         dataset = PromptDataset(self.splits.train, self.prompts)
-        train_level(self.model, dataset, self.config, folder, label, callbacks, first_step)
+        train_level(self.model, dataset, self.config.at_level(level), folder, label, callbacks, first_step)
         if is_sharded(self.model):
             self.reload(level)
         with main_first():
