@@ -78,7 +78,8 @@ def inside_and_outside(kind: type, bound: Range) -> tuple[list[float], list[floa
 def test_ends_are_taken_and_what_lies_beyond_is_refused(command, action):
     """By the parser itself; there the values are checked before the command is asked."""
     parser, option = commands()[command], action.option_strings[0]
-    needed = ["--methods", "imp"] if command == "sweep" else ["RUN"] if command == "chat" else []
+    required = {"sweep": ["--methods", "imp"], "chat": ["RUN"], "merge": ["RUN", "--out", "FOLDER"]}
+    needed = required.get(command, [])
     inside, outside = inside_and_outside(action.type.kind, action.type.bound)
     for value in inside:
         assert getattr(parser.parse_args([*needed, f"{option}={value!r}"]), action.dest) == value
