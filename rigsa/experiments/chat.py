@@ -90,7 +90,7 @@ def finished_level(run: Path, level: int | None) -> int:
     """`level` itself, or for None the last finished one. Raises RigsaError if it is not finished."""
     finished = finished_levels(run)
     if not finished:
-        raise RigsaError(f"{run} has no finished level to talk to; let the run finish one first")
+        raise RigsaError(f"{run} has no finished level; let the run finish one first")
     if level is None:
         return finished[-1]
     if level not in finished:

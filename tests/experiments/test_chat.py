@@ -262,7 +262,7 @@ def test_what_cannot_be_talked_to_is_named_before_a_model_is_loaded(run, tmp_pat
     with pytest.raises(RigsaError, match="--max-new-tokens: expected 1 to 1,000,000, got 0"):
         run_chat(run, max_new_tokens=0)
     shutil.copytree(run, tmp_path / "young", ignore=shutil.ignore_patterns("done"))
-    with pytest.raises(RigsaError, match="has no finished level to talk to; let the run finish one first"):
+    with pytest.raises(RigsaError, match="has no finished level; let the run finish one first"):
         run_chat(tmp_path / "young")
 
 
