@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -176,9 +177,7 @@ def _export_merged(model: Any, folder: Path) -> None:
         model.merge_adapter()
         try:
             base = model.get_base_model()
-            state = {name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items()}
-            state = {name: tensor for name, tensor in state.items() if ".rigsa_" not in name}
-            _save_plain(base, folder, state)
+            _save_plain(base, folder, _plain_state(base))
         finally:
             model.unmerge_adapter()
         return
@@ -190,6 +189,18 @@ def _export_merged(model: Any, folder: Path) -> None:
         _save_plain(model, folder, model.state_dict())
     finally:
         unmerge_linears(model)
+
+
+def _plain_state(base: nn.Module) -> dict[str, Tensor]:
+    """The state of a model as it was before PEFT put its layers into it. What PEFT trained as a copy stands for it."""
+    state = {}
+    for name, tensor in base.state_dict().items():
+        before, is_copy, after = name.partition(".modules_to_save.")
+        if is_copy:
+            name = f"{before}.{after.partition('.')[2]}"
+        if ".original_module." not in name and ".rigsa_adapter." not in name:
+            state[re.sub(r"(\.base_layer)+\.", ".", name)] = tensor
+    return state
 
 
 def _save_plain(model: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
