@@ -26,17 +26,16 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rigsa.base import base_name
 from rigsa.errors import RigsaError
-from rigsa.files import write_atomically, write_json
+from rigsa.files import write_json
 from rigsa.peft_format import CONFIG_FILE, TENSORS_FILE
 from rigsa.placing import trained_beside
 from rigsa.saving import save_adapter
 from rigsa.state import adapted_layers, unwrap
+from rigsa.tensor_files import write_tensors
 from rigsa_kernels.linear import GatedSparseLinear
 from rigsa_kernels.merging import merge_linears, unmerge_linears
 from rigsa_kernels.parametrized import GatedSparseWeight
@@ -162,13 +161,7 @@ def _write(
     else:
         common["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(named, temporary, {"format": "pt"})
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
-
-    write_atomically(folder / TENSORS_FILE, write)
+    write_tensors(folder / TENSORS_FILE, named, {"format": "pt"})
     write_json(folder / CONFIG_FILE, json.loads(json.dumps(config | common)))
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from rigsa.peft_format import CONFIG_FILE, CONTAINER, PARTS, PREFIX, TENSORS_FILE, parse_layer
 from rigsa.record import MOST_BYTES, from_json
-from rigsa.saving import naming, open_regular
+from rigsa.saving import naming
 from rigsa.state import PEFT_MODEL, Ticket, adopt, note_ticket
+from rigsa.tensor_files import open_regular
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.replace import gated_linears, replace_linears
 from rigsa_kernels.selection import select_linears

@@ -47,6 +47,11 @@ def after_replacing(hook: Callable[[nn.Module], object]) -> None:
     _after_replacing.append(hook)
 
 
+def hooks_after_replacing() -> tuple[Callable[[nn.Module], object], ...]:
+    """What is called at the end of every `replace_linears`, in this order."""
+    return tuple(_after_replacing)
+
+
 VALUES_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES_IN_SUMMARY = 8
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.chat import finished_level
 from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
+from rigsa.experiments.run_folder import finished_level
 from rigsa.export import Format, export_adapter
 
 EXPORTS = "export"

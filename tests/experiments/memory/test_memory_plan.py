@@ -136,7 +136,10 @@ def test_planned_peak_of_every_kind_of_method(method, options):
     assert planned.peak == pytest.approx(measured, rel=0.03)
 
 
-@pytest.mark.parametrize(("method", "options"), [("sift", FLOAT32), ("sam", {"checkpointing": True}), ("rosa", {})])
+@pytest.mark.parametrize(("method", "options"), [
+    ("sift", FLOAT32), ("sam", {"checkpointing": True}), ("rosa", {}), ("snip", {}), ("grasp", FLOAT32),
+    ("grasp", {"checkpointing": True, "attention": "eager"}),
+])  # fmt: skip
 def test_planned_peak_of_choosing_a_mask(method, options):
     pytest.importorskip("peft")
     config = dataclasses.replace(paper(method), micro_batch_size=4, numerics="composed", **options)
