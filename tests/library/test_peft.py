@@ -30,14 +30,22 @@ from rigsa import (
     MaskedAdamW,
     RigsaConfig,
     RigsaError,
+    adapter_off,
     adapter_summary,
     gated_linears,
     gradient_ticket,
     load_adapter,
+    merge_linears,
     prune,
     random_ticket,
     replace_linears,
+    restore_linears,
+    restore_snapshot,
+    restore_weights,
+    rounding_losses,
     save_adapter,
+    snapshot,
+    verify_adapted,
 )
 from rigsa.state import adapted_layers, ticket_of
 from rigsa.when_imported import when_imported
@@ -313,6 +321,30 @@ def test_names_that_contain_each_other_stay_apart(tmp_path, names):
     for name in names:
         model.set_adapter(name), loaded.set_adapter(name)
         assert torch.equal(logits(model), logits(loaded))
+
+
+@pytest.mark.parametrize("change", [replace_linears, restore_linears, merge_linears])
+def test_what_works_in_place_of_layers_leaves_those_of_peft_alone(change):
+    for model in (wrapped(), inject_adapter_in_model(config(), make_llama())):
+        before = logits(model)
+        with pytest.raises(ValueError, match="its adapters are PEFT's"):
+            change(model)
+        assert torch.equal(logits(model), before)
+
+
+def test_the_library_reads_and_switches_a_peft_model():
+    model = wrapped()
+    before, taken = logits(model), snapshot(model)
+    with adapter_off(model):
+        assert torch.equal(logits(model), logits(make_llama()))
+    trained(model)
+    restore_snapshot(model, taken)
+    assert torch.equal(logits(model), before)
+    restore_weights(model)
+    assert torch.equal(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight,
+                       make_llama().model.layers[0].mlp.up_proj.weight)  # fmt: skip
+    assert all(loss.updates for loss in rounding_losses(model).values())
+    assert verify_adapted(model, input_ids=ROWS) == {}
 
 
 @pytest.mark.parametrize("name", ["q_proj", "layers", "0"])
