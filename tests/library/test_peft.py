@@ -226,7 +226,9 @@ def test_a_peft_model_and_a_bare_one_exchange_adapters(tmp_path):
     load_adapter(bare, tmp_path, strict=True)
     assert torch.equal(logits(model), logits(bare))
     other = wrapped(seed=9, modules_to_save=["lm_head"])
-    load_adapter(other, tmp_path)
+    with pytest.raises(RigsaError, match="q_proj has other free entries"):
+        load_adapter(other, tmp_path)
+    load_adapter(other, tmp_path, replace=True)
     assert torch.equal(logits(model), logits(other))
 
 
