@@ -41,12 +41,10 @@ from rigsa.experiments.config import Config, Training
 from rigsa.experiments.distributed import (
     accumulation_steps,
     is_main,
-    is_sharded,
     is_sharding,
     main_first,
     num_processes,
     wait_for_all,
-    whole,
 )
 from rigsa.experiments.hardware import hardware, versions
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
@@ -55,6 +53,7 @@ from rigsa.experiments.run_folder import ADAPTER_FILE, CHECKPOINTS, LOG_FILE, MA
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.files import read_json, write_json, write_text
+from rigsa.processes import is_sharded, whole
 from rigsa_kernels import MaskedAdamW, gated_linears
 from rigsa_kernels.launches import local_part
 from rigsa_kernels.optim import stepping_in_backward
@@ -216,6 +215,7 @@ def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
         weight_decay=config.weight_decay,
         alpha_lr=config.alpha_learning_rate,
         alpha_weight_decay=config.alpha_weight_decay,
+        other_weight_decay=None,  # low-rank differences beside ours decay as ours do
         state_dtype=config.state_dtype,
         seed=config.seed,
     )
@@ -292,7 +292,8 @@ class LevelTrainer(Trainer):
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         keep_out_of_ddp(model)
         if is_sharding():
-            release_origins(model)
+            for layer in gated_linears(model).values():
+                layer.release_origin()
         return super()._wrap_model(model, *args, **kwargs)
 
     def compute_loss(
@@ -361,13 +362,6 @@ def keep_out_of_ddp(model: nn.Module) -> None:
     ]
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
-
-
-def release_origins(model: nn.Module) -> None:
-    """Forget the layers that were adapted: they would keep the frozen weights whole beside their shards."""
-    for layer in gated_linears(model).values():
-        (linear,) = layer._origin
-        linear.weight = linear.bias = None  # type: ignore[assignment]
 
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:

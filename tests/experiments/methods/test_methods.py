@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 
-from rigsa.experiments.adapter import adapter_off, load_masks, trained_parameters
+from rigsa.adapters import adapter_off
+from rigsa.experiments.adapter import load_masks, trained_parameters
 from rigsa.experiments.config import Gates, Look, fields_of
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.methods.gradient_masks import GradientMask, mask_batches, score_entries
