@@ -19,23 +19,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rigsa.base import base_name
 from rigsa.errors import RigsaError
-from rigsa.files import write_atomically, write_json
+from rigsa.files import write_json
 from rigsa.peft_format import CONFIG_FILE, TENSORS_FILE
 from rigsa.placing import trained_beside
 from rigsa.saving import save_adapter
 from rigsa.state import adapted_layers, unwrap
+from rigsa.tensor_files import write_tensors
 from rigsa_kernels.linear import GatedSparseLinear
 from rigsa_kernels.merging import merge_linears, unmerge_linears
 from rigsa_kernels.parametrized import GatedSparseWeight
@@ -161,13 +161,7 @@ def _write(
     else:
         common["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(named, temporary, {"format": "pt"})
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
-
-    write_atomically(folder / TENSORS_FILE, write)
+    write_tensors(folder / TENSORS_FILE, named, {"format": "pt"})
     write_json(folder / CONFIG_FILE, json.loads(json.dumps(config | common)))
 
 
@@ -176,9 +170,7 @@ def _export_merged(model: Any, folder: Path) -> None:
         model.merge_adapter()
         try:
             base = model.get_base_model()
-            state = {name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items()}
-            state = {name: tensor for name, tensor in state.items() if ".rigsa_" not in name}
-            _save_plain(base, folder, state)
+            _save_plain(base, folder, _plain_state(base))
         finally:
             model.unmerge_adapter()
         return
@@ -190,6 +182,18 @@ def _export_merged(model: Any, folder: Path) -> None:
         _save_plain(model, folder, model.state_dict())
     finally:
         unmerge_linears(model)
+
+
+def _plain_state(base: nn.Module) -> dict[str, Tensor]:
+    """The state of a model as it was before PEFT put its layers into it. What PEFT trained as a copy stands for it."""
+    state = {}
+    for name, tensor in base.state_dict().items():
+        before, is_copy, after = name.partition(".modules_to_save.")
+        if is_copy:
+            name = f"{before}.{after.partition('.')[2]}"
+        if ".original_module." not in name and ".rigsa_adapter." not in name:
+            state[re.sub(r"(\.base_layer)+\.", ".", name)] = tensor
+    return state
 
 
 def _save_plain(model: Any, folder: Path, state: Mapping[str, Tensor]) -> None:

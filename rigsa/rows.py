@@ -36,7 +36,7 @@ def by_row(model: nn.Module, adapters: Mapping[str, Snapshot], names: Sequence[s
         for name, layer in layers.items():
             states = {adapter: snapshot[name] for adapter, snapshot in adapters.items()}
             layer.enabled = False
-            layer.forward = _ByRow(layer, states, names)  # type: ignore[method-assign, assignment]
+            layer.forward = _ByRow(layer, states, names)  # type: ignore[method-assign]
         yield
     finally:
         for layer, flag in zip(layers.values(), flags, strict=True):

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 _interrupts: list[int] = []
 """Signals that came. C code that is importing a module may swallow the exception, and fail in another way later."""
@@ -47,6 +47,7 @@ try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
     from rigsa.experiments.config_file import check_folder, load, save
     from rigsa.experiments.methods.registry import METHODS
     from rigsa.experiments.presets import PRESETS
+    from rigsa.export import Format
     from rigsa.files import reason_of, remove_temporaries, write_json
 except BaseException as error:
     if not _interrupts and not isinstance(error, KeyboardInterrupt):
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 
 SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
 CHAT = "talk to the adapted model of a run, and show it images of digits"
+EXPORT = "the trained adapter of a run for those who do not have this package, or a merged model"
 MERGE = "write the plain model that a run or a saved adapter makes of its base, for anything that loads such models"
 INSPECT = "densities by layer of adapters and runs, and what each two share: a table and a figure"
 PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
@@ -160,6 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_number(chat, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
     add_number(chat, "--max-new-tokens", int, bounds.TOKENS, default=256, help="where a reply is cut; default: 256")
     chat.set_defaults(command=run_chat)
+    add_export(commands.add_parser("export", help=EXPORT, description=EXPORT.capitalize() + ".", allow_abbrev=False))
     add_merge(commands.add_parser("merge", help=MERGE, description=MERGE.capitalize() + ".", allow_abbrev=False))
     inspect = commands.add_parser("inspect", help=INSPECT, description=INSPECT.capitalize() + ".", allow_abbrev=False)
     inspect.add_argument(
@@ -232,6 +235,21 @@ def add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     add_number(command, "--gpu-memory", float, GIBIBYTES, metavar="GIB", help="as for every run")
     add_configuration(command, lambda name: name not in ("seed", "match"))
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=utf8_path, metavar="RUN", help="run folder")
+    command.add_argument(
+        "--to",
+        required=True,
+        choices=get_args(Format),
+        help="supertuning and shira: folders that PEFT loads without this package; safetensors: what "
+        "rigsa.load_adapter reads; merged: the whole model, which transformers loads",
+    )
+    command.add_argument("--out", type=utf8_path, help="folder to write; default: RUN/export/FORMAT")
+    add_number(command, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
+    command.add_argument("--licence", default="", help="of the adapter, for its model card, such as apache-2.0")
+    command.set_defaults(command=run_export)
 
 
 def add_preset(command: argparse.ArgumentParser, default: str) -> None:
@@ -438,6 +456,13 @@ def run_chat(options: argparse.Namespace) -> None:
 
     distributed.join(on_cpu=resolve_device(load(options.run).device).type == "cpu")
     chat.run_chat(options.run, options.level, options.max_new_tokens)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    from rigsa.experiments.export import export_run
+
+    print(export_run(options.run, options.to, options.out, options.level, options.licence))
 
 
 def run_merge(options: argparse.Namespace) -> None:

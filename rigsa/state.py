@@ -75,21 +75,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-UNDER_PEFT = ".rigsa_adapter."
-"""Between the name of a layer that PEFT has adapted and the name of an adapter (`rigsa.peft_tuner.layer`)."""
 PEFT_MODEL = "base_model.model."
 """Before the names in a model that PEFT is put around."""
 
 
-def base_layer_name(name: str) -> str:
-    """What a gated layer is called in the base model: under PEFT it stands elsewhere."""
-    before, found, _ = name.partition(UNDER_PEFT)
-    return before.removeprefix(PEFT_MODEL) if found else name
-
-
 def layers_by_name(model: nn.Module) -> dict[str, GatedSparseLinear]:
     """The gated layers by their names in the base model; under PEFT those of the active adapter."""
-    return {base_layer_name(name): layer for name, layer in gated_linears(model).items()}
+    return {getattr(layer, "name_in_base", name): layer for name, layer in gated_linears(model).items()}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, GatedSparseLinear]:

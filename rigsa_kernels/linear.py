@@ -282,6 +282,9 @@ class GatedSparseLinear(nn.Module):
         models would average them. They move with the layer, and its state dict holds what the pattern follows from:
         the bit mask, `rigsa_words`, or the numbers and the size of its tiles, `rigsa_tiles` and `rigsa_tile`.
         """
+        return self._pattern_here()
+
+    def _pattern_here(self) -> SparsePattern:
         if self._pattern.device not in (None, self.rigsa_values.device):  # FSDP and replicas move parameters alone
             self._pattern = self._pattern.to(self.rigsa_values.device)
         return self._pattern

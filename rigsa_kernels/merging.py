@@ -16,7 +16,13 @@ from rigsa_kernels.hooks import TABLES, carry_hooks
 from rigsa_kernels.linear import GatedSparseLinear
 from rigsa_kernels.parametrized import GatedSparseWeight, attach, detach
 from rigsa_kernels.reference import add_scaled
-from rigsa_kernels.replace import check_replaceable, gated_linears, restore_weights, swap_modules
+from rigsa_kernels.replace import (
+    check_replaceable,
+    gated_linears,
+    refuse_adapters_of_peft,
+    restore_weights,
+    swap_modules,
+)
 from rigsa_kernels.selection import BASE_OF_PEFT, NAMES_IN_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -100,6 +106,7 @@ def merge_linears(model: M, *, keep_adapter: bool = False, dequantize: bool = Fa
             is quantised in another way than NF4; a gate or a value is not finite, or the sum exceeds the dtype; a layer
             has a `forward` of the instance's own or an adapter of PEFT that is not a plain LoRA. `model` is unchanged.
     """
+    refuse_adapters_of_peft(model)
     jobs = list(_jobs(model))
     if not jobs:
         raise ValueError(f"model: expected gated sparse layers to merge, found none in {type(model).__name__}")

@@ -260,6 +260,7 @@ class Measuring:
     )
     eval_batch_size: int = _field(16, "prompts per test pass", COUNT)
     drift: bool = _field(True, "measure how far the adapted model has moved from the base model's own replies")
+    drift_prompts: int = _field(24, "it is measured on the first N of its 24 prompts", Range(2, 24))
     source_tasks: str = _field(
         "piqa,hellaswag,gsm8k", "what may be forgotten, measured by lm-eval: some of these, comma-separated; '': none"
     )

@@ -22,11 +22,17 @@ from rigsa.peft_format import PARTS, PREFIX, TICKET_BYTES, parse_layer, ticket_t
 from rigsa.state import Ticket, note_ticket, same_pattern, ticket_of
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
+from rigsa_kernels.parametrized import GatedSparseWeight
 
 
 class AdapterLinear(GatedSparseLinear):
-    """As `GatedSparseLinear`, over the weight and bias of `linear`, which keeps them."""
+    """As `GatedSparseLinear`, over the weight and bias of `linear`, which keeps them.
 
+    Attributes:
+        name_in_base: what the gated layer would be called in the place of the layer that it adapts.
+    """
+
+    name_in_base: str
     _awaited: tuple[Encoding, int] | None = None
 
     def _hold(self, linear: nn.Linear) -> None:
@@ -46,11 +52,10 @@ class AdapterLinear(GatedSparseLinear):
         tensors: Any = self._parameters
         return self.weight, tensors["rigsa_values"], tensors["rigsa_alpha"]
 
-    @property
-    def pattern(self) -> SparsePattern:
+    def _pattern_here(self) -> SparsePattern:
         if self._awaited is not None:
             self._take_saved()
-        return self._pattern if self.rigsa_values.is_meta else super().pattern
+        return self._pattern if self.rigsa_values.is_meta else super()._pattern_here()
 
     def forward(self, x: Tensor) -> Tensor:
         if self._awaited is not None:
@@ -134,3 +139,37 @@ class AdapterLinear(GatedSparseLinear):
         nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         ours = {f"{prefix}{PREFIX}{name}" for name in PARTS}
         unexpected[:] = [name for name in unexpected if name not in ours]
+
+
+class AdapterWeight(AdapterLinear, GatedSparseWeight):
+    """The same on a parameter that code reads; as `GatedSparseWeight`, which does not take the attribute's place here.
+
+    Args:
+        owner: the module whose parameter is adapted, and which keeps it.
+        name: of the parameter.
+        options: as in `GatedSparseWeight`.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, **options: Any) -> None:
+        self.__dict__.update(_owner=(owner, None), name=name)  # what `weight` asks for while this is made
+        super().__init__(owner, name, **options)
+        self._origin[0].weight = None  # type: ignore[assignment]  # or it would keep the memory that it was made of
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The matrix of the parameter's rows: the same tensor for as long as the parameter lies where it lay."""
+        parameter = cast(nn.Parameter, self.place._parameters[self.name])
+        seen = self.__dict__.get("_seen")
+        if seen is None or seen[0] is not parameter or seen[1].data_ptr() != parameter.data_ptr():
+            matrix = nn.Parameter(parameter.detach().view(-1, parameter.shape[-1]), requires_grad=False)
+            seen = self.__dict__["_seen"] = parameter, matrix  # in a tuple, or it would be a parameter
+        return cast(nn.Parameter, seen[1])
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """``W0 + alpha * (m . D)`` in the parameter's shape and dtype."""
+        if self._awaited is not None:
+            self._take_saved()
+        return GatedSparseWeight.forward(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_seen"}

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from rigsa.adapters import Rule, combined_state
 from rigsa.masks import largest_patterns, random_patterns
-from rigsa.peft_tuner.adapter_linear import AdapterLinear
+from rigsa.peft_format import PREFIX
+from rigsa.peft_tuner.adapter_linear import AdapterLinear, AdapterWeight
 from rigsa.peft_tuner.config import RigsaConfig, SavedLayer, saved_layer
 from rigsa.state import put_state, state_of
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.hooks import has_own_forward
-from rigsa_kernels.in_place import Peers
+from rigsa_kernels.in_place import InPlaceWeight, Peers
 from rigsa_kernels.init import layer_key
 from rigsa_kernels.linear import is_plain_linear
 from rigsa_kernels.nf4 import is_nf4_linear
+from rigsa_kernels.selection import own_matrices
 
 BASE = "__base__"
 """The name that PEFT gives in a mixed batch to rows without an adapter."""
@@ -96,15 +98,37 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
         )
         adapter.join(peers)
         adapter.train(self.training)
-        for table in HOOKS:
-            adapter.__dict__[table] = self.base_layer.__dict__[table]
-        adapter._is_full_backward_hook = self.base_layer._is_full_backward_hook
         self._wants_in_place[adapter_name] = config.in_place and not self.is_tied
         self.rigsa_adapter[adapter_name] = adapter
         self._share_the_weight()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _new_adapter(self, config: RigsaConfig, pattern: SparsePattern | None) -> AdapterLinear:
+        """One with these entries, or with those that `config` asks for, or one that awaits those of a file."""
+        saved = self._saved(config, self.shape)
+        if saved is not None:
+            rows, columns = self.shape
+            pattern = SparsePattern.from_words(torch.zeros(-(-columns // 32), rows, dtype=torch.int32), columns)
+        adapter = self._make(
+            seed=config.seed,
+            key=layer_key(self.name),
+            pattern=pattern or self._pattern(config, self.shape),
+            alpha_init=config.alpha_init,
+            init_scale=config.init_scale,
+            values_dtype=config.dtype,
+            numerics=config.numerics,
+            in_place=config.in_place,
+        )
+        if saved is not None:
+            adapter.await_saved(saved.encoding, saved.entries)
+        return adapter
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        raise NotImplementedError
+
+    def _make(self, **options: Any) -> AdapterLinear:
         raise NotImplementedError
 
     def _saved(self, config: RigsaConfig, shape: tuple[int, int]) -> SavedLayer | None:
@@ -136,6 +160,9 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
         return random_patterns({self.name: shape}, {self.name: count}, seed=config.seed)[self.name]
 
     def _frozen_matrix(self) -> Tensor:
+        raise NotImplementedError
+
+    def _set_weight(self, matrix: Tensor) -> None:
         raise NotImplementedError
 
     def _share_the_weight(self) -> None:
@@ -198,7 +225,7 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"merge: W0 + alpha * D of adapter {name!r} is not finite in {self.name}")
             weight = adapter.weight
             before = weight.data if adapter.pattern.is_dense else adapter.pattern.gather(weight.data)
-            weight.data = merged
+            self._set_weight(merged)
             self._merged.append(_Merged(name, before))
             self.merged_adapters.append(name)
 
@@ -226,7 +253,7 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.remove(merged.name)
             adapter = self.adapters[merged.name]
             if adapter.pattern.is_dense:
-                adapter.weight.data = merged.before.to(adapter.weight.device)
+                self._set_weight(merged.before.to(adapter.weight.device))
             else:
                 before, index = [merged.before.to(adapter.weight)], adapter.pattern.tensors
                 torch.ops.rigsa.scatter_free_([adapter.weight.data], before, index)
@@ -283,25 +310,20 @@ class RigsaLinear(RigsaLayer):
         if cast(Tensor, module.weight).is_meta and "_hf_hook" in module.__dict__:
             raise ValueError(f"target_modules: the weight of {name} is offloaded; load it into memory, or leave it out")
 
-    def _new_adapter(self, config: RigsaConfig, pattern: SparsePattern | None) -> AdapterLinear:
-        shape = self.out_features, self.in_features
-        saved = self._saved(config, shape)
-        if saved is not None:
-            pattern = SparsePattern.from_words(torch.zeros(-(-shape[1] // 32), shape[0], dtype=torch.int32), shape[1])
-        adapter = AdapterLinear(
-            cast(nn.Linear, self.base_layer),
-            seed=config.seed,
-            key=layer_key(self.name),
-            pattern=pattern or self._pattern(config, shape),
-            alpha_init=config.alpha_init,
-            init_scale=config.init_scale,
-            values_dtype=config.dtype,
-            numerics=config.numerics,
-            in_place=config.in_place,
-        )
-        if saved is not None:
-            adapter.await_saved(saved.encoding, saved.entries)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _make(self, **options: Any) -> AdapterLinear:
+        adapter = AdapterLinear(cast(nn.Linear, self.base_layer), **options)
+        adapter.name_in_base = self.name
+        for table in HOOKS:
+            adapter.__dict__[table] = self.base_layer.__dict__[table]
+        adapter._is_full_backward_hook = self.base_layer._is_full_backward_hook
         return adapter
+
+    def _set_weight(self, matrix: Tensor) -> None:
+        cast(nn.Parameter, self.base_layer.weight).data = matrix
 
     def _frozen_matrix(self) -> Tensor:
         if self.adapters:
@@ -328,9 +350,12 @@ class RigsaLinear(RigsaLayer):
             for adapter in self.adapters.values()
             if adapter.in_place_weight is not None and adapter.in_place_weight.is_composed
         ]
+        if composed and torch.compiler.is_compiling():  # a graph writes to no weight
+            own = cast(InPlaceWeight, composed[0].in_place_weight)
+            frozen = torch.ops.rigsa.with_free(own.weight, own.base_values, own.pattern.tensors)
+            return F.linear(x, frozen, composed[0].bias)
         if composed and (keep or self.training):
-            weight = composed[0].frozen_matrix()
-            return F.linear(x, weight, composed[0].bias)
+            return F.linear(x, composed[0].frozen_matrix(), composed[0].bias)
         self.restore_weight()
         return cast(Tensor, self.base_layer(x))
 
@@ -351,6 +376,92 @@ class RigsaLinear(RigsaLayer):
             result = result.index_copy(0, rows, part)
         assert result is not None
         return result
+
+
+class ParamWrapper(RigsaLayer):
+    """Around a module of which one parameter is adapted: the experts of a mixture, GPT-2's ``Conv1D``.
+
+    While the module computes, its attribute is the composed parameter. PEFT knows such a layer by the name of its
+    class, and puts one around another where two parameters of a module are adapted.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, is_tied: bool, parameter_name: str) -> None:
+        super().__init__(base_layer, name, is_tied)
+        self.parameter_name = parameter_name
+
+    @staticmethod
+    def check(name: str, owner: nn.Module, parameter_name: str) -> None:
+        """Raises ValueError where the parameter cannot be adapted."""
+        parameter = owner._parameters.get(parameter_name)
+        if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+            raise ValueError(
+                f"target_parameters: {name} is no floating-point parameter of two dimensions or more; leave it out"
+            )
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameter."""
+        return self.get_base_layer()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        parameter = self.owner.get_parameter(self.parameter_name)
+        return parameter.numel() // parameter.shape[-1], parameter.shape[-1]
+
+    def _make(self, **options: Any) -> AdapterLinear:
+        fan_ins = {weight.name: weight.fan_in for weight in own_matrices(self.owner)}
+        adapter = AdapterWeight(self.owner, self.parameter_name, fan_in=fan_ins.get(self.parameter_name), **options)
+        owner_name = self.name if self.parameter_name == "weight" else self.name.rpartition(".")[0]
+        adapter.name_in_base = f"{owner_name}.{PREFIX}{self.parameter_name}"
+        return adapter
+
+    def _frozen_matrix(self) -> Tensor:
+        return self.owner.get_parameter(self.parameter_name).detach().view(self.shape)
+
+    def _set_weight(self, matrix: Tensor) -> None:
+        parameter = self.owner.get_parameter(self.parameter_name)
+        parameter.data = matrix.view(parameter.shape)
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What the module computes with the composed parameter."""
+        if adapter_names is not None:
+            raise ValueError(f"adapter_names: {self.name} is a parameter, of which a batch has one; use one adapter")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        name = None if self.disable_adapters or self.merged else self.active
+        if name is None:
+            return self.base_layer(*args, **kwargs)
+        parameters: dict[str, Any] = self.owner._parameters
+        composed, own = self.rigsa_adapter[name](), parameters[self.parameter_name]
+        parameters[self.parameter_name] = composed
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            parameters[self.parameter_name] = own
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module, out of all the wrappers around it. PEFT asks the outermost."""
+        module: nn.Module = self
+        while isinstance(module, ParamWrapper):
+            if merge:
+                module.merge(safe_merge, adapter_names)
+            module = module.base_layer
+        return module
+
+    def __getattr__(self, name: str) -> Any:
+        """The module's other attributes, which code around it reads."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+class Conv1DLinear(ParamWrapper):
+    """Around GPT-2's ``Conv1D``, which PEFT counts among the linear layers, as the name says."""
 
 
 def _show_the_frozen_weight(layer: Any, state: dict[str, Any], prefix: str, _metadata: object) -> None:

@@ -22,8 +22,9 @@ from rigsa.encoding import choose_encoding
 from rigsa.errors import RigsaError
 from rigsa.peft_format import PREFIX
 from rigsa.peft_tuner.config import saved_layer
-from rigsa.peft_tuner.layer import BASE, RigsaLayer, RigsaLinear
+from rigsa.peft_tuner.layer import BASE, Conv1DLinear, ParamWrapper, RigsaLayer, RigsaLinear
 from rigsa_kernels.in_place import Peers
+from rigsa_kernels.selection import read_by_the_parent
 
 RULES = {"linear": "sum", "sum": "sum", "ties": "ties"}
 """PEFT's names for ways to combine adapters, and those of `rigsa.Adapters.combine`."""
@@ -47,6 +48,7 @@ class RigsaModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self.__dict__["_tied"] = {number for number, times in uses.items() if times > 1}
+        self.__dict__["_read"] = read_by_the_parent(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, but a layer that cannot be adapted leaves the model as it was."""
@@ -88,7 +90,7 @@ class RigsaModel(BaseTuner):
             warnings.warn(f"the adapter was trained on another base model: {'; '.join(differences)}", stacklevel=3)
 
     def _take_out(self, adapter_name: str) -> None:
-        for name, layer in list(self.model.named_modules()):
+        for name, layer in reversed(list(self.model.named_modules())):  # inner wrappers first
             if isinstance(layer, RigsaLayer):
                 if adapter_name in layer.rigsa_adapter:
                     layer.delete_adapter(adapter_name)
@@ -107,15 +109,40 @@ class RigsaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         peers = self.__dict__.setdefault("_peers", Peers())
-        if isinstance(target, RigsaLayer):
-            twins = [name for name, other in self.peft_config.items() if other is peft_config and name != adapter_name]
-            target.update_layer(adapter_name, peft_config, peers, twins[0] if twins else None)
+        twins = [name for name, other in self.peft_config.items() if other is peft_config and name != adapter_name]
+        twin = twins[0] if twins else None
+        is_there = isinstance(target, RigsaLayer)
+        if parameter_name is not None:
+            is_there = isinstance(target, ParamWrapper) and target.parameter_name == parameter_name
+        if is_there:
+            target.update_layer(adapter_name, peft_config, peers, twin)  # type: ignore[operator]
             return
-        RigsaLinear.check(current_key, target)
-        layer = RigsaLinear(target, current_key, id(target.weight) in self.__dict__["_tied"])
+        layer = self._new_layer(target, current_key, parameter_name)
         layer.train(target.training)
         layer.update_layer(adapter_name, peft_config, peers)
         self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module, name: str, parameter_name: str | None) -> RigsaLayer:
+        """What is put in the place of `target`. Raises ValueError where it cannot be adapted."""
+        tied = self.__dict__["_tied"]
+        owner_name = name if parameter_name is None else name.rpartition(".")[0]
+        if owner_name in self.__dict__["_read"]:
+            raise ValueError(
+                f"target: the module around {owner_name} reads its weight and does not call it, so an adapter there "
+                "would have no effect; leave it out, or adapt the model with rigsa.replace_linears"
+            )
+        if parameter_name is None and type(target).__name__ == "Conv1D":
+            return Conv1DLinear(target, name, False, "weight")
+        if parameter_name is not None:
+            owner = target.get_base_layer() if isinstance(target, RigsaLayer) else target
+            ParamWrapper.check(name, owner, parameter_name)
+            return ParamWrapper(target, name.removesuffix(".weight"), False, parameter_name)
+        RigsaLinear.check(name, target)
+        return RigsaLinear(target, name, id(target.weight) in tied)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Layers of ours are on the right device, and share what PEFT would copy."""
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Values have the dtype that the configuration says, and gates always float32 or float64."""

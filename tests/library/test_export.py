@@ -134,7 +134,11 @@ def test_plain_peft_loads_merges_and_trains_what_was_exported(base, tmp_path):
 
 
 def test_a_merged_model_is_plain_and_the_adapted_one_stays(base, tmp_path):
-    for number, model in enumerate((native(base, density=0.2), native(base), under_peft(base, density=0.2))):
+    for number, model in enumerate((native(base, density=0.2), native(base), under_peft(base, density=0.2),
+                                    under_peft(base, density=0.2, modules_to_save=["lm_head"]))):  # fmt: skip
+        if number == 3:
+            with torch.no_grad():
+                model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
         before = logits(model)
         export_adapter(model, tmp_path / str(number), "merged")
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / str(number))), before)

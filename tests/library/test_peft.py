@@ -30,14 +30,22 @@ from rigsa import (
     MaskedAdamW,
     RigsaConfig,
     RigsaError,
+    adapter_off,
     adapter_summary,
     gated_linears,
     gradient_ticket,
     load_adapter,
+    merge_linears,
     prune,
     random_ticket,
     replace_linears,
+    restore_linears,
+    restore_snapshot,
+    restore_weights,
+    rounding_losses,
     save_adapter,
+    snapshot,
+    verify_adapted,
 )
 from rigsa.state import adapted_layers, ticket_of
 from rigsa.when_imported import when_imported
@@ -218,7 +226,9 @@ def test_a_peft_model_and_a_bare_one_exchange_adapters(tmp_path):
     load_adapter(bare, tmp_path, strict=True)
     assert torch.equal(logits(model), logits(bare))
     other = wrapped(seed=9, modules_to_save=["lm_head"])
-    load_adapter(other, tmp_path)
+    with pytest.raises(RigsaError, match="q_proj has other free entries"):
+        load_adapter(other, tmp_path)
+    load_adapter(other, tmp_path, replace=True)
     assert torch.equal(logits(model), logits(other))
 
 
@@ -313,6 +323,30 @@ def test_names_that_contain_each_other_stay_apart(tmp_path, names):
     for name in names:
         model.set_adapter(name), loaded.set_adapter(name)
         assert torch.equal(logits(model), logits(loaded))
+
+
+@pytest.mark.parametrize("change", [replace_linears, restore_linears, merge_linears])
+def test_what_works_in_place_of_layers_leaves_those_of_peft_alone(change):
+    for model in (wrapped(), inject_adapter_in_model(config(), make_llama())):
+        before = logits(model)
+        with pytest.raises(ValueError, match="its adapters are PEFT's"):
+            change(model)
+        assert torch.equal(logits(model), before)
+
+
+def test_the_library_reads_and_switches_a_peft_model():
+    model = wrapped()
+    before, taken = logits(model), snapshot(model)
+    with adapter_off(model):
+        assert torch.equal(logits(model), logits(make_llama()))
+    trained(model)
+    restore_snapshot(model, taken)
+    assert torch.equal(logits(model), before)
+    restore_weights(model)
+    assert torch.equal(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight,
+                       make_llama().model.layers[0].mlp.up_proj.weight)  # fmt: skip
+    assert all(loss.updates for loss in rounding_losses(model).values())
+    assert verify_adapted(model, input_ids=ROWS) == {}
 
 
 @pytest.mark.parametrize("name", ["q_proj", "layers", "0"])
@@ -643,6 +677,27 @@ def test_hooks_of_the_linear_layer_run():
     with model.disable_adapter():
         logits(model)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_is_compiled_as_one_graph(composed, training):
+    def make():
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+        return get_peft_model(base, config(target_modules=["0", "2"], density=0.5, task_type=None)).train(training)
+
+    model, other, x = make(), make(), torch.randn(3, 8)
+    if composed:
+        other(x)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    model(x).sum().backward()
+    assert torch.equal(compiled(x), model(x))
+    compiled(x).sum().backward()
+    for one, another in zip(gated_linears(model).values(), gated_linears(other).values(), strict=True):
+        torch.testing.assert_close(one.rigsa_values.grad, another.rigsa_values.grad)
+    with other.disable_adapter(), model.disable_adapter():
+        assert torch.equal(compiled(x), model(x))
 
 
 def test_tied_weights_are_not_written_to():
