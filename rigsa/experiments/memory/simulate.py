@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 from unittest import mock
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers.integrations import moe
 
 from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
@@ -124,7 +125,7 @@ class SimulatedModel:
                 for parameter in parameters
             ]
             stepping = stepping_in_backward(optimizer) if config.step_in_backward else nullcontext()
-            with memory, stepping, _prompts_of_one_length():
+            with memory, stepping, _told_to_transformers():
                 loss = training_loss(model, _batch(tokens, micro_batch), config.loss)
                 self._hold_kept(memory)
                 memory.hold_rest("activations")
@@ -143,7 +144,7 @@ class SimulatedModel:
         """One gradient of as many images as the score takes at a time, and the scores of entries from it."""
         with self._fake:
             memory = self._hold(None)
-            with memory, _prompts_of_one_length():
+            with memory, _told_to_transformers():
                 images = images_at_a_time(score, self.config)
                 score_entries(self.model, score, [_batch(tokens, images)], self.config.loss)
         return memory.usage()
@@ -152,7 +153,7 @@ class SimulatedModel:
         """One batch of prompts through the trained adapter, without gradients."""
         with self._fake, torch.no_grad():
             memory = self._hold(None)
-            with memory, _prompts_of_one_length():
+            with memory, _told_to_transformers():
                 answer_logits(self.model.eval(), _batch(tokens, batch))
                 self._hold_kept(memory)
         return memory.usage()
@@ -206,17 +207,25 @@ def _on_meta(shape: PretrainedConfig, config: Base) -> PreTrainedModel:
         )
 
 
-def _prompts_of_one_length() -> AbstractContextManager[Any]:
-    """Tells transformers that prompts have no padding and are not packed, which it cannot find out of fake tensors.
+@contextmanager
+def _told_to_transformers() -> Iterator[None]:
+    """Tells transformers what it cannot find out of fake tensors.
 
-    Left to itself it would take them for the general case and make attention masks of T * T entries.
+    Prompts have no padding and are not packed: left to itself it would take them for the general case and make
+    attention masks of T * T entries. And experts in other dtypes than bfloat16 take its own product, which gives and
+    keeps the same tensors: PyTorch knows the sizes of its product of experts in bfloat16 only.
     """
-    return mock.patch.multiple(
+    one_length = mock.patch.multiple(
         masking_utils,
         is_tracing=lambda tensor=None: False,
         find_packed_sequence_indices=lambda position_ids: None,
         fast_all=lambda mask: True,
     )
+    in_bfloat16 = mock.patch.object(
+        moe, "_can_use_grouped_mm", lambda input, weight, offs: weight.dtype == torch.bfloat16
+    )
+    with one_length, in_bfloat16:
+        yield
 
 
 def _parameters(optimizer: MaskedAdamW) -> list[Tensor]:

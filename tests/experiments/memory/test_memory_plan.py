@@ -202,7 +202,7 @@ GPT2 = GPT2Config(
 
 
 @pytest.mark.parametrize(
-    ("shape", "density", "options"), [(GPT2, 1, FLOAT32), (GPT2, 0.05, {}), (MIXTRAL, 1, {}), (MIXTRAL, 0.05, {})]
+    ("shape", "density", "options"), [(GPT2, 1, FLOAT32), (GPT2, 0.05, {}), (MIXTRAL, 1, FLOAT32), (MIXTRAL, 0.05, {})]
 )
 def test_planned_peak_of_weights_that_code_reads(shape, density, options):
     """Experts that are one parameter, and Conv1D: their composed weights are kept, and their whole gradients made."""
