@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from rigsa.card import Measured, share, write_card
 from rigsa.errors import RigsaError
 from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.run_folder import finished_level
+from rigsa.experiments.records import metrics_of, read_record
+from rigsa.experiments.run_folder import METRICS_FILE, finished_level
 from rigsa.export import Format, export_adapter
 
 EXPORTS = "export"
 """The folder in a run folder that holds its exports, each under the name of its format."""
 
 
-def export_run(run: Path, to: Format, out: Path | None = None, level: int | None = None) -> Path:
-    """Write the adapter of a run in another format; see `rigsa.export`.
+def export_run(run: Path, to: Format, out: Path | None = None, level: int | None = None, licence: str = "") -> Path:
+    """Write the adapter of a run in another format, and its model card; see `rigsa.export` and `rigsa.card`.
 
     Args:
         run: folder of a run with gated layers.
         to: the format.
         out: the folder to write; by default one in the run folder.
         level: of the adapter; the last finished one by default.
+        licence: of the adapter, for the card.
 
     Returns:
         The folder.
@@ -40,4 +44,19 @@ def export_run(run: Path, to: Format, out: Path | None = None, level: int | None
     export_adapter(experiment.model.eval(), folder, to)
     if to == "merged":
         experiment.prompts.tokenizer.save_pretrained(folder)
+    metrics = read_record(experiment.folder(level) / METRICS_FILE, metrics_of(config))
+    data = (
+        f"Textual MNIST ({config.data}, {len(experiment.splits.train):,} images), rigsa {config.method}, level {level}"
+    )
+    write_card(experiment.model, folder, to, data=data, measured=_measured(metrics), licence=licence)
     return folder
+
+
+def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:
+    found = {}
+    for shots, tested in metrics["test"].items():
+        found[f"accuracy on test images, {shots}"] = share(tested["accuracy"], tested["images"])
+    if "drift" in metrics:
+        kl, error = metrics["drift"]["kl"], 1.959964 * metrics["drift"]["stderr"]
+        found["drift from the base's own replies"] = Measured(kl, kl - error, kl + error, " nats a token")
+    return found
