@@ -139,7 +139,8 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Tickets:
-    """The training of a ticket, where it is not that of level 0. `imp`, its controls and `lt-sft` read these fields."""
+    """The training of a ticket, where it is not that of level 0. Methods of several levels, and the
+    controls of `imp`, read these fields."""
 
     ticket_learning_rate: float = _field(
         0.0, "peak of the linear schedule of the levels after level 0; 0: learning_rate, as in the paper", RATE_OR_0
@@ -177,6 +178,9 @@ class Choosing:
     mask_images: int = _field(64, "training images whose gradients choose the mask", COUNT)
     gradient_share: float = _field(
         0.3, "probability with which a step takes the gradient of an entry, divided by it; the others are 0", SHARE
+    )
+    l0_penalty: float = _field(
+        1.25e-7, "what each entry of the difference that is not zero is expected to add to the loss", RATE_OR_0
     )
     super_rank: str = _field("largest", "which pretrained magnitudes are trained", choices=("largest", "smallest"))
     reselect_steps: int = _field(20, "steps between two rounds of dropping and growing", COUNT)
@@ -256,6 +260,7 @@ class Measuring:
     )
     eval_batch_size: int = _field(16, "prompts per test pass", COUNT)
     drift: bool = _field(True, "measure how far the adapted model has moved from the base model's own replies")
+    drift_prompts: int = _field(24, "it is measured on the first N of its 24 prompts", Range(2, 24))
     source_tasks: str = _field(
         "piqa,hellaswag,gsm8k", "what may be forgotten, measured by lm-eval: some of these, comma-separated; '': none"
     )
@@ -419,7 +424,7 @@ class Method(abc.ABC):
         options: fields of `Config` that it reads beside `SHARED`.
         look: how it is drawn.
         usual: values that its own publication, or its start from zero, sets apart from the defaults of `Config`.
-        quickstart_learning_rate: on two CPU cores, where it was searched.
+        quickstart_learning_rate, quickstart_alpha_learning_rate: on two CPU cores, where they were searched.
         gated: it trains `GatedSparseLinear`.
         peft: the adapter of PEFT that it trains, alone or beside the gated layers.
         quantizations: what it takes frozen weights in.
@@ -435,6 +440,7 @@ class Method(abc.ABC):
     look: Look
     usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quickstart_learning_rate: float = 2e-3
+    quickstart_alpha_learning_rate: float = 2e-2
     gated: bool = True
     peft: Literal["", "lora", "shira"] = ""
     quantizations: tuple[str, ...] = QUANTIZATIONS

@@ -224,7 +224,12 @@ class Experiment:
         with main_first():
             if not is_done(folder):
                 if self.config.drift:
-                    spoken = replies(self.model, self.prompts.tokenizer, self.config.system_prompt)
+                    spoken = replies(
+                        self.model,
+                        self.prompts.tokenizer,
+                        self.config.system_prompt,
+                        count=self.config.drift_prompts,
+                    )
                     write_json(folder / REPLIES_FILE, spoken)
                 metrics = {"tokenizer": self.prompts.fingerprint(), **self.test("untrained")}
                 write_json(folder / METRICS_FILE, metrics)

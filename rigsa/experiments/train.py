@@ -87,6 +87,18 @@ class PatternMover(TrainerCallback):
     """
 
 
+class AddsParameters(TrainerCallback):
+    """A callback with parameters of its own. Checkpoints hold them beside the adapter's; what is trained does not."""
+
+    def put_on(self, model: nn.Module) -> None:
+        """Add them, at their start."""
+        raise NotImplementedError
+
+    def take_off(self, model: nn.Module) -> None:
+        """Remove them, and leave what they have made of the adapter."""
+        raise NotImplementedError
+
+
 class EndsEarly(TrainerCallback):
     """A callback that may end a level before its last step."""
 
@@ -114,7 +126,8 @@ def train_level(
         config: of the run.
         folder: of the level.
         label: of the progress bar.
-        callbacks: more of them; where there is a `PatternMover`, the level's mask is written before the adapter.
+        callbacks: more of them; where there is a `PatternMover`, the level's mask is written before the adapter, and
+            where one `AddsParameters`, the model has these while it trains.
         first_step: of the schedule; only the steps from there on are made.
 
     Raises:
@@ -125,6 +138,9 @@ def train_level(
         load_trained(model, folder, moving)
         return
     reset_peak_memory()
+    adding = [callback for callback in callbacks if isinstance(callback, AddsParameters)]
+    for callback in adding:
+        callback.put_on(model)
     with main_first():
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is not None:
@@ -152,6 +168,8 @@ def train_level(
         optimizer = trainer.create_optimizer()
         with stepping_in_backward(optimizer) if config.step_in_backward else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for callback in adding:
+        callback.take_off(model)
     with whole(model), main_first():
         if not (folder / LOG_FILE).exists():
             save_trained(model, folder, moving)
@@ -332,11 +350,16 @@ class LevelTrainer(Trainer):
 
 
 def keep_out_of_ddp(model: nn.Module) -> None:
-    """Have DDP send trained parameters only: every process has loaded the frozen ones and the patterns already.
+    """Have DDP send what backward trains only: every process has loaded the frozen parameters and the patterns already,
+    and finds gradients that are set by hand from those of the others.
 
     DDP would broadcast all of them once, buffers before each forward pass, and neither gloo nor NCCL sends int16.
     """
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad or getattr(parameter, "is_set_by_hand", False)
+    ]
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
 

@@ -44,7 +44,7 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "prunings": 4, "keep_fraction": 0.8, "criterion": "rigsa", "rewind": "init",
         "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
         "ticket_learning_rate": 0.0, "ticket_alpha_learning_rate": 0.0,
-        "match": "", "match_level": 0, "init_seed": -1, "density": 0.0, "gradient_share": 0.3,
+        "match": "", "match_level": 0, "init_seed": -1, "density": 0.0, "gradient_share": 0.3, "l0_penalty": 1.25e-7,
         "mask_images": 64, "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
         "loss": "answer", "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
@@ -52,7 +52,7 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,
         "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
         "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
-        "drift": True, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
+        "drift": True, "drift_prompts": 24, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
         "logging_steps": 10, "checkpoint_steps": 100,
     }  # fmt: skip
 
@@ -73,7 +73,19 @@ def test_every_method_has_every_preset_and_its_options(method, preset):
     for name in OPTIONS:
         if not config.method.reads(name):
             assert getattr(config, name) == getattr(PRESETS[preset](method), name)
-    from_zero = method in ("lt-sft", "sift", "fisher", "child-d", "child-f", "sam", "super", "rosa", "spiel", "full")
+    from_zero = method in (
+        "lt-sft",
+        "diff-pruning",
+        "sift",
+        "fisher",
+        "child-d",
+        "child-f",
+        "sam",
+        "super",
+        "rosa",
+        "spiel",
+        "full",
+    )
     assert (config.gate == "none") == (config.init_scale == 0) == from_zero
 
 
@@ -208,6 +220,7 @@ def test_values_out_of_range_are_named(arguments, message, capsys):
         ("reinit", ["--init-seed", "-2"], "--init-seed: expected -1 to 2**63 - 1, got -2"),
         ("child-f", ["--gradient-share", "0"], "--gradient-share: expected more than 0 and at most 1, got 0.0"),
         ("child-f", ["--step-in-backward", "--max-grad-norm", "0"], "--step-in-backward: expected no for child-f"),
+        ("diff-pruning", ["--step-in-backward", "--max-grad-norm", "0"], "--step-in-backward: expected no for diff-pr"),
         ("lora", ["--rank", "0"], "--rank: expected 1 to 65,536, got 0"),
         ("lora", ["--lora-dropout", "1"], "--lora-dropout: expected 0 or more and less than 1, got 1.0"),
         ("spiel", ["--reselect-share", "1"], "--reselect-share: expected more than 0 and less than 1, got 1.0"),

@@ -25,17 +25,18 @@ from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_act
 from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
 from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
+from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.scores import GradientScore
-from rigsa_kernels import GatedSparseLinear, MaskedAdamW, gated_linears
+from rigsa_kernels import GatedSparseLinear, GatedSparseWeight, MaskedAdamW, gated_linears
 from rigsa_kernels.dispatch import kernels_win
 from rigsa_kernels.format import WORD_BITS, SparsePattern
 from rigsa_kernels.nf4 import RUN, nf4_base
 from rigsa_kernels.optim import StateDtype
 from rigsa_kernels.reference import sampled_grad_bytes, samples
-from rigsa_kernels.selection import select_linears
+from rigsa_kernels.selection import adaptable, select_linears
 
 NF4_BLOCK = 64
 """Weights that share a scale, as bitsandbytes has it by default."""
@@ -74,7 +75,7 @@ class SimulatedModel:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         model = _on_meta(shape, config)
         layers = select_linears(model, "*", ())[0].values()
-        self.num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+        self.num_weights = sum(adaptable(model).values())
         model.requires_grad_(False)
         if config.method.peft:
             attach_peft(model, config)  # here, as PEFT moves modules, which fake tensors do not allow
@@ -86,13 +87,17 @@ class SimulatedModel:
                 for linear in layers:
                     _quantize(linear)
             if config.method.gated:
-                # "composed" would ask the values whether it is wise
-                attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
+                # "composed", and weights that code reads, would ask the values whether it is wise: zeros are not asked
+                attach_adapter(self.model, config, numerics="auto", init_scale=0.0)
             checkpoint_activations(self.model, config)
             self._lists: list[Tensor] = []
             for layer in gated_linears(self.model).values():
                 _simulate(layer, config, device, density)
                 self._lists += _position_lists(layer, device)
+            if density == 1 and config.method.reads("l0_penalty"):
+                DiffGates(config).put_on(self.model)
+                # w, while the values are the difference of a step
+                self._lists += [torch.empty_like(layer.rigsa_values) for layer in gated_linears(self.model).values()]
 
     def trained_share(self) -> float:
         """Numbers that are trained, as a share of the weights of the layers that have an adapter."""
@@ -109,7 +114,8 @@ class SimulatedModel:
         model, config = self.model.train(), self.config
         with self._fake:
             optimizer = self._optimizer(config)
-            parameters = _parameters(optimizer)
+            by_hand = [p for p in _parameters(optimizer) if getattr(p, "is_set_by_hand", False)]
+            parameters = [p for p in _parameters(optimizer) if not getattr(p, "is_set_by_hand", False)]
             if accumulates:
                 _fill_gradients(parameters)
             memory = self._hold(optimizer)
@@ -125,6 +131,8 @@ class SimulatedModel:
                 loss.backward()
                 if config.max_grad_norm:
                     nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                _fill_gradients(by_hand)
+                memory.hold("gradients", [p.grad for p in by_hand if p.grad is not None])
                 optimizer.step()
             for hook in hooks:
                 hook.remove()
@@ -245,7 +253,8 @@ def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, de
     """Have a dense layer of fake tensors go the way that it would go on `device`, with a pattern of that density."""
     layer.rule_device = device
     # `auto` would ask the values. Composing keeps the larger matrices.
-    layer.numerics = "composed" if config.numerics == "auto" else config.numerics
+    if not isinstance(layer, GatedSparseWeight):  # which always composes
+        layer.numerics = "composed" if config.numerics == "auto" else config.numerics
     if density < 1:
         n, k = layer.out_features, layer.in_features
         words = torch.empty(-(-k // WORD_BITS), n, dtype=torch.int32)

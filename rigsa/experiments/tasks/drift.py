@@ -36,7 +36,9 @@ def drift_prompts() -> list[str]:
     return resources.files("rigsa.experiments.tasks").joinpath(PROMPTS_FILE).read_text(encoding="utf-8").splitlines()
 
 
-def replies(model: PreTrainedModel, tokenizer: Any, system_prompt: str, max_new_tokens: int = 48) -> list[Reply]:
+def replies(
+    model: PreTrainedModel, tokenizer: Any, system_prompt: str, max_new_tokens: int = 48, *, count: int | None = None
+) -> list[Reply]:
     """Greedy replies to `drift_prompts` of `model` as it is, which should be the base.
 
     Args:
@@ -44,12 +46,13 @@ def replies(model: PreTrainedModel, tokenizer: Any, system_prompt: str, max_new_
         tokenizer: with a chat template.
         system_prompt: of the chat; ``default`` leaves it to the template.
         max_new_tokens: where a reply is cut. One that ended before holds its end token.
+        count: only to so many of the prompts.
 
     Raises:
         RigsaError: the tokenizer does not fit (`rigsa.experiments.tasks.textual_mnist.Prompts`).
     """
     prompts = Prompts(tokenizer, system_prompt)
-    encoded = {text: chat_ids(prompts, [{"role": "user", "content": text}]) for text in drift_prompts()}
+    encoded = {text: chat_ids(prompts, [{"role": "user", "content": text}]) for text in drift_prompts()[:count]}
     found: list[Reply] = []
     for start in range(0, len(encoded), PROMPTS_A_PASS):
         asked = dict(list(encoded.items())[start : start + PROMPTS_A_PASS])

@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from conftest import make_llama, make_tokenizer
 from rigsa.errors import RigsaError
@@ -30,6 +37,7 @@ from rigsa.experiments.memory.plan import (
 )
 from rigsa.experiments.memory.simulate import SimulatedModel
 from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
+from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_linears, spare_the_head
 from rigsa.experiments.presets import paper, quickstart
@@ -38,6 +46,7 @@ from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.masks import random_patterns
 from rigsa.run import main
 from rigsa_kernels import gated_linears
+from rigsa_kernels.selection import adaptable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = LlamaConfig(
@@ -48,9 +57,9 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 TICKET = 0.0346
 
 
-def small_model(config: Config) -> PreTrainedModel:
+def small_model(config: Config, shape: PretrainedConfig = SMALL) -> PreTrainedModel:
     dtype = getattr(torch, config.dtype)
-    model = AutoModelForCausalLM.from_config(SMALL, attn_implementation=config.attention, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=dtype)
     model.requires_grad_(False)
     spare_the_head(model)
     if config.quantize == "nf4":
@@ -111,6 +120,30 @@ def allocated_peak(run: Callable[[], None]) -> int:
     return peak
 
 
+@pytest.mark.parametrize("micro_batch", [1, 6])
+def test_planned_peak_of_factors_that_learn_to_be_zero(micro_batch):
+    """Where the update takes most, and where activations do. What one layer takes for the chain rule is not planned."""
+    config = dataclasses.replace(paper("diff-pruning"), numerics="composed", micro_batch_size=micro_batch, batch_size=6)
+    batch = {"input_ids": torch.zeros(micro_batch, 200, dtype=torch.int64), "answer": torch.zeros(micro_batch).long()}
+
+    def two_steps() -> None:
+        model, gates = small_model(config), DiffGates(config)
+        attach(model, config)
+        gates.put_on(model.train())
+        optimizer = make_optimizer(model, config)
+        for number in range(2):
+            gates.draw(model, number)
+            if number == 1:
+                mark()
+            training_loss(model, batch, config.loss).backward()
+            gates.hand_on(model, number)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    planned = SimulatedModel(SMALL, config, CPU, 1).training_step(200, micro_batch, accumulates=False)
+    assert planned.peak == pytest.approx(allocated_peak(two_steps), rel=0.05)
+
+
 FLOAT32 = {"dtype": "float32", "values_dtype": "float32", "state_dtype": "float32"}
 
 
@@ -124,6 +157,7 @@ FLOAT32 = {"dtype": "float32", "values_dtype": "float32", "state_dtype": "float3
         ("rosa", {"loss": "all"}),
         ("full", {"step_in_backward": True, "max_grad_norm": 0.0, "batch_size": 4}),
         ("spiel", {"state_dtype": "int8"}),
+        ("child-f", {}),
     ],
 )
 def test_planned_peak_of_every_kind_of_method(method, options):
@@ -156,6 +190,30 @@ def test_planned_peak_of_choosing_a_mask(method, options):
 
     planned = SimulatedModel(SMALL, config, CPU, 1).scoring_pass(score, 200)
     assert planned.peak == pytest.approx(allocated_peak(choose), rel=0.03)
+
+
+MIXTRAL = MixtralConfig(
+    vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True,
+)  # fmt: skip
+GPT2 = GPT2Config(
+    vocab_size=256, n_embd=128, n_layer=2, n_head=4, n_positions=512, bos_token_id=None, eos_token_id=None
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "density", "options"), [(GPT2, 1, FLOAT32), (GPT2, 0.05, {}), (MIXTRAL, 1, {}), (MIXTRAL, 0.05, {})]
+)
+def test_planned_peak_of_weights_that_code_reads(shape, density, options):
+    """Experts that are one parameter, and Conv1D: their composed weights are kept, and their whole gradients made."""
+    config = dataclasses.replace(paper(), numerics="composed", micro_batch_size=4, **options)
+    planned = SimulatedModel(shape, config, CPU, density)
+    peak = planned.training_step(200, 4, accumulates=False).peak
+    model = small_model(config, shape)
+    assert planned.num_weights == sum(adaptable(model).values())
+    del model
+    measured = allocated_peak(lambda: train_two_steps(small_model(config, shape), config, density, 200, False))
+    assert peak == pytest.approx(measured, rel=0.03)
 
 
 def test_a_mask_that_cannot_be_chosen_is_refused_with_options_that_help():

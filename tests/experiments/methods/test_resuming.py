@@ -20,7 +20,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
-@pytest.mark.parametrize("method", ["child-f"])
+@pytest.mark.parametrize("method", ["child-f", "diff-pruning"])
 def test_death_at_any_write_and_running_again_gives_the_same_bits(method, small_model_folder, tmp_path, monkeypatch):
     """Dies before a rename, then before the fifth after it, ... each time in a run that goes on from the last death."""
     config = config_of(method, small_model_folder, drift=False, max_steps=8)
