@@ -57,10 +57,10 @@ except BaseException as error:
 if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
     from rigsa.experiments.memory.plan import LevelPlan, Target
-    from rigsa.experiments.tasks.textual_mnist import Images
+    from rigsa.experiments.tasks.task import Size, Task
 
 SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
-CHAT = "talk to the adapted model of a run, and show it images of digits"
+CHAT = "talk to the adapted model of a run, and show it its test examples"
 PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
 TOKENS = {"digits": 93}
 """Data to the tokens of a prompt without examples, by SmolLM2's tokenizer. Images of 28x28 have `MNIST_TOKENS`."""
@@ -181,7 +181,8 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     add_number(command, "--gpu-memory", float, GIBIBYTES, default=24.0, metavar="GIB", help="of the GPU; default: 24")
     add_number(
         command, "--tokens", int, bounds.TOKENS,
-        help=f"of a prompt; default: {TOKENS['digits']} with --data digits, else {MNIST_TOKENS}",
+        help=f"of a prompt; default: {TOKENS['digits']} with --data digits, of texts those of the longest one, else "
+        f"{MNIST_TOKENS}",
     )  # fmt: skip
     add_number(
         command, "--same-sign-share", float, SHARE, metavar="FLOAT",
@@ -273,7 +274,9 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 def resolve(options: argparse.Namespace) -> Config:
     """The configuration of a run: `configure`, and the run whose ticket it is matched to, if its method has that."""
-    config = configure(options)
+    from rigsa.experiments.tasks.registry import recognise
+
+    config = recognise(configure(options))
     other = config.method.matches
     if other and config.match and config.density:
         raise RigsaError("--match and --density: give one of them")
@@ -317,7 +320,7 @@ def train_run(config: Config, out: Path, gpu_memory: float | None) -> None:
     source_tasks.check(config)
     check_folder(config, out)
     experiment = Experiment.prepare(config, out)
-    source_tasks.check_content(config, experiment.prompts.tokenizer)
+    source_tasks.check_content(config, experiment.task.conversation.tokenizer)
     plans = plan_memory(experiment, gpu_memory)
     if distributed.is_main():
         print(describe(experiment, plans), flush=True)
@@ -328,7 +331,7 @@ def train_run(config: Config, out: Path, gpu_memory: float | None) -> None:
         remove_temporaries(out)
     config.method.run(experiment)
     if distributed.is_main():
-        print_report([out], out, experiment.splits.test)
+        print_report([out], out, experiment.task)
 
 
 def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelPlan]:
@@ -339,10 +342,9 @@ def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelP
     config, device = experiment.config, experiment.model.device
     if not config.method.planned:
         return []
-    tokens = len(experiment.prompts.encode(experiment.splits.train.levels[0]))
     # A plan is that of one process with a whole model, so it cannot refuse one in shards.
     memory = math.inf if distributed.is_sharding() else memory_of(device, gpu_memory)
-    target = Target(experiment.model.config, config, device, tokens)
+    target = Target(experiment.model.config, config, device, experiment.task.size())
     return require_fit(target, densities_to_train(target), memory)
 
 
@@ -368,13 +370,31 @@ def run_plan(options: argparse.Namespace) -> None:
 
     config = configure(options, device="cuda")
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
-    tokens = options.tokens or TOKENS.get(config.data, MNIST_TOKENS)
+    size = planned_size(config, options.tokens)
     share = SAME_SIGN_SHARE if options.same_sign_share is None else options.same_sign_share
-    target = Target(model_shape(config.model), config, device, tokens)
+    target = Target(model_shape(config.model), config, device, size)
     text, record = memory_report(target, expected_densities(target.shape, config, share), options.gpu_memory * 2**30)
     print(text)
     if options.json:
         write_json(options.json, record)
+
+
+def planned_size(config: Config, tokens: int | None) -> Size:
+    """The largest row of a training batch: of so many tokens, or what the data say. Texts need the model's tokenizer.
+
+    Raises:
+        RigsaError: the data or the tokenizer cannot be read.
+    """
+    from rigsa.experiments.model import load_tokenizer, longest_of, model_shape
+    from rigsa.experiments.tasks.registry import load_task
+    from rigsa.experiments.tasks.task import Size
+
+    if config.is_text and tokens is None:
+        task = load_task(config)
+        task.meet(load_tokenizer(config), longest_of(model_shape(config.model)))
+        return task.size()
+    known = tokens or TOKENS.get(config.data, MNIST_TOKENS)
+    return Size(known, 1 if config.loss == "answer" and not config.is_text else known)
 
 
 def run_sweep(options: argparse.Namespace) -> None:
@@ -397,11 +417,11 @@ def run_report(options: argparse.Namespace) -> None:
     print_report(options.runs, options.out)
 
 
-def print_report(runs: Sequence[Path], out: Path | None, images: Images | None = None) -> None:
-    """Write the report, and show its table and where it is. `images` are at hand at the end of a run."""
+def print_report(runs: Sequence[Path], out: Path | None, task: Task | None = None) -> None:
+    """Write the report, and show its table and where it is. The `task` is at hand at the end of a run."""
     from rigsa.experiments.report.page import write_report
 
-    table, page = write_report(runs, out, images)
+    table, page = write_report(runs, out, task)
     print(f"\n{table}\n\nreport: {page}")
 
 

@@ -15,6 +15,7 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.config import OPTIONS, Config, flag
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.presets import PRESETS
+from rigsa.experiments.tasks.registry import recognise
 
 VARIABLE = {name: field for name, field in OPTIONS.items() if name not in ("seed", "match")}
 
@@ -119,7 +120,7 @@ def plan_sweep(
             settings = dict(zip(varied[method], values, strict=True))
             given = {name: value for name, value in options.items() if METHODS[method].reads(name)} | settings
             usual = PRESETS[preset](method, given.get("device", "auto"))
-            config = dataclasses.replace(usual, **given, seed=seed)
+            config = recognise(dataclasses.replace(usual, **given, seed=seed))
             if config.method.matches and not config.density:
                 jobs += _controls(config, settings, jobs, out)
             else:

@@ -17,8 +17,7 @@ from rigsa.experiments.methods.gradient_masks import GradientMask, mask_batches,
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.methods.ticket import FROM_ZERO, TicketMethod, highest
 from rigsa.experiments.presets import arguments_of, smoke
-from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
+from rigsa.experiments.tasks.evaluation import target_logits, training_loss
 from rigsa.experiments.train import make_optimizer
 from rigsa.run import main
 from rigsa_kernels import gated_linears
@@ -54,10 +53,10 @@ def command(config, out: Path) -> list[str]:
 
 def images_of(prepared: Experiment, size: int) -> DataLoader:
     """The images that choose the mask, found here once more."""
-    dataset = PromptDataset(prepared.splits.train, prepared.prompts)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(prepared.config.seed))
-    chosen = Subset(dataset, order[: prepared.config.mask_images].tolist())
-    return DataLoader(chosen, size, collate_fn=lambda samples: collate(samples, prepared.prompts.pad_id))
+    samples = prepared.task.training()
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(prepared.config.seed))
+    chosen = Subset(samples, order[: prepared.config.mask_images].tolist())
+    return DataLoader(chosen, size, collate_fn=samples.collate)
 
 
 def gradients_of_plain_weights(prepared: Experiment, size: int) -> dict[str, list[torch.Tensor]]:
@@ -67,7 +66,7 @@ def gradients_of_plain_weights(prepared: Experiment, size: int) -> dict[str, lis
     found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     for batch in images_of(prepared, size):
         plain.zero_grad()
-        training_loss(plain, batch, "answer").backward()
+        training_loss(plain, batch).backward()
         for name, layer in layers.items():
             found[name].append(layer.weight.grad.clone())
     return found
@@ -177,7 +176,7 @@ def test_full_fine_tuning_is_adamw_on_the_weights(small_model_folder, tmp_path):
     ours = make_optimizer(prepared.model, config)
     for batch in images_of(dataclasses.replace(prepared, config=config_of("sift", small_model_folder)), 2):
         for model, optimizer in ((plain, theirs), (prepared.model, ours)):
-            training_loss(model, batch, "answer").backward()
+            training_loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
     for name, layer in gated_linears(prepared.model).items():
@@ -193,20 +192,20 @@ def test_what_is_attached_changes_nothing_at_the_start_and_can_be_switched_off(m
     prepared = Experiment.prepare(config_of(method, small_model_folder), tmp_path)
     batch = next(iter(images_of(dataclasses.replace(prepared, config=config_of("sift", small_model_folder)), 3)))
     with torch.no_grad():
-        wanted = answer_logits(prepared.model, batch)
+        wanted = target_logits(prepared.model, batch)
         prepared.attach()
-        assert torch.equal(answer_logits(prepared.model, batch), wanted)
+        assert torch.equal(target_logits(prepared.model, batch), wanted)
         for parameter in trained_parameters(prepared.model).values():
             parameter.add_(0.1)
-        assert not torch.equal(answer_logits(prepared.model, batch), wanted)
+        assert not torch.equal(target_logits(prepared.model, batch), wanted)
         with adapter_off(prepared.model):
-            assert torch.equal(answer_logits(prepared.model, batch), wanted)
+            assert torch.equal(target_logits(prepared.model, batch), wanted)
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("sift", ["--mask-images", "41"], "--mask-images: there are only 40 training images, got 41"),
+        ("sift", ["--mask-images", "41"], "--mask-images: there are only 40 training examples, got 41"),
         ("sift", ["--density", "0.0001"], "--density: 0.0001 leaves"),
         ("shira", ["--rank", "17"], "--rank: expected at most 16"),
     ],
