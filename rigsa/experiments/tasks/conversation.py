@@ -20,7 +20,7 @@ Turn = dict[str, Any]
 """``{"role": "user", "content": "..."}``, and what else a chat template reads, such as ``tool_calls``."""
 PLAIN = (
     "{{ begin }}{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
 )
 """A line a turn, and the end token after what the assistant says. `begin` stands for the tokenizer's own beginning."""
 
