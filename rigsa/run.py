@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from rigsa.experiments.tasks.task import Size, Task
 
 SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
+COMPARE = "several methods on your own data with one budget, and a table that says which to take"
 CHAT = "talk to the adapted model of a run, and show it its test examples"
 PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
 TOKENS = {"digits": 93}
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parse(arguments)
-            resumes = options.command in (run_method, run_sweep)
+            resumes = options.command in (run_method, run_sweep, run_compare)
             options.command(options)
         finally:
             flush_output()  # here, where it is one line if that fails, and not as Python ends
@@ -145,6 +146,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_run_options(command, method)
     add_plan(commands.add_parser("plan", help=PLAN, description=PLAN[0].upper() + PLAN[1:] + ".", allow_abbrev=False))
     add_sweep(commands.add_parser("sweep", help=SWEEP, description=SWEEP.capitalize() + ".", allow_abbrev=False))
+    compare = commands.add_parser("compare", help=COMPARE, description=COMPARE.capitalize() + ".", allow_abbrev=False)
+    add_compare(compare)
     report = commands.add_parser("report", help="tables and figures from run folders alone", allow_abbrev=False)
     report.add_argument("runs", nargs="+", type=utf8_path, metavar="RUN", help="run folders, or folders that hold them")
     report.add_argument(
@@ -193,16 +196,31 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     add_configuration(command, lambda name: name != "match" and any(method.reads(name) for method in planned))
 
 
+def add_compare(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=run_compare, vary=[])
+    command.add_argument(
+        "--equal", choices=("steps", "parameters"), default="steps",
+        help="what every method gets as much of; parameters: as many as LoRA of --rank trains, and as many steps; "
+        "default: steps",
+    )  # fmt: skip
+    add_queue(command, Path("runs/compare"))
+
+
 def add_sweep(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=run_sweep)
-    add_preset(command, "quickstart")
-    command.add_argument("--methods", required=True, metavar="LIST", help=f"some of {', '.join(METHODS)}")
-    command.add_argument("--seeds", default="0", metavar="LIST", help="default: 0")
     command.add_argument(
         "--vary", action="append", default=[], metavar="[METHOD:]FIELD=LIST",
         help="an option that takes each of these values, for all methods that read it or for one; may be repeated",
     )  # fmt: skip
-    command.add_argument("--out", type=utf8_path, default=Path("runs/sweep"), help="sweep folder; default: runs/sweep")
+    add_queue(command, Path("runs/sweep"))
+
+
+def add_queue(command: argparse.ArgumentParser, out: Path) -> None:
+    """The options of commands that make several runs."""
+    add_preset(command, "quickstart")
+    command.add_argument("--methods", required=True, metavar="LIST", help=f"some of {', '.join(METHODS)}")
+    command.add_argument("--seeds", default="0", metavar="LIST", help="default: 0")
+    command.add_argument("--out", type=utf8_path, default=out, help=f"folder of the runs; default: {out}")
     command.add_argument("--shard", default="1/1", metavar="I/N", help="run only part I of N, counted from 1")
     command.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     add_number(command, "--gpu-memory", float, GIBIBYTES, metavar="GIB", help="as for every run")
@@ -397,20 +415,40 @@ def planned_size(config: Config, tokens: int | None) -> Size:
     return Size(known, 1 if config.loss == "answer" and not config.is_text else known)
 
 
+def run_compare(options: argparse.Namespace) -> None:
+    from rigsa.experiments.comparison import decide, equal_budget
+    from rigsa.experiments.sweep_plan import method_names
+
+    quiet_libraries()
+    given = equal_budget(method_names(options.methods), options.preset, given_fields(options), options.equal)
+
+    def report(runs: Sequence[Path], out: Path) -> None:
+        print_report(runs, out)
+        print(f"\n{decide(runs, out)}")
+
+    run_queue(options, given, report)
+
+
 def run_sweep(options: argparse.Namespace) -> None:
+    run_queue(options, given_fields(options), print_report)
+
+
+def run_queue(
+    options: argparse.Namespace, given: dict[str, Any], report: Callable[[Sequence[Path], Path], object]
+) -> None:
+    """Run, or print, the runs of a sweep or a comparison; `given` are fields of all their configurations."""
     from rigsa.experiments import sweep
     from rigsa.experiments.sweep_plan import Shard, plan_sweep
 
     plan = plan_sweep(
-        options.methods, options.seeds, options.vary, preset=options.preset, options=given_fields(options),
-        out=options.out,
-    )  # fmt: skip
+        options.methods, options.seeds, options.vary, preset=options.preset, options=given, out=options.out
+    )
     shard = Shard.parse(options.shard)
     extra = [] if options.gpu_memory is None else [f"--gpu-memory={options.gpu_memory}"]
     if options.dry_run:
         sweep.print_commands(plan, shard, extra)
         return
-    sweep.run_sweep(plan, print_report, shard=shard, extra=extra)
+    sweep.run_sweep(plan, report, shard=shard, extra=extra)
 
 
 def run_report(options: argparse.Namespace) -> None:

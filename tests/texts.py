@@ -42,7 +42,7 @@ def byte_tokenizer(*, template: str | None = CHATML, adds_bos: bool = False) -> 
 
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 256, "vocab_size": 280, "initializer_range": 0.1, "tie_word_embeddings": False,
 }  # fmt: skip
 FAMILIES: dict[str, Any] = {

@@ -296,7 +296,7 @@ class Measuring:
     answer_tokens: int = _field(256, "where a generated answer is cut", COUNT)
     drift: bool = _field(True, "measure how far the adapted model has moved from the base model's own replies")
     source_tasks: str = _field(
-        "piqa,hellaswag,gsm8k", "what may be forgotten, measured by lm-eval: some of these, comma-separated; '': none"
+        "piqa,hellaswag,gsm8k", "what may be forgotten: tasks of lm-eval, comma-separated; '': none"
     )
     data_dir: str = _field("", "folder with the data of the source tasks; '': the hub's")
     limit: int = _field(0, "only the first N documents of each source task; 0: all", COUNT_OR_0)

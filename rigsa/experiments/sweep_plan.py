@@ -110,7 +110,7 @@ def plan_sweep(
         RigsaError: an unknown method or field, a field that no run reads, a value that does not fit or stands twice,
             or a random mask that no imp run of the sweep has a ticket for.
     """
-    names, numbers = _methods(methods), _seeds(seeds)
+    names, numbers = method_names(methods), _seeds(seeds)
     varied = _varied(vary, names)
     _check_options(options, varied)
     jobs: list[Job] = []
@@ -173,7 +173,8 @@ def _label(name: str, value: Any) -> str:
     return f"{flag(name)}{value}"
 
 
-def _methods(text: str) -> list[str]:
+def method_names(text: str) -> list[str]:
+    """Comma-separated names of methods. Raises RigsaError for another, and for one that stands twice."""
     names = _list("methods", text)
     for name in names:
         if name not in METHODS:

@@ -11,16 +11,17 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer import SCHEDULER_NAME
@@ -53,6 +54,7 @@ from rigsa.experiments.records import LOG_LINE, read_lines
 from rigsa.experiments.run_folder import ADAPTER_FILE, CHECKPOINTS, LOG_FILE, MASK_FILE, RESOURCES_FILE
 from rigsa.experiments.tasks.evaluation import target_logits, training_loss
 from rigsa.experiments.tasks.task import Batch, Samples, num_targets
+from rigsa.experiments.tasks.text import TextSamples
 from rigsa.files import read_json, write_json, write_text
 from rigsa_kernels import MaskedAdamW, gated_linears
 from rigsa_kernels.launches import local_part
@@ -265,9 +267,11 @@ class LevelTrainer(Trainer):
             )
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Draw whole batches only. A smaller one would make a smaller step, and processes could not share it evenly."""
         count = steps_per_epoch(self.config, len(self.train_dataset)) * self.config.batch_size
+        if self.config.group_by_length and isinstance(self.train_dataset, TextSamples):
+            return LikeLengths(self.train_dataset.lengths, self.config.batch_size, self.config.seed)
         return RandomSampler(self.train_dataset, num_samples=count)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -337,6 +341,39 @@ class LevelTrainer(Trainer):
             "What was saved before is kept. Try a lower --learning-rate or --alpha-learning-rate, or --dtype float32 "
             "(in another --out folder)."
         )
+
+
+class LikeLengths(Sampler[int]):
+    """Draws batches of examples of like length, in another order in each epoch.
+
+    In each epoch the examples are drawn in a random order, those of `CHUNK` batches are sorted by length, and the
+    batches that this makes are drawn in a random order again. What is left of the last batch is dropped.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: examples per optimiser step.
+        seed: of the order.
+    """
+
+    CHUNK = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.batch_size * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        drawn = generator.permutation(len(self.lengths))[: len(self)].tolist()
+        size = self.CHUNK * self.batch_size
+        chunks = [sorted(drawn[at : at + size], key=lambda one: self.lengths[one]) for at in range(0, len(drawn), size)]
+        ordered = [one for chunk in chunks for one in chunk]
+        for batch in generator.permutation(len(self) // self.batch_size).tolist():
+            yield from ordered[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 def keep_out_of_ddp(model: nn.Module) -> None:

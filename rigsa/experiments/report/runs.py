@@ -153,7 +153,9 @@ class Report:
     @property
     def sources(self) -> list[Measure]:
         """Those source tasks that any run has measured."""
-        measures = [Measure(name, ("source", task, "score"), "%", 2) for task, name in TASKS.items()]
+        others = dict.fromkeys(task for run in self.runs for task in run.config.tasks if task not in TASKS)
+        names = TASKS | {task: task for task in others}
+        measures = [Measure(name, ("source", task, "score"), "%", 2) for task, name in names.items()]
         return [measure for measure in measures if self._measured(measure)]
 
     @property

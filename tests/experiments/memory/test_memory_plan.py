@@ -34,7 +34,7 @@ from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_linears, spare_the_head
 from rigsa.experiments.presets import paper, quickstart
 from rigsa.experiments.tasks.evaluation import training_loss
-from rigsa.experiments.tasks.task import Size
+from rigsa.experiments.tasks.task import Batch, Size, collate
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.masks import random_patterns
 from rigsa.run import main
@@ -59,7 +59,7 @@ def small_model(config: Config) -> PreTrainedModel:
     return model
 
 
-def train_two_steps(model: PreTrainedModel, config: Config, density: float, tokens: int, accumulates: bool) -> None:
+def train_two_steps(model: PreTrainedModel, config: Config, density: float, size: Size, accumulates: bool) -> None:
     """Marks the last micro-batch of the second step."""
     attach(model, config)
     layers = gated_linears(model)
@@ -73,8 +73,7 @@ def train_two_steps(model: PreTrainedModel, config: Config, density: float, toke
         del pattern
     optimizer = make_optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    prompts = config.micro_batch_size
-    batch = {"input_ids": torch.zeros(prompts, tokens, dtype=torch.int64), "targets": torch.zeros(prompts, 1).long()}
+    batch = batch_of(size, config.micro_batch_size)
     model.train()
 
     def update() -> None:
@@ -91,6 +90,12 @@ def train_two_steps(model: PreTrainedModel, config: Config, density: float, toke
         mark()
         training_loss(model, batch).backward()
         update()
+
+
+def batch_of(size: Size, rows: int) -> Batch:
+    """Rows of which the first is as long as `size` says and the others, if it says so, shorter."""
+    lengths = [size.tokens - 3 * row if size.padded else size.tokens for row in range(rows)]
+    return collate([{"input_ids": [0] * length, "targets": [0] * size.targets} for length in lengths], 0)
 
 
 def mark() -> None:
@@ -131,9 +136,21 @@ def test_planned_peak_of_every_kind_of_method(method, options):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     config = dataclasses.replace(paper(method), numerics="composed", micro_batch_size=4, **options)
-    density = config.density or 1
-    measured = allocated_peak(lambda: train_two_steps(small_model(config), config, density, 200, False))
-    planned = SimulatedModel(SMALL, config, CPU, density).training_step(Size(200), 4, accumulates=False)
+    density, size = config.density or 1, Size(200, 200 if config.loss == "all" else 1)
+    measured = allocated_peak(lambda: train_two_steps(small_model(config), config, density, size, False))
+    planned = SimulatedModel(SMALL, config, CPU, density).training_step(size, 4, accumulates=False)
+    assert planned.peak == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["imp", "lora"])
+@pytest.mark.parametrize("size", [Size(200, 60, padded=True), Size(400, 390, padded=True)], ids=str)
+def test_planned_peak_of_texts_of_unequal_length(size, method, attention):
+    """Rows are filled up, so that there is an attention mask, and logits are those of the targets."""
+    pytest.importorskip("peft")
+    config = dataclasses.replace(paper(method), numerics="composed", micro_batch_size=4, attention=attention, **FLOAT32)
+    measured = allocated_peak(lambda: train_two_steps(small_model(config), config, 1, size, True))
+    planned = SimulatedModel(SMALL, config, CPU, 1).training_step(size, 4, accumulates=True)
     assert planned.peak == pytest.approx(measured, rel=0.03)
 
 
@@ -200,7 +217,7 @@ def test_planned_peak_is_the_allocators_within_three_per_cent(density, accumulat
     config = dataclasses.replace(paper(), numerics="composed", micro_batch_size=4, **options)
     if config.quantize == "nf4":
         pytest.importorskip("bitsandbytes")
-    measured = allocated_peak(lambda: train_two_steps(small_model(config), config, density, 200, accumulates))
+    measured = allocated_peak(lambda: train_two_steps(small_model(config), config, density, Size(200), accumulates))
     planned = SimulatedModel(SMALL, config, CPU, density).training_step(Size(200), 4, accumulates=accumulates)
     assert planned.peak == pytest.approx(measured, rel=0.03)
     assert sum(planned.by_part.values()) == planned.peak
@@ -211,7 +228,7 @@ def test_planned_peak_of_the_quickstart_is_the_allocators_within_three_per_cent(
     config = dataclasses.replace(quickstart(device="cpu"), device="cpu")
     loaded, _ = load_model(config, CPU)
     # A copy, as float32 weights lie where the GGUF reader put them, which the allocator does not count.
-    measured = allocated_peak(lambda: train_two_steps(copy.deepcopy(loaded), config, 1, 93, False))
+    measured = allocated_peak(lambda: train_two_steps(copy.deepcopy(loaded), config, 1, Size(93), False))
     planned = SimulatedModel(model_shape(EMBEDDED), config, CPU, 1).training_step(Size(93), 8, accumulates=False)
     assert planned.peak == pytest.approx(measured, rel=0.03)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import byte_tokenizer, pairs, rows, write_jsonl
 
 from conftest import CHATML
 from rigsa.errors import RigsaError
@@ -22,7 +23,6 @@ from rigsa.experiments.tasks.registry import load_task, recognise
 from rigsa.experiments.tasks.rows import read_rows
 from rigsa.experiments.tasks.task import IGNORED
 from rigsa.experiments.tasks.text import TextTask
-from texts import byte_tokenizer, pairs, rows, write_jsonl
 
 FORMATS = ("prompt-completion", "alpaca", "text", "messages", "sharegpt")
 
@@ -120,7 +120,7 @@ TOOL = {"role": "tool", "content": "7"}
         ("[1]", r"line 3: expected an object with columns, got \[1\]"),
         ({"prompt": "a"}, r"line 3: expected the columns of the format messages, got prompt"),
         ({"messages": []}, r"line 3, column messages: expected a list of turns"),
-        ({"messages": [SAYS, USER]}, r"line 3: roles out of order; expected system or user at the beginning, got assistant"),
+        ({"messages": [SAYS, USER]}, r"line 3: roles out of order; expected system or user at the begin.*, got assistant"),
         ({"messages": [USER, USER, SAYS]}, r"line 3: roles out of order; expected assistant after user, got user"),
         ({"messages": [USER, TOOL, SAYS]}, r"line 3: roles out of order"),
         ({"messages": [USER, CALLS, USER, SAYS]}, r"expected tool after the assistant calls a tool, got user"),
@@ -128,7 +128,7 @@ TOOL = {"role": "tool", "content": "7"}
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, r"line 3: the answer is empty"),
         ({"messages": [{"role": "user", "content": ""}, SAYS]}, r"line 3: what the user says is empty"),
         ({"messages": [{"role": "owl", "content": "a"}, SAYS]}, r"line 3, column messages: expected a role among"),
-        ({"messages": [{"role": "user", "content": 7}, SAYS]}, r"line 3, column messages: expected text in content, got 7"),
+        ({"messages": [{"role": "user", "content": 7}, SAYS]}, r"line 3, column messages: expected text in content"),
         ({"messages": [{"role": "user", "content": "\ud800"}, SAYS]}, r"line 3: expected text, got half a character"),
         ({"messages": [USER, SAYS], "tools": "{"}, r"line 3, column tools: not JSON"),
         ({"messages": [USER, SAYS], "tools": [1]}, r"line 3, column tools: expected a list of functions"),
@@ -188,11 +188,9 @@ def test_splits_share_nothing_and_lose_nothing(share, number):
     from rigsa.experiments.tasks.text import _split
 
     examples = [Example(str(n), text=f"text {n}") for n in range(number)]
-    try:
-        splits, twice = _split({"train": examples}, share, "x")
-    except RigsaError as error:
-        assert "is left for the" in str(error)
-        return
+    if not all(any(at <= one.share() / share < at + 1 for one in examples) for at in (0, 1)):
+        return  # a split would be empty, which is refused
+    splits, twice = _split({"train": examples}, share, "x")
     found = [one.text for split in splits.values() for one in split]
     assert sorted(found) == sorted(one.text for one in examples)
     assert twice == 0
@@ -291,7 +289,8 @@ def test_a_template_that_rewrites_earlier_turns_is_learned_in_the_last_and_said(
 
 def test_a_template_without_an_end_gets_one():
     tokenizer = byte_tokenizer(
-        template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}"
+        "assistant: {% endif %}"
     )
     assert learned(encode(Example("x", (USER, SAYS)), tokenizer).sample, tokenizer) == "b\n<|im_end|>"
 
@@ -306,7 +305,9 @@ def test_tool_calls_need_a_template_that_takes_them():
     example = read_examples(
         [("f.jsonl, line 1", {"messages": [USER, CALLS, TOOL, SAYS], "tools": '[{"name": "f"}]'})], "messages"
     )[0]
-    with pytest.raises(RigsaError, match="f.jsonl, line 1: calls tools, which the model's chat template does not know"):
+    with pytest.raises(
+        RigsaError, match=r"f.jsonl, line 1: calls tools, which the model's chat template does not know"
+    ):
         encode(example)
     tokenizer = byte_tokenizer(template=TOOLS)
     assert learned(encode(example, tokenizer).sample, tokenizer) == "call f<|im_end|>b<|im_end|>"
