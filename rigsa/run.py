@@ -338,7 +338,7 @@ def train_run(config: Config, out: Path, gpu_memory: float | None) -> None:
     source_tasks.check(config)
     check_folder(config, out)
     experiment = Experiment.prepare(config, out)
-    source_tasks.check_content(config, experiment.task.conversation.tokenizer)
+    source_tasks.check_content(config, experiment.task.conversation.tokenizer, experiment.task.asked())
     plans = plan_memory(experiment, gpu_memory)
     if distributed.is_main():
         print(describe(experiment, plans), flush=True)

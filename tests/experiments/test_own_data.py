@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,15 +13,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from texts import FAMILIES, rows, save_family, write_jsonl
+from texts import FAMILIES, byte_tokenizer, rows, save_family, write_jsonl
 
+from rigsa.experiments.chat import run_chat
 from rigsa.experiments.config_file import load
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.run_folder import finished_levels, level_folder
 from rigsa.experiments.train import LevelTrainer
 from rigsa.files import first_damage
-from rigsa.run import main
+from rigsa.run import build_parser, main
 
+ROOT = Path(__file__).resolve().parents[2]
 NOT_SHARED_BY_EQUAL_RUNS = {"resources.json", "report.md", "report.html", "report.csv"}
 SMALL = {"density": "0.1", "mask-images": "8", "rank": "2", "reselect-steps": "2"}
 
@@ -152,7 +155,7 @@ def test_two_processes_take_the_mean_over_all_tokens_of_a_step(models, files, tm
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "rigsa.run"]
     subprocess.run(
         [*launch, *command("full", models["llama"], files["messages"], tmp_path / "two", *asked)],
-        check=True, cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240,
+        check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240,
     )  # fmt: skip
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=0)
     name = "level_0/adapter.safetensors"
@@ -187,8 +190,6 @@ def test_bad_data_are_refused_before_a_model_is_loaded(models, files, tmp_path, 
 
 
 def test_a_base_model_without_a_template_trains_and_talks(files, tmp_path):
-    from rigsa.experiments.chat import run_chat
-
     model, out = save_family("llama", tmp_path / "base", template=None, adds_bos=True), tmp_path / "run"
     assert main(command("lora", model, files["messages"], out)) == 0
     shown: list[str] = []
@@ -208,3 +209,77 @@ def test_a_report_needs_no_data(models, files, tmp_path):
     shutil.rmtree(data)
     assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
     assert "Gated sparse adapters on messages.jsonl" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_comparison_ends_with_a_table_and_a_verdict(models, files, tmp_path, capsys):
+    out = tmp_path / "compare"
+    asked = ["--methods", "imp,lora", "--rank", "2", "--equal", "parameters", "--no-drift"]
+    base = ["compare", "--preset", "smoke", "--model", str(models["llama"]), "--data", str(files["messages"])]
+    assert main([*base, *asked, "--dtype", "float32", "--device", "cpu", "--out", str(out), "--dry-run"]) == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 2
+    assert all("--format=messages" in one for one in commands)
+    assert main([*base, *asked, "--dtype", "float32", "--device", "cpu", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    table = (out / "compare.md").read_text()
+    assert table.startswith("# Which to take\n")
+    assert printed.rstrip().endswith(table.split("\n\n")[2].strip())
+    assert re.search(
+        r"\nTake (imp|lora): test loss .* the best\. Whether (imp|lora) is truly worse is not known", table
+    )
+    trained = {row.split("|")[1].strip(): row.split("|")[6].strip().replace(",", "") for row in table.splitlines()[4:6]}
+    lora = int(trained["lora"])
+    assert 0.8 * lora < int(trained["imp"]) <= 1.01 * lora
+
+
+def test_a_plan_for_texts_reads_them(models, files, capsys):
+    asked = ["plan", "--preset", "smoke", "--model", str(models["llama"]), "--data", str(files["messages"])]
+    assert main([*asked, "--device", "cpu", "--system-prompt", "default"]) == 0
+    longest = max(len(byte_tokenizer().apply_chat_template(row["messages"])["input_ids"]) for row in rows("messages"))
+    assert 0 < longest - int(re.search(r"([0-9]+) tokens a prompt", capsys.readouterr().out)[1]) < 12
+
+
+def test_a_task_of_lm_eval_scores_a_run(files, tmp_path):
+    pytest.importorskip("lm_eval")
+    model, out = save_family("llama", tmp_path / "model"), tmp_path / "run"
+    asked = ("--score", "lm-eval:textual_mnist", "--limit", "3")
+    assert main(command("lora", model, files["messages"], out, *asked)) == 0
+    found = metrics_of(out)["test"]["lm-eval:textual_mnist"]
+    assert found["examples"] == 3
+    assert "textual_mnist (%)" in (out / "report.md").read_text()
+
+
+def test_what_is_measured_is_not_trained_on(models, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    goals = [f"How does one halve the number {number}?" for number in range(40)]
+    piqa = [{"goal": goal, "sol1": "a", "sol2": "b", "label": 0} for goal in goals[:3]]
+    write_jsonl(tmp_path / "piqa" / "validation.jsonl", piqa)
+    mine = [{"prompt": goal, "completion": "so"} for goal in goals]
+    write_jsonl(tmp_path / "data" / "train.jsonl", mine)
+    write_jsonl(tmp_path / "data" / "test.jsonl", [{"prompt": "a", "completion": "b"}])
+    asked = ("--source-tasks", "piqa", "--data-dir", str(tmp_path), "--limit", "2")
+    assert main(command("lora", models["llama"], tmp_path / "data", tmp_path / "run", *asked)) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"train.jsonl, line [0-9]+: asks what document [123] of piqa asks, which is measured, too", error)
+
+
+@pytest.mark.model
+def test_the_page_on_own_data_runs(tmp_path, monkeypatch, capsys):
+    """Its commands, with two steps instead of all; the last one needs data that are not here."""
+    page = (ROOT / "docs" / "own_data.md").read_text()
+    commands = re.findall(r"^python -m rigsa\.run (.*)$", page.replace("\\\n", ""), re.MULTILINE)
+    assert [one.split()[0] for one in commands] == ["lora", "chat", "compare", "lora"]
+    parser = build_parser()
+    for one in commands:
+        parser.parse_args(one.split())
+    monkeypatch.chdir(ROOT)
+    short = ["--max-steps", "1", "--warmup-steps", "0", "--logging-steps", "1", "--test-images", "2", "--no-drift"]
+    asked = commands[0].replace("runs/own", str(tmp_path / "own")).split()
+    assert main([*asked, *short, "--batch-size", "2", "--micro-batch-size", "2", "--device", "cpu"]) == 0
+    assert "questions.jsonl (prompt-completion): 50 training, 5 validation and 5 test" in re.sub(
+        "2 test", "5 test", capsys.readouterr().out
+    )
+    shown: list[str] = []
+    lines = iter(["/example 0"])
+    run_chat(tmp_path / "own", max_new_tokens=2, read=lambda _: next(lines, "/quit"), write=shown.append)
+    assert "\ndata> " in "".join(shown)

@@ -18,9 +18,10 @@ import io
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ from rigsa.experiments.tasks.special_tokens import special_tokens
 
 TASK_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 """Textual MNIST for ``lm_eval run --include_path``."""
+SHORTEST_LEAK = 20
+"""Characters of a text that no two documents share by chance."""
 EXAMPLES_SEED = 1234
 """The seed that draws the examples: lm-eval's default and not the run's, so that every run answers the same prompts."""
 
@@ -176,8 +179,14 @@ def check(config: Measuring) -> None:
             _load_task(name, config.data_dir)
 
 
-def check_content(config: Measuring, tokenizer: Any) -> None:
-    """Refuse documents that hold a special token of `tokenizer`, where it would end a turn of the chat.
+def check_content(config: Measuring, tokenizer: Any, asked: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Refuse documents that hold a special token of `tokenizer`, where it would end a turn of the chat, and those that
+    the model is trained on.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model.
+        asked: what training examples ask, to their places. Texts shorter than `SHORTEST_LEAK` may be equal by chance.
 
     Raises:
         RigsaError: as `check`, or there is such a document (task and number are named).
@@ -187,6 +196,14 @@ def check_content(config: Measuring, tokenizer: Any) -> None:
         with _quiet():
             task = _load_task(name, config.data_dir)
             shown = list(task.fewshot_docs()) if named(name).shots else []
+        for number, document in enumerate(task.eval_docs, 1):
+            if leaked := next(
+                (text for text in _texts(document) if text in asked and len(text) >= SHORTEST_LEAK), None
+            ):
+                raise RigsaError(
+                    f"--data: {asked[leaked]}: asks what document {number} of {name} asks, which is measured, too; "
+                    "expected training examples of other documents"
+                )
         for documents in (task.eval_docs, shown):
             for number, document in enumerate(documents, 1):
                 if found := next((match for text in _texts(document) if (match := special.search(text))), None):

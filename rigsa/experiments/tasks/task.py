@@ -105,6 +105,10 @@ class Task(abc.ABC):
     def size(self) -> Size:
         """The largest row of a training batch."""
 
+    def asked(self) -> dict[str, str]:
+        """What the training examples ask, to the place of one that asks it; nothing where no one else could ask it."""
+        return {}
+
     def score(self, model: PreTrainedModel, batch_size: int, label: str) -> dict[str, dict[str, Any]]:
         """Scores of what the model generates, by name; most tasks have none.
 

@@ -150,6 +150,12 @@ class TextTask(Task):
     def size(self) -> Size:
         return self._size
 
+    def asked(self) -> dict[str, str]:
+        return {
+            example.turns[-2]["content"] if len(example.turns) > 1 else example.text: example.place
+            for example in self.splits["train"]
+        }
+
     def score(self, model: PreTrainedModel, batch_size: int, label: str) -> dict[str, dict[str, Any]]:
         from rigsa.experiments.tasks import source_tasks
         from rigsa.experiments.tasks.scoring import score_answers
