@@ -197,9 +197,8 @@ def check_content(config: Measuring, tokenizer: Any, asked: Mapping[str, str] = 
             task = _load_task(name, config.data_dir)
             shown = list(task.fewshot_docs()) if named(name).shots else []
         for number, document in enumerate(task.eval_docs, 1):
-            if leaked := next(
-                (text for text in _texts(document) if text in asked and len(text) >= SHORTEST_LEAK), None
-            ):
+            leaked = next((text for text in _texts(document) if len(text) >= SHORTEST_LEAK and text in asked), None)
+            if leaked is not None:
                 raise RigsaError(
                     f"--data: {asked[leaked]}: asks what document {number} of {name} asks, which is measured, too; "
                     "expected training examples of other documents"

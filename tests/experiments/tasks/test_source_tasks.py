@@ -244,7 +244,7 @@ def test_without_a_folder_the_data_are_the_hubs(data, monkeypatch):
 
 
 def test_bad_settings_are_named(data, monkeypatch, tmp_path):
-    with pytest.raises(RigsaError, match=r"--source-tasks: expected some of piqa, hellaswag, gsm8k.*got 'arc'"):
+    with pytest.raises(RigsaError, match=r"--data-dir: files are read for piqa, hellaswag, gsm8k only; .* for arc"):
         check(asks(data, "piqa,arc"))
     with pytest.raises(RigsaError, match=r"--limit: expected 0 \(all\) or at least 2"):
         check(asks(data, limit=1))
