@@ -239,7 +239,7 @@ def test_a_plan_for_texts_reads_them(models, files, capsys):
     assert 0 < longest - int(re.search(r"([0-9]+) tokens a prompt", capsys.readouterr().out)[1]) < 12
 
 
-def test_a_task_of_lm_eval_scores_a_run(files, tmp_path):
+def test_a_task_of_lm_eval_scores_a_run(files, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     model, out = save_family("llama", tmp_path / "model"), tmp_path / "run"
     asked = ("--score", "lm-eval:textual_mnist", "--limit", "3")
@@ -247,6 +247,8 @@ def test_a_task_of_lm_eval_scores_a_run(files, tmp_path):
     found = metrics_of(out)["test"]["lm-eval:textual_mnist"]
     assert found["examples"] == 3
     assert "textual_mnist (%)" in (out / "report.md").read_text()
+    assert main(command("lora", model, files["messages"], tmp_path / "no", "--score", "lm-eval:mmlu")) == 1
+    assert "or another task of lm-eval (no group), comma-separated, got 'mmlu'" in capsys.readouterr().err
 
 
 def test_what_is_measured_is_not_trained_on(models, tmp_path, capsys):

@@ -133,7 +133,7 @@ def _defined(name: str) -> Any:
     manager = _manager()
     if name not in manager.all_tasks or name not in manager.all_subtasks:
         raise RigsaError(
-            f"--source-tasks: expected some of {', '.join(TASKS)}, or another task of lm-eval (no group), "
+            f"--source-tasks or --score: expected some of {', '.join(TASKS)}, or another task of lm-eval (no group), "
             f"comma-separated, got {name!r}"
         )
     try:

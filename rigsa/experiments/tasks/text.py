@@ -231,7 +231,7 @@ def _split(examples: dict[str, list[Example]], share: float, source: str) -> tup
     """
     held: dict[str, list[Example]] = {split: list(examples.get(split, [])) for split in ("validation", "test")}
     missing = [split for split in held if split not in examples]
-    rest = []
+    rest: list[Example] = []
     for example in examples["train"]:
         place = int(example.share() / share)
         (held[missing[place]] if place < len(missing) else rest).append(example)
