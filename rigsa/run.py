@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 _interrupts: list[int] = []
 """Signals that came. C code that is importing a module may swallow the exception, and fail in another way later."""
@@ -47,6 +47,7 @@ try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
     from rigsa.experiments.config_file import check_folder, load, save
     from rigsa.experiments.methods.registry import METHODS
     from rigsa.experiments.presets import PRESETS
+    from rigsa.export import Format
     from rigsa.files import reason_of, remove_temporaries, write_json
 except BaseException as error:
     if not _interrupts and not isinstance(error, KeyboardInterrupt):
@@ -62,6 +63,9 @@ if TYPE_CHECKING:
 SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
 COMPARE = "several methods on your own data with one budget, and a table that says which to take"
 CHAT = "talk to the adapted model of a run, and show it its test examples"
+EXPORT = "the trained adapter of a run for those who do not have this package, or a merged model"
+MERGE = "write the plain model that a run or a saved adapter makes of its base, for anything that loads such models"
+INSPECT = "densities by layer of adapters and runs, and what each two share: a table and a figure"
 PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
 TOKENS = {"digits": 93}
 """Data to the tokens of a prompt without examples, by SmolLM2's tokenizer. Images of 28x28 have `MNIST_TOKENS`."""
@@ -161,7 +165,32 @@ def build_parser() -> argparse.ArgumentParser:
     add_number(chat, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
     add_number(chat, "--max-new-tokens", int, bounds.TOKENS, default=256, help="where a reply is cut; default: 256")
     chat.set_defaults(command=run_chat)
+    add_export(commands.add_parser("export", help=EXPORT, description=EXPORT.capitalize() + ".", allow_abbrev=False))
+    add_merge(commands.add_parser("merge", help=MERGE, description=MERGE.capitalize() + ".", allow_abbrev=False))
+    inspect = commands.add_parser("inspect", help=INSPECT, description=INSPECT.capitalize() + ".", allow_abbrev=False)
+    inspect.add_argument(
+        "sources", nargs="+", type=utf8_path, metavar="ADAPTER",
+        help="folders of saved adapters, run folders (all their finished levels), or folders of levels",
+    )  # fmt: skip
+    inspect.add_argument(
+        "--out", type=utf8_path, default=Path("tickets.png"), metavar="FILE", help="of the figure; default: tickets.png"
+    )
+    inspect.set_defaults(command=run_inspect)
     return parser
+
+
+def add_merge(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=run_merge)
+    command.add_argument("source", type=utf8_path, metavar="RUN", help="run folder, or folder of a saved adapter")
+    command.add_argument("--out", type=utf8_path, required=True, metavar="FOLDER", help="must not be there yet")
+    add_number(command, "--level", int, bounds.COUNT_OR_0, help="of a run; default: the last finished one")
+    command.add_argument("--base", help="of a saved adapter: hub id or folder; default: the one that it names")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights; default: the base's"
+    )
+    command.add_argument(
+        "--dequantize", action="store_true", help="merge a base in four bits into one in the dtype it computes in"
+    )
 
 
 def add_run_options(command: argparse.ArgumentParser, method: Method) -> None:
@@ -225,6 +254,20 @@ def add_queue(command: argparse.ArgumentParser, out: Path) -> None:
     command.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     add_number(command, "--gpu-memory", float, GIBIBYTES, metavar="GIB", help="as for every run")
     add_configuration(command, lambda name: name not in ("seed", "match"))
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=utf8_path, metavar="RUN", help="run folder")
+    command.add_argument(
+        "--to",
+        required=True,
+        choices=get_args(Format),
+        help="supertuning and shira: folders that PEFT loads without this package; safetensors: what "
+        "rigsa.load_adapter reads; merged: the whole model, which transformers loads",
+    )
+    command.add_argument("--out", type=utf8_path, help="folder to write; default: RUN/export/FORMAT")
+    add_number(command, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
+    command.set_defaults(command=run_export)
 
 
 def add_preset(command: argparse.ArgumentParser, default: str) -> None:
@@ -470,6 +513,29 @@ def run_chat(options: argparse.Namespace) -> None:
 
     distributed.join(on_cpu=resolve_device(load(options.run).device).type == "cpu")
     chat.run_chat(options.run, options.level, options.max_new_tokens)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    from rigsa.experiments.export import export_run
+
+    print(export_run(options.run, options.to, options.out, options.level))
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    from rigsa.experiments import merge
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    wishes = merge.Wishes(options.level, options.base, dtype, options.dequantize)
+    print(merge.run_merge(options.source, options.out, wishes))
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    from rigsa.experiments import inspect_tickets
+
+    print(inspect_tickets.run_inspect(options.sources, options.out))
+    print(f"\nfigure: {options.out}")
 
 
 def quiet_libraries() -> None:

@@ -17,7 +17,8 @@ sum of a dense difference, or D alone where two products are asked for.
 | CUDA 8.x | 16-bit | any other | fused | no copy; not measured on a GPU of this kind |
 
 The gradient at the pattern is one kernel on CUDA 8.x in 16 bits. Elsewhere on CUDA the library makes the whole product
-and a kernel reads the entries from it: on an H200 the one kernel takes 2 to 5 times as long.
+and a kernel reads the entries from it: on an H200 the one kernel takes 2 to 5 times as long. Tiles are multiplied
+alone, by one kernel on CUDA, and whole rows or columns as one product of fewer rows or columns everywhere.
 
 docs/benchmarks/gpu has the measurements.
 """
@@ -34,6 +35,12 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes in which composing can lose the adapter."""
 GENERATION_TOKENS = 16
 ALIGNED_ENTRIES = 16
+MOST_COLUMNS_KEPT = 4
+"""One in so many columns of x, at most, is saved apart from x."""
+SMALLEST_TILE = 1024
+"""Entries of a tile from which a CPU multiplies tile by tile."""
+MOST_TILED_DENSITY = 0.25
+"""Density up to which it does."""
 HOPPER = 90
 """Compute capability from which the library's products win everywhere."""
 REFERENCE_ARCHITECTURE = 89
@@ -86,6 +93,25 @@ def _rule(
     if in_place or tokens <= GENERATION_TOKENS or not kernels_win(device, dtype):
         return "gemm"
     return "fused" if all(size % ALIGNED_ENTRIES == 0 for size in shape) else "gemm"
+
+
+def keeps_columns(touched: int, in_features: int) -> bool:
+    """Whether a layer saves the `touched` columns of x for backward in place of all of x.
+
+    Up to three layers read one x (queries, keys and values) and share it where they save it whole, and none shares a
+    copy of its own columns. So a copy is worth its memory up to a quarter of the columns.
+    """
+    return 0 < touched * MOST_COLUMNS_KEPT <= in_features
+
+
+def multiplies_tiles(tiles: int, tile: tuple[int, int], shape: tuple[int, int]) -> bool:
+    """Whether a CPU multiplies tile by tile, where the gradient at tiles is not one smaller product.
+
+    A batch of small products has the whole product's speed an entry at best, and a cost for each tile beside. Measured
+    by benchmarks/bench_gradient.py: tiles of 32 x 32 win at 3.46 %, tiles of 16 x 16 do not.
+    """
+    n, k = shape
+    return tile[0] * tile[1] >= SMALLEST_TILE and tiles * tile[0] * tile[1] <= MOST_TILED_DENSITY * n * k
 
 
 def kernels_win(device: torch.device, dtype: torch.dtype) -> bool:

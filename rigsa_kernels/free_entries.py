@@ -4,32 +4,34 @@ A layer whose pattern is packed can multiply by its own weight while that holds 
 (`rigsa_kernels.in_place`). These operators put it there and take it away again. On CUDA each is one launch for all
 layers of a model, which finds entries by population count, without a list of their positions.
 
-`patterns` holds words, word_offsets and row_base of each matrix in turn (`SparsePattern.tensors`). The tensors of one
+`patterns` holds the three tensors of each matrix's pattern in turn (`SparsePattern.tensors`). The tensors of one
 list share one dtype and one device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from rigsa_kernels.format import flat_indices
+from rigsa_kernels.format import positions
 from rigsa_kernels.library import define, on_first_use
 from rigsa_kernels.reference import add_scaled
+from rigsa_kernels.tiles import is_tiled, touched
 
 
 def gather_free_(packed: list[Tensor], matrices: list[Tensor], patterns: list[Tensor]) -> None:
     """``packed[i] = matrices[i]`` at the free entries, row by row; ``[nnz]`` from ``[N, K]``."""
-    for entries, matrix, index in zip(packed, matrices, _indices(matrices, patterns), strict=True):
-        entries.copy_(matrix.take(index))
+    for entries, matrix, pattern in zip(packed, matrices, _each(patterns), strict=True):
+        entries.copy_(_read(matrix, pattern))
 
 
 def scatter_free_(matrices: list[Tensor], packed: list[Tensor], patterns: list[Tensor]) -> None:
     """``matrices[i] = packed[i]`` at the free entries; the others stay."""
-    for matrix, entries, index in zip(matrices, packed, _indices(matrices, patterns), strict=True):
-        matrix.view(-1).index_put_((index,), entries.to(matrix.dtype))
+    for matrix, entries, pattern in zip(matrices, packed, _each(patterns), strict=True):
+        _write(matrix, pattern, entries.to(matrix.dtype))
 
 
 def compose_free_(
@@ -47,9 +49,9 @@ def compose_free_(
     Raises:
         NonFiniteGateError: on a CPU; matrices before the gate's are written already.
     """
-    rows = zip(matrices, base_values, values, alphas, _indices(matrices, patterns), strict=True)
-    for matrix, base, value, alpha, index in rows:
-        matrix.view(-1).index_put_((index,), add_scaled(base, value, alpha))
+    rows = zip(matrices, base_values, values, alphas, _each(patterns), strict=True)
+    for matrix, base, value, alpha, pattern in rows:
+        _write(matrix, pattern, add_scaled(base, value, alpha))
 
 
 def with_free(matrix: Tensor, packed: Tensor, pattern: list[Tensor]) -> Tensor:
@@ -59,8 +61,38 @@ def with_free(matrix: Tensor, packed: Tensor, pattern: list[Tensor]) -> Tensor:
     return copy
 
 
-def _indices(matrices: list[Tensor], patterns: list[Tensor]) -> list[Tensor]:
-    return [flat_indices(words, matrix.shape[1]) for matrix, words in zip(matrices, patterns[::3], strict=True)]
+def _each(patterns: list[Tensor]) -> list[list[Tensor]]:
+    """One matrix's three tensors at a time."""
+    return [patterns[at : at + 3] for at in range(0, len(patterns), 3)]
+
+
+def _read(matrix: Tensor, pattern: list[Tensor]) -> Tensor:
+    """The free entries, one after another: whole rows and whole columns without a list of positions."""
+    lines = _whole_lines(matrix, pattern)
+    if lines is None:
+        return matrix.take(positions(pattern, (matrix.shape[0], matrix.shape[1])))
+    return matrix.index_select(*lines).view(-1)
+
+
+def _write(matrix: Tensor, pattern: list[Tensor], entries: Tensor) -> None:
+    lines = _whole_lines(matrix, pattern)
+    if lines is None:
+        at = positions(pattern, (matrix.shape[0], matrix.shape[1]))
+        matrix.view(-1).index_put_((at,), entries)
+    else:
+        dim, numbers = lines
+        shape = (len(numbers), matrix.shape[1]) if dim == 0 else (matrix.shape[0], len(numbers))
+        matrix.index_copy_(dim, numbers, entries.view(shape))
+
+
+def _whole_lines(matrix: Tensor, pattern: list[Tensor]) -> tuple[int, Tensor] | None:
+    """Where tiles make up whole rows (0) or whole columns (1): which ones."""
+    if not is_tiled(pattern):
+        return None
+    part = touched(pattern, (matrix.shape[0], matrix.shape[1]))
+    if part.pattern or (part.rows is None) == (part.columns is None):
+        return None
+    return (0, part.rows) if part.rows is not None else (1, cast(Tensor, part.columns))
 
 
 def _on_cuda(reference: Callable[..., None], launcher: str) -> Callable[..., None]:

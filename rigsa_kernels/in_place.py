@@ -173,6 +173,14 @@ class Peers:
 
 
 _all_peers: weakref.WeakSet[Peers] = weakref.WeakSet()
+
+
+def living_layers() -> Iterator[Any]:
+    """Every gated layer that there is, in whatever model."""
+    for peers in tuple(_all_peers):
+        yield from tuple(peers._layers)
+
+
 _optimizer_steps = 0
 
 

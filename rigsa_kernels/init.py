@@ -133,7 +133,9 @@ def initial_values(
     if bound == 0:
         return torch.zeros(pattern.values_shape, dtype=dtype, device=device)
     values = torch.empty(pattern.values_shape, dtype=dtype, device=device)
-    torch.ops.rigsa.initial_values_(values, pattern.tensors, pattern.in_features, bound, as_int64(seed), key, 0)
+    torch.ops.rigsa.initial_values_(
+        values, pattern.packed().tensors, pattern.in_features, bound, as_int64(seed), key, 0
+    )
     return values
 
 

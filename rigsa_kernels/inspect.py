@@ -33,9 +33,11 @@ from rigsa_kernels import (
     triton_grad,
     triton_linear,
     triton_select,
+    triton_tiles,
 )
 from rigsa_kernels.offline import Launch, capturing
 from rigsa_kernels.sass import MULTIPROCESSORS, KernelCode, count, histogram, opcodes, read, tensor_instructions, widths
+from rigsa_kernels.tiles import grid_shape
 
 
 class Shape(NamedTuple):
@@ -168,6 +170,27 @@ def _grad_cases() -> Iterator[Case]:
             yield Case("linear_dvalues", variant, dtype, launch, partial(_grad_product, dtype=dtype))
 
 
+def tile_pattern(shape: Shape, tile: tuple[int, int]) -> list[Tensor]:
+    """``[tiles, places, size]`` of a pattern of `DENSITY` (`rigsa_kernels.tiles`)."""
+    rows, columns = grid_shape((shape.n, shape.k), tile)
+    tiles = round(DENSITY * rows * columns)
+    return [empty(tiles, dtype=torch.int32), empty(2, tiles, dtype=torch.int32), empty(0, *tile, dtype=torch.int8)]
+
+
+def _tiles(shape: Shape, dtype: torch.dtype, *, tile: tuple[int, int]) -> None:
+    dy, x = empty(shape.m, shape.n, dtype=dtype), empty(shape.m, shape.k, dtype=dtype)
+    pattern = tile_pattern(shape, tile)
+    values = empty(pattern[0].numel() * tile[0] * tile[1], dtype=dtype)
+    triton_tiles.tile_grad(dy, x, values, empty(1, dtype=torch.float32), pattern)
+
+
+def _tile_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for side in (16, 32, 64, 128):
+            launch = partial(_tiles, dtype=dtype, tile=(side, side))
+            yield Case("tile_grad", f"{side}x{side}", dtype, launch, partial(_grad_product, dtype=dtype))
+
+
 def _gather(shape: Shape, dtype: torch.dtype, *, packed: bool) -> None:
     values, pattern = stored_values(shape, dtype, packed=packed), packed_pattern(shape) if packed else []
     whole = empty(shape.n, shape.k, dtype=dtype)
@@ -189,8 +212,9 @@ def _add_scaled(shape: Shape) -> None:
     triton_add.add_scaled(base, term, empty(1, dtype=torch.float32))
 
 
-def _free_entries(shape: Shape, dtype: torch.dtype, *, task: str) -> None:
-    matrices, patterns = [empty(shape.n, shape.k, dtype=dtype)], packed_pattern(shape)
+def _free_entries(shape: Shape, dtype: torch.dtype, *, task: str, tile: tuple[int, int] | None = None) -> None:
+    matrices = [empty(shape.n, shape.k, dtype=dtype)]
+    patterns = packed_pattern(shape) if tile is None else tile_pattern(shape, tile)
     packed = [stored_values(shape, dtype, packed=True)]
     if task == "gather":
         triton_free_entries.gather_free_(packed, matrices, patterns)
@@ -206,6 +230,9 @@ def _composing_cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for task in ("gather", "scatter", "compose"):
             yield Case("free_entries", task, dtype, partial(_free_entries, dtype=dtype, task=task))
+    for name, tile in (("32", (32, 32)), ("rows", (1, 2048)), ("columns", (2048, 1))):
+        launch = partial(_free_entries, dtype=torch.bfloat16, task="compose", tile=tile)
+        yield Case("free_entries", f"compose {name}", torch.bfloat16, launch)
 
 
 # Optimiser: its launches find their tensors through addresses in a table
@@ -257,6 +284,7 @@ def _select_cases() -> Iterator[Case]:
 CASES: tuple[Case, ...] = (
     *_linear_cases(),
     *_grad_cases(),
+    *_tile_cases(),
     *_gather_cases(),
     *_composing_cases(),
     *_adamw_cases(),
@@ -331,7 +359,7 @@ def _copy_breaches(inspection: Inspection) -> Iterator[str]:
         yield f"plain loads of matrices: {_counts(widths(loop, 'LDG'))}"
 
 
-_NUM_OPERANDS = {"linear_fwd": 3, "linear_dx": 3, "linear_dvalues": 2}
+_NUM_OPERANDS = {"linear_fwd": 3, "linear_dx": 3, "linear_dvalues": 2, "tile_grad": 2}
 
 
 def _tensor_breaches(inspection: Inspection) -> Iterator[str]:

@@ -29,6 +29,8 @@ ALPHA_INIT = 1e-6
 """The gate's initial value (RIGSA, section 3)."""
 DERIVED = ("rigsa_word_offsets", "rigsa_row_base")
 """What follows from a pattern's bit mask: older state dicts hold it, and nobody reads it."""
+INDICES = ("rigsa_words", "rigsa_tiles", "rigsa_tile")
+"""What a state dict holds of a pattern."""
 _claims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """A weight, and a weak reference to the layer that composes it in place."""
 
@@ -44,10 +46,12 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def _same_words(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one.cpu(), other.cpu())
+def _pattern_in(state_dict: dict[str, Tensor], prefix: str, shape: tuple[int, int]) -> SparsePattern:
+    """The pattern that a layer's state holds: its tiles, its bit mask, or neither when dense."""
+    tiles, tile, words = (state_dict.get(f"{prefix}rigsa_{name}") for name in ("tiles", "tile", "words"))
+    if tiles is not None and tile is not None:
+        return SparsePattern.from_tiles(tiles, shape, (int(tile[0]), int(tile[1])))
+    return SparsePattern.dense(*shape) if words is None else SparsePattern.from_words(words, shape[1])
 
 
 def rms(tensor: Tensor) -> Tensor:
@@ -79,6 +83,7 @@ class _Way:
         exact: two products or one; a flag on the device where a fused kernel decides.
         operand: the matrix to multiply by; None for the fused kernel.
         base: the frozen weight as operators take it; empty where `operand` says it all.
+        columns: those of x that the gradient needs, where they are worth keeping alone (`keeps_columns`).
     """
 
     made_from: Snapshot
@@ -88,6 +93,7 @@ class _Way:
     operand: Tensor | None
     base: list[Tensor]
     pattern: list[Tensor]
+    columns: ops.Columns | None
 
 
 class GatedSparseLinear(nn.Module):
@@ -95,7 +101,7 @@ class GatedSparseLinear(nn.Module):
 
     It takes the place of an ``nn.Linear`` (or of a bitsandbytes ``Linear4bit`` in NF4) and shares its weight and bias.
     Trainable parameters carry the prefix ``rigsa_``: `rigsa_values` holds the free entries (``[N, K]`` while the
-    pattern is dense, ``[nnz]`` once packed) and `rigsa_alpha` the gate, shape ``(1,)``. Entries outside the pattern are
+    pattern is dense, else ``[nnz]``) and `rigsa_alpha` the gate, shape ``(1,)``. Entries outside the pattern are
     not stored, so nothing can move them.
 
     Args:
@@ -137,6 +143,8 @@ class GatedSparseLinear(nn.Module):
     """The device by whose rule a path is chosen; None for the operands'. For plans of a device that is not there."""
     pattern_note: object = None
     """What somebody wrote down about the present pattern. A new pattern clears it."""
+    waiting: bool = False
+    """Whether another adapter of the same weight is in use. `gated_linears` passes a layer that waits over."""
     exact_in_training: bool = True
     """What `auto` goes by in training on a GPU, where the host must not ask. `MaskedAdamW` sets it."""
 
@@ -170,9 +178,7 @@ class GatedSparseLinear(nn.Module):
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.seed, self.key, self.numerics, self.force, self.in_place = seed, key, numerics, force, in_place
         self.alpha_init, self.bound = alpha_init, init_scale / math.sqrt(linear.in_features)
-        self.weight = linear.weight.requires_grad_(False)
-        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
-        self._origin = (linear,)  # in a tuple, or it would be a submodule
+        self._hold(linear)
         self._start()
         self.join(Peers())
         combine_dtype = torch.promote_types(self.dtype, torch.float32)
@@ -181,6 +187,12 @@ class GatedSparseLinear(nn.Module):
             alpha = nn.Parameter(torch.empty(1, dtype=combine_dtype, device=self.weight.device))
         self.rigsa_alpha = alpha
         self.set_pattern(pattern or SparsePattern.dense(self.out_features, self.in_features))
+
+    def _hold(self, linear: nn.Linear) -> None:
+        """Freeze weight and bias, and keep them by reference."""
+        self.weight = linear.weight.requires_grad_(False)
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
+        self._origin = (linear,)  # in a tuple, or it would be a submodule
 
     def _start(self) -> None:
         """Nothing is composed, and no way is known."""
@@ -215,6 +227,14 @@ class GatedSparseLinear(nn.Module):
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
         return linear.train(self.training)
 
+    def release_origin(self) -> None:
+        """Have the layer that was adapted let go of weight and bias, which would stay whole beside shards (FSDP2).
+
+        `restored` gives it the present ones.
+        """
+        (linear,) = self._origin
+        linear.weight = linear.bias = None  # type: ignore[assignment]
+
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain layer, frozen, that multiplies by ``W0 + alpha * D`` in `dtype`, as this one does where it composes.
@@ -248,7 +268,8 @@ class GatedSparseLinear(nn.Module):
         """Where D may be non-zero, on the device of the values.
 
         Its index tensors are neither parameters nor buffers: DDP would send buffers before every pass and averaged
-        models would average them. They move with the layer, and its state dict holds the bit mask, `rigsa_words`.
+        models would average them. They move with the layer, and its state dict holds what the pattern follows from:
+        the bit mask, `rigsa_words`, or the numbers and the size of its tiles, `rigsa_tiles` and `rigsa_tile`.
         """
         if self._pattern.device not in (None, self.rigsa_values.device):  # FSDP and replicas move parameters alone
             self._pattern = self._pattern.to(self.rigsa_values.device)
@@ -256,7 +277,7 @@ class GatedSparseLinear(nn.Module):
 
     @property
     def rigsa_words(self) -> Tensor | None:
-        """The bit mask of a packed pattern."""
+        """The bit mask of the pattern; None when dense."""
         return self._pattern.words
 
     def set_pattern(self, pattern: SparsePattern) -> None:
@@ -354,7 +375,9 @@ class GatedSparseLinear(nn.Module):
             return F.linear(x, dequantize(way.base, (self.out_features, self.in_features), dtype), bias)
         if way.operand is not None and not way.exact and not torch.is_grad_enabled():
             return F.linear(x, way.operand, bias)
-        return ops.apply_gated_linear(x, way.base, bias, values, alpha, way.pattern, way.exact, way.operand)
+        return ops.apply_gated_linear(
+            x, way.base, bias, values, alpha, way.pattern, way.exact, way.operand, way.columns
+        )
 
     def _settings(self, x: Tensor) -> tuple[object, ...]:
         """What a way rests on beside the parameters."""
@@ -376,7 +399,8 @@ class GatedSparseLinear(nn.Module):
             else:
                 self.restore_weight()
                 exact, operand, base = False, None, self._base(dtype)
-        return _Way(Snapshot(*self._trio()), settings, dtype, exact, operand, base, pattern)
+            columns = ops.kept_columns(pattern, (self.out_features, self.in_features))
+        return _Way(Snapshot(*self._trio()), settings, dtype, exact, operand, base, pattern, columns)
 
     def _choose(self, x: Tensor, dtype: torch.dtype) -> tuple[bool | Tensor, Tensor | None, list[Tensor]]:
         """`exact`, `operand` and `base` of a way."""
@@ -399,7 +423,7 @@ class GatedSparseLinear(nn.Module):
         base = self._base(dtype)
         if exact:
             # A dense difference is at hand. A packed one is scattered for each product, and no matrix is kept.
-            dense = self.rigsa_values.detach().to(dtype) if self.rigsa_words is None else None
+            dense = self.rigsa_values.detach().to(dtype) if self._pattern.is_dense else None
             return True, dense, base
         return False, self._composed(self.weight.detach()).to(dtype), []
 
@@ -426,7 +450,7 @@ class GatedSparseLinear(nn.Module):
         return (
             self.in_place
             and not self.is_nf4
-            and self.rigsa_words is not None
+            and not self._pattern.is_dense
             and dtype == weight.dtype
             and self._home() is weight
             and weight.is_contiguous()
@@ -546,7 +570,7 @@ class GatedSparseLinear(nn.Module):
         if self.in_place_weight is not None:
             return self.in_place_weight.base_values
         entries = self.frozen_matrix()
-        if self.rigsa_words is not None:
+        if not self._pattern.is_dense:
             matrix, entries = entries, entries.new_empty(self.rigsa_values.numel())
             torch.ops.rigsa.gather_free_([entries], [matrix], self.pattern.tensors)
         return entries
@@ -604,8 +628,12 @@ class GatedSparseLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             destination[f"{prefix}rigsa_alpha"] = destination[f"{prefix}rigsa_alpha"].clone()
-        if self._pattern.words is not None:
-            destination[f"{prefix}rigsa_words"] = self._pattern.words.clone()
+        pattern = self._pattern
+        if pattern.tiles is not None:
+            destination[f"{prefix}rigsa_tiles"] = pattern.tiles.clone()
+            destination[f"{prefix}rigsa_tile"] = torch.tensor(pattern.tile, dtype=torch.int32)
+        elif pattern.bits is not None:
+            destination[f"{prefix}rigsa_words"] = pattern.bits.clone()
         if self.is_nf4:
             destination.update({f"{prefix}{name}": tensor for name, tensor in scales_of(self.weight).items()})
         if not keep_vars and self._may_write(self.weight.dtype):
@@ -615,23 +643,24 @@ class GatedSparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         """A state brings its pattern along: a ticket loads into a dense layer, and the other way round.
 
-        Of a pattern the bit mask alone is read; what follows from it is counted again.
+        Of a pattern the bit mask or the tiles alone are read; what follows from them is counted again.
         """
-        alpha, words = (state_dict.get(f"{prefix}rigsa_{name}") for name in ("alpha", "words"))
+        alpha = state_dict.get(f"{prefix}rigsa_alpha")
         if alpha is not None and not alpha.isfinite().all():
             raise ValueError(f"{prefix}rigsa_alpha: expected a finite gate, got {alpha.item()}")
         self.restore_weight()
         self._start()
-        if f"{prefix}rigsa_values" in state_dict and not _same_words(words, self.rigsa_words):
-            dense = SparsePattern.dense(self.out_features, self.in_features)
-            self.set_pattern(dense if words is None else SparsePattern.from_words(words, self.in_features))
+        if f"{prefix}rigsa_values" in state_dict:
+            pattern = _pattern_in(state_dict, prefix, self._pattern.shape)
+            if not pattern.equals(self._pattern):
+                self.set_pattern(pattern)
         scales = {name[len(prefix) :]: state_dict[name] for name in state_dict if name.startswith(prefix + SCALES)}
         if self.is_nf4 and scales:
             load_scales(self.weight, scales)
         elif self.is_nf4 and f"{prefix}weight" in state_dict:
             missing += [prefix + name for name in scales_of(self.weight)]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        ours = {prefix + name for name in (*DERIVED, "rigsa_words", *(scales if self.is_nf4 else ()))}
+        ours = {prefix + name for name in (*DERIVED, *INDICES, *(scales if self.is_nf4 else ()))}
         unexpected[:] = [name for name in unexpected if name not in ours]
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -646,4 +675,5 @@ class GatedSparseLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"density={self.pattern.density:.4f}, numerics={self.numerics}"
+            + ("" if (tile := self.pattern.tile) is None else f", tile={tile[0]}x{tile[1]}")
         )

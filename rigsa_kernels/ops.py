@@ -5,13 +5,15 @@ Each operator is a `torch.library` schema, a fake (shapes without data, for trac
 `torch.autograd.Function`: half the host time of `register_autograd` for a call this small.
 
 A frozen weight crosses this border as a list of tensors, its base: ``[weight]``, or ``[codes, absmax, levels]`` for
-NF4. So does a pattern: ``[]`` for dense, ``[words, word_offsets, row_base]`` for packed. `exact` is a boolean tensor of
-shape ``(1,)`` that the kernels read on the device.
+NF4. So does a pattern: ``[]`` for dense, ``[bits, word_offsets, row_base]`` for packed,
+``[tiles, places, size]`` for tiles. `exact` is a boolean tensor of shape
+``(1,)`` that the kernels read on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rigsa_kernels import free_entries, reference  # noqa: F401 (free_entries defines operators)
-from rigsa_kernels.dispatch import kernels_win
+from rigsa_kernels.dispatch import keeps_columns, kernels_win
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.library import define, on_first_use
 from rigsa_kernels.nf4 import num_weights
+from rigsa_kernels.tiles import is_tiled, narrowed_columns
 
 
 def _last_dim_becomes(like: Tensor, size: int) -> Tensor:
@@ -38,23 +41,32 @@ def _on_cuda(reference: Callable[..., Any], launcher: str) -> Callable[..., Any]
 
 _FUSED_DVALUES = on_first_use("triton_grad.linear_dvalues")
 _GATHERED_DVALUES = on_first_use("triton_gather.linear_dvalues")
+_TILED_DVALUES = on_first_use("triton_tiles.linear_dvalues")
 _CHECKED_DVALUES = on_first_use("triton_gather.checked_dvalues")
 
 
 def _dvalues_on_cuda(
     dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The fused kernel where it wins (`rigsa_kernels.dispatch`), else the library's product and a gathering kernel."""
+    """The fused kernel where it wins (`rigsa_kernels.dispatch`), else the library's product and a gathering kernel.
+
+    Tiles have a kernel of their own everywhere: it does their share of the whole product's work.
+    """
     if x.dtype == torch.float64:
         return reference.linear_dvalues(dy, x, values, alpha, pattern)
+    if is_tiled(pattern):
+        return _TILED_DVALUES(dy, x, values, alpha, pattern)
     fused = kernels_win(x.device, x.dtype)
     return (_FUSED_DVALUES if fused else _GATHERED_DVALUES)(dy, x, values, alpha, pattern)
 
 
 def _dvalues(dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> tuple[Tensor, Tensor]:
     """``rigsa::linear_dvalues``. Plain CUDA tensors pass PyTorch's dispatcher by, which takes as long as the launch."""
-    if type(dy) is Tensor and dy.is_cuda and x.dtype != torch.float64 and not kernels_win(x.device, x.dtype):
-        return _CHECKED_DVALUES(dy, x, values, alpha, pattern)
+    if type(dy) is Tensor and dy.is_cuda and x.dtype != torch.float64:
+        if is_tiled(pattern):
+            return _TILED_DVALUES(dy, x, values, alpha, pattern)
+        if not kernels_win(x.device, x.dtype):
+            return _CHECKED_DVALUES(dy, x, values, alpha, pattern)
     return torch.ops.rigsa.linear_dvalues.default(dy, x, values, alpha, pattern)
 
 
@@ -91,19 +103,45 @@ define(
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The columns of x that a tile pattern touches, where a layer saves them alone for backward.
+
+    Attributes:
+        numbers: int64, ascending.
+        pattern: of the matrix ``[N, columns]`` that these columns make up, with the same values.
+    """
+
+    numbers: Tensor
+    pattern: list[Tensor]
+
+
+def kept_columns(pattern: list[Tensor], shape: tuple[int, int]) -> Columns | None:
+    """What of x a layer of this pattern saves; None for all of it (`rigsa_kernels.dispatch.keeps_columns`)."""
+    if not is_tiled(pattern):
+        return None
+    numbers, narrowed = narrowed_columns(pattern, shape)
+    if numbers is None or not keeps_columns(numbers.numel(), shape[1]):
+        return None
+    return Columns(numbers, narrowed)
+
+
 class _GatedLinear(torch.autograd.Function):
     """Saves x and pointers, never a dense matrix made for one call.
 
     `operand` is a matrix that outlives the step and takes the place of the fused products: the composed weight when not
     `exact`, the difference in the weight's dtype when `exact`. Without an operand, `exact` is a flag on the device for
     the fused products, or True: then the difference is made for each product and dropped. `indices` are the base's
-    tensors, then the pattern's; the base is empty where `operand` holds all that is multiplied by.
+    tensors, then the pattern's; the base is empty where `operand` holds all that is multiplied by. Where `columns` says
+    which columns of x the gradient at the pattern needs, those alone are saved: dx needs no x.
     """
 
     @staticmethod
-    def forward(ctx, x, bias, values, alpha, operand, exact, num_base, *indices):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, values, alpha, operand, exact if isinstance(exact, Tensor) else None, *indices)
-        ctx.exact, ctx.num_base = exact, num_base
+    def forward(ctx, x, bias, values, alpha, operand, exact, columns, num_base, *indices):  # type: ignore[no-untyped-def]
+        flag = exact if isinstance(exact, Tensor) else None
+        needed = x if columns is None else x.index_select(-1, columns.numbers)
+        ctx.save_for_backward(needed, values, alpha, operand, flag, *indices)
+        ctx.exact, ctx.num_base, ctx.columns = exact, num_base, columns
         base, pattern = list(indices[:num_base]), list(indices[num_base:])
         if isinstance(exact, Tensor):
             return torch.ops.rigsa.linear_fwd(x, base, bias, values, alpha, pattern, exact)
@@ -129,8 +167,9 @@ class _GatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            dvalues, dalpha = _dvalues(dy, x, values, alpha, pattern)
-        return dx, dbias, dvalues, dalpha, None, None, None, *(None for _ in indices)
+            narrow = pattern if ctx.columns is None else ctx.columns.pattern
+            dvalues, dalpha = _dvalues(dy, x, values, alpha, narrow)
+        return dx, dbias, dvalues, dalpha, None, None, None, None, *(None for _ in indices)
 
 
 def _delta(values: Tensor, like: Tensor, pattern: list[Tensor]) -> Tensor:
@@ -149,9 +188,10 @@ def apply_gated_linear(
     pattern: list[Tensor],
     exact: bool | Tensor,
     operand: Tensor | None,
+    columns: Columns | None = None,
 ) -> Tensor:
-    """`gated_linear` of arguments that a layer has checked once for many calls."""
-    return _GatedLinear.apply(x, bias, values, alpha, operand, exact, len(base), *base, *pattern)
+    """`gated_linear` of arguments that a layer has checked once for many calls; `columns` are its `kept_columns`."""
+    return _GatedLinear.apply(x, bias, values, alpha, operand, exact, columns, len(base), *base, *pattern)
 
 
 def gated_linear(
@@ -195,7 +235,8 @@ def gated_linear(
     _check(x, base, bias, values, alpha, pattern, exact, operand)
     if operand is None and not isinstance(exact, Tensor):
         exact = torch.full((1,), exact, dtype=torch.bool, device=x.device)
-    return apply_gated_linear(x, base, bias, values, alpha, pattern.tensors, exact, operand)
+    columns = None if torch.compiler.is_compiling() else kept_columns(pattern.tensors, pattern.shape)
+    return apply_gated_linear(x, base, bias, values, alpha, pattern.tensors, exact, operand, columns)
 
 
 def _check(

@@ -11,7 +11,8 @@ There are two ways to the first two lines. *exact* runs the two products; *compo
 the weight's dtype and runs one. Both are the same function in float64. In bfloat16 W0 already lies on the bf16 grid, so
 composing does not blur a small alpha * D, it removes it: see `composed_is_safe`.
 
-`pattern` is what `SparsePattern.tensors` gives: ``[]`` for dense, ``[words, word_offsets, row_base]`` for packed.
+`pattern` is what `SparsePattern.tensors` gives: ``[]`` for dense, ``[bits, word_offsets, row_base]`` for packed,
+``[tiles, places, size]`` for tiles.
 Names: M tokens, N out_features, K in_features. Leading dimensions of x and dy may be any.
 """
 
@@ -24,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rigsa_kernels.format import csr_indices, flat_indices
+from rigsa_kernels.dispatch import multiplies_tiles
+from rigsa_kernels.format import csr_indices, positions
 from rigsa_kernels.nf4 import dequantize, num_weights
+from rigsa_kernels.tiles import is_tiled, strips_of, touched
 
 _HALF_DENSITY = 0.01 if torch.cpu._is_amx_tile_supported() else 0.04
 SAMPLED_PRODUCT_DENSITY = {
@@ -47,14 +50,14 @@ def delta_matrix(values: Tensor, shape: tuple[int, int], pattern: list[Tensor], 
     if not pattern:
         return values.to(dtype)
     matrix = torch.zeros(shape[0] * shape[1], dtype=dtype, device=values.device)
-    return matrix.index_put_((flat_indices(pattern[0], shape[1]),), values.to(dtype)).view(shape)
+    return matrix.index_put_((positions(pattern, shape),), values.to(dtype)).view(shape)
 
 
 def compose(weight: Tensor, values: Tensor, alpha: Tensor, pattern: list[Tensor]) -> Tensor:
     """``W0 + alpha * (m . D)``, summed in alpha's dtype and rounded once to the weight's."""
     if not pattern:
         return add_scaled(weight, values, alpha)
-    index = flat_indices(pattern[0], weight.shape[1])
+    index = positions(pattern, (weight.shape[0], weight.shape[1]))
     free = add_scaled(weight.take(index), values, alpha)
     return weight.reshape(-1).index_put((index,), free).view(weight.shape)
 
@@ -101,12 +104,39 @@ def add_scaled(base: Tensor, term: Tensor, alpha: Tensor) -> Tensor:
 
 
 def sampled_grad(dy: Tensor, x: Tensor, pattern: list[Tensor], nnz: int) -> Tensor:
-    """``G = (dy^T x)`` at the pattern, not yet scaled by alpha: ``[N, K]`` when dense, ``[nnz]`` when packed."""
+    """``G = (dy^T x)`` at the pattern, not yet scaled by alpha: ``[N, K]`` when dense, else ``[nnz]``."""
     dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if pattern and samples(nnz, (dy.shape[1], x.shape[1]), x.dtype):
+    shape = (dy.shape[1], x.shape[1])
+    if is_tiled(pattern):
+        part = touched(pattern, shape)
+        if not part.pattern:
+            return _whole_product(part.of_rows(dy), part.of_columns(x)).reshape(-1)
+        if multiplies_tiles(pattern[0].numel(), (pattern[2].shape[1], pattern[2].shape[2]), shape):
+            return _tiled_product(dy, x, pattern)
+    if pattern and samples(nnz, shape, x.dtype):
         return _sampled_product(dy, x, pattern)
     grad = _whole_product(dy, x)
-    return grad.take(flat_indices(pattern[0], x.shape[1])) if pattern else grad
+    return grad.take(positions(pattern, shape)) if pattern else grad
+
+
+def _tiled_product(dy: Tensor, x: Tensor, pattern: list[Tensor]) -> Tensor:
+    """The product tile by tile, in one batch; tiles at an edge are filled up with zeros."""
+    _, _, size = pattern
+    (rows, columns), strips = (size.shape[1], size.shape[2]), strips_of(pattern, (dy.shape[1], x.shape[1]))
+    dy_parts = [_padded(dy[:, s.row : s.row + rows], rows) for s in strips for _ in s.columns]
+    x_parts = [_padded(x[:, column : column + columns], columns) for s in strips for column in s.columns]
+    products = torch.bmm(torch.stack(dy_parts).transpose(1, 2), torch.stack(x_parts))
+    grad, done = dy.new_empty(strips[-1].end), 0
+    for s in strips:
+        block = products[done : done + len(s.columns)].transpose(0, 1).reshape(rows, -1)
+        grad[s.first : s.end].view(-1, s.width).copy_(block[: (s.end - s.first) // s.width, : s.width])
+        done += len(s.columns)
+    return grad
+
+
+def _padded(part: Tensor, width: int) -> Tensor:
+    """``[M, at most width]`` with zeros up to that width."""
+    return part if part.shape[1] == width else F.pad(part, (0, width - part.shape[1]))
 
 
 def samples(nnz: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -145,7 +175,7 @@ def _whole_product(dy: Tensor, x: Tensor) -> Tensor:
 def _sampled_product(dy: Tensor, x: Tensor, pattern: list[Tensor]) -> Tensor:
     """The product at the free entries alone, on CSR, which PyTorch offers in float32 and float64."""
     dtype = torch.promote_types(dy.dtype, torch.float32)
-    row_pointers, columns = csr_indices(pattern[0], pattern[2], x.shape[1])
+    row_pointers, columns = csr_indices(pattern, (dy.shape[1], x.shape[1]))
     zeros = dy.new_zeros(columns.numel(), dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")

@@ -47,6 +47,11 @@ def after_replacing(hook: Callable[[nn.Module], object]) -> None:
     _after_replacing.append(hook)
 
 
+def hooks_after_replacing() -> tuple[Callable[[nn.Module], object], ...]:
+    """What is called at the end of every `replace_linears`, in this order."""
+    return tuple(_after_replacing)
+
+
 VALUES_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES_IN_SUMMARY = 8
 
@@ -101,9 +106,9 @@ def replace_linears(
 
     Raises:
         ValueError: an option is out of range; nothing to replace, or a pattern that names nothing; `model` is itself a
-            linear layer; a `density` that leaves a layer without a free entry; a layer that is too wide for a pattern,
-            a 4-bit layer of a shape that cannot be decoded, or two layers that would draw the same initial values.
-            `model` is unchanged.
+            linear layer, or carries adapters of this method under PEFT; a `density` that leaves a layer without a free
+            entry; a layer that is too wide for a pattern, a 4-bit layer of a shape that cannot be decoded, or two
+            layers that would draw the same initial values. `model` is unchanged.
     """
     modules_to_save = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
     _check_options(seed, init_scale, values_dtype)
@@ -113,6 +118,7 @@ def replace_linears(
             "replaced inside itself; pass nn.Sequential(model)"
         )
     check_modules_to_save(model, modules_to_save)
+    refuse_adapters_of_peft(model)
     linears, skipped = select_linears(model, include, exclude, modules_to_save)
     weights, others = select_weights(model, linears, include, exclude, modules_to_save, by_weight)
     linears = {name: linear for name, linear in linears.items() if name not in {*weights, *(one for one, _ in others)}}
@@ -146,6 +152,17 @@ def replace_linears(
     for hook in _after_replacing:
         hook(model)
     return model
+
+
+def refuse_adapters_of_peft(model: nn.Module) -> None:
+    """Raises ValueError where the gated layers of `model` are adapters that PEFT holds, beside the layers."""
+    of_peft = adapters_of_peft(model)
+    name = next((name for name in gated_linears(model) if of_peft(name)), None)
+    if name is not None:
+        raise ValueError(
+            f"model: its adapters are PEFT's ({name}, ...), which adds, merges and takes them out itself: "
+            "model.add_adapter, model.merge_adapter, model.merge_and_unload(), model.unload()"
+        )
 
 
 def _check_options(seed: int, init_scale: float, values_dtype: torch.dtype | None) -> None:
@@ -282,9 +299,10 @@ def restore_linears(model: M) -> M:
     Parameters stay frozen, as `replace_linears` left them. Hooks go with the layer.
 
     Raises:
-        ValueError: `model` is itself a gated layer, or a layer has a `forward` of the instance's own. `model` is
-            unchanged.
+        ValueError: `model` is itself a gated layer or carries adapters of this method under PEFT, or a layer has a
+            `forward` of the instance's own. `model` is unchanged.
     """
+    refuse_adapters_of_peft(model)
     layers = gated_linears(model)
     check_replaceable(layers)
     linears = {}
@@ -326,8 +344,12 @@ def check_replaceable(layers: Mapping[str, nn.Module]) -> None:
 
 
 def gated_linears(model: nn.Module) -> dict[str, GatedSparseLinear]:
-    """Qualified name to layer, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GatedSparseLinear)}
+    """Qualified name to layer, in the model's order. Of several adapters of one weight it is the one in use."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GatedSparseLinear) and not module.waiting
+    }
 
 
 def adapter_summary(model: nn.Module) -> str:

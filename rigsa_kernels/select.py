@@ -204,13 +204,13 @@ def ranked(
     values = values.detach()
     _check_values(values, pattern)
     if candidates is None:
-        candidates = every_entry(pattern.shape, values.device) if pattern.words is None else pattern.words
+        candidates = bit_mask(pattern, values.device)
     expected = _words_shape(pattern.shape)
     if candidates.dtype != torch.int32 or tuple(candidates.shape) != expected:
         raise ValueError(
             f"candidates: expected int32 {list(expected)}, got {candidates.dtype} {list(candidates.shape)}"
         )
-    return Entries(pattern, by, values.contiguous(), candidates)
+    return Entries(pattern.packed(), by, values.contiguous(), candidates)
 
 
 def drawn(shape: tuple[int, int], *, seed: int, key: int, device: torch.device | str = "cpu") -> Entries:
@@ -231,6 +231,12 @@ def every_entry(shape: tuple[int, int], device: torch.device) -> Tensor:
     if shape[1] % WORD_BITS:
         words[-1] = (1 << shape[1] % WORD_BITS) - 1
     return words
+
+
+def bit_mask(pattern: SparsePattern, device: torch.device | str = "cpu") -> Tensor:
+    """int32 ``[ceil(K / 32), N]`` of any pattern; on `device` where the pattern is dense, and on none."""
+    words = pattern.words
+    return every_entry(pattern.shape, torch.device(device)) if words is None else words
 
 
 def count_bits(words: Tensor) -> Tensor:
@@ -258,7 +264,7 @@ def same_sign(values: Tensor, pattern: SparsePattern, *, bound: float, seed: int
     _check_values(values, pattern)
     check_stream(seed, key)
     shape = list(pattern.shape)
-    return torch.ops.rigsa.same_sign(values.contiguous(), pattern.tensors, shape, bound, as_int64(seed), key)
+    return torch.ops.rigsa.same_sign(values.contiguous(), pattern.packed().tensors, shape, bound, as_int64(seed), key)
 
 
 def _check_values(values: Tensor, pattern: SparsePattern) -> None:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rigsa_kernels.format import WORD_BITS
+from rigsa_kernels.tiles import is_tiled
 
 MIN_TRITON = (3, 5)
 """Older compilers know no recursion in a kernel, no masked histogram and no tuple of arguments."""
@@ -131,8 +132,12 @@ def check_product(
         raise ValueError(f"values: expected {_names(DTYPES)} on a GPU, got {values.dtype}")
     if alpha.dtype != torch.float32 or alpha.numel() != 1:
         raise ValueError(f"alpha: expected float32 of one entry, got {alpha.dtype} {list(alpha.shape)}")
-    num_words = -(-k // WORD_BITS)
-    expected = [[num_words, n], [num_words, n], [n]] if pattern else []
+    if is_tiled(pattern):
+        number, size = pattern[0].numel(), pattern[2].shape
+        expected = [[number], [2, number], [0, *size[1:]]]
+    else:
+        num_words = -(-k // WORD_BITS)
+        expected = [[num_words, n], [num_words, n], [n]] if pattern else []
     if [list(index.shape) for index in pattern] != expected or (not pattern and tuple(values.shape) != shape):
         raise ValueError(
             f"pattern: expected one of [{n}, {k}], got index tensors of shape "

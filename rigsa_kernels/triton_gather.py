@@ -39,7 +39,7 @@ def gather_grad_kernel(whole_ptr, values_ptr, words_ptr, word_offsets_ptr, row_b
         words, first = load_words(words_ptr, word_offsets_ptr, row_base, word_at, ok_n & (start_k + rel_q * 32 < K))
         terms = store_packed(grad, words, first, values_ptr, dvalues_ptr, alpha, BLOCK_N, BLOCK_K)
     else:
-        terms = store_dense(grad, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, BLOCK_N, BLOCK_K)
+        terms = store_dense(grad, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, K, BLOCK_N, BLOCK_K)
     tl.store(shares_ptr + tl.program_id(0), tl.sum(terms))
 
 

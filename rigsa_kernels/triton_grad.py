@@ -62,17 +62,18 @@ def store_packed(grad, words, first, values_ptr, dvalues_ptr, alpha, ROWS: tl.co
 
 
 @triton.jit
-def store_dense(grad, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, ROWS: tl.constexpr,
+def store_dense(grad, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, stride, ROWS: tl.constexpr,
                  COLUMNS: tl.constexpr):  # fmt: skip
+    """A tile of a matrix ``[N, K]`` whose rows begin `stride` values apart, halved until 32 columns are left."""
     if COLUMNS > 32:
         HALF: tl.constexpr = COLUMNS // 2
         left, right = _halves(grad, ROWS, COLUMNS)
-        terms = store_dense(left, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, ROWS, HALF)
-        return terms + store_dense(right, start_n, start_k + HALF, values_ptr, dvalues_ptr, alpha, N, K, ROWS,
-                                    HALF)  # fmt: skip
+        terms = store_dense(left, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, stride, ROWS, HALF)
+        return terms + store_dense(right, start_n, start_k + HALF, values_ptr, dvalues_ptr, alpha, N, K, stride,
+                                    ROWS, HALF)  # fmt: skip
     else:
         rel_n, rel_k = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-        at = tl.cast(start_n, tl.int64) * K + start_k + (rel_n * K + rel_k)
+        at = tl.cast(start_n, tl.int64) * stride + start_k + (rel_n * stride + rel_k)
         ok = (rel_n < N - start_n) & (rel_k < K - start_k)
         return _store(grad, at, ok, values_ptr, dvalues_ptr, alpha)
 
@@ -115,7 +116,7 @@ def grad_kernel(dy_ptr, x_ptr, values_ptr, words_ptr, word_offsets_ptr, row_base
         words, first = load_words(words_ptr, word_offsets_ptr, row_base, at, ok_n & (start_k + rel_q * 32 < K))
         terms = store_packed(acc, words, first, values_ptr, dvalues_ptr, alpha, BLOCK_N, BLOCK_K)
     else:
-        terms = store_dense(acc, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, BLOCK_N, BLOCK_K)
+        terms = store_dense(acc, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, K, BLOCK_N, BLOCK_K)
     tl.store(shares_ptr + tl.program_id(0), tl.sum(terms))
 
 

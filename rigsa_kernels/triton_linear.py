@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rigsa_kernels.format import packed_form
 from rigsa_kernels.nf4 import BASE_NAMES, num_weights
 from rigsa_kernels.triton_common import (
     MAX_REGISTERS,
@@ -212,6 +213,7 @@ def _launch(
     *,
     dx: bool,
 ) -> None:
+    pattern = packed_form(pattern, shape)
     check_product(a, shape, values, alpha, pattern, bias=bias, exact=exact, **dict(zip(BASE_NAMES, base, strict=False)))
     if len(base) == 1 and base[0].dtype != a.dtype:
         raise ValueError(f"weight: expected the operand's dtype {a.dtype}, got {base[0].dtype}")

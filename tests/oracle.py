@@ -9,8 +9,18 @@ from torch import Tensor
 
 from rigsa_kernels import SparsePattern
 from rigsa_kernels.nf4 import dequantize
+from rigsa_kernels.tiles import grid_shape, tile_size
 
 DENSITIES = {"dense": None, "packed": 0.4, "sparse": 0.02, "empty": 0.0, "full": 1.0}
+TILES = {
+    "rows": ("rows", 0.2),
+    "columns": ("columns", 0.2),
+    "16x8": ("16x8", 0.3),
+    "32": (32, 0.2),
+    "5x3": ("5x3", 0.4),
+}
+"""Name to a tile and to the share of the tiles that are free."""
+PATTERNS = [*DENSITIES, *TILES]
 ALPHAS = [0.0, 1e-6, 1e-3, 0.1, -0.1]
 
 
@@ -19,10 +29,15 @@ def flag(exact: bool) -> Tensor:
 
 
 def make_pattern(n: int, k: int, density: str, device: str = "cpu") -> SparsePattern:
+    generator = torch.Generator(device).manual_seed(1)
+    if density in TILES:
+        tile, share = TILES[density]
+        size = tile_size(tile, (n, k))
+        grid = torch.rand(grid_shape((n, k), size), generator=generator, device=device) < share
+        return SparsePattern.from_tiles(grid.view(-1).nonzero().view(-1).to(torch.int32), (n, k), size)
     share = DENSITIES[density]
     if share is None:
         return SparsePattern.dense(n, k)
-    generator = torch.Generator(device).manual_seed(1)
     return SparsePattern.from_mask(torch.rand(n, k, generator=generator, device=device) < share)
 
 

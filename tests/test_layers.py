@@ -13,6 +13,7 @@ RIG = "rigsa/experiments"
 FLOORS = {
     "kernels": ["rigsa_kernels/*"],
     "library": ["rigsa/*"],
+    "peft": ["rigsa/registration", "rigsa/peft_tuner/*", "rigsa/__init__"],
     "settings": [
         f"{RIG}/{name}"
         for name in (

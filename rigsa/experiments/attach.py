@@ -38,7 +38,7 @@ def attach_adapter(model: PreTrainedModel, config: Config) -> None:
         model,
         config.included,
         exclude=config.excluded,
-        seed=config.seed,
+        seed=config.values_seed,
         shared_gate=config.gate == "model",
         alpha_init=config.alpha_init,
         init_scale=config.init_scale,

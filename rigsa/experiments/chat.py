@@ -14,14 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from transformers import TextStreamer
 
+from rigsa.adapters import adapter_off
 from rigsa.errors import RigsaError
 from rigsa.experiments import bounds
-from rigsa.experiments.adapter import adapter_off
 from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.model import longest_of
 from rigsa.experiments.records import metrics_of, read_record
-from rigsa.experiments.run_folder import METRICS_FILE, finished_levels
+from rigsa.experiments.run_folder import METRICS_FILE, finished_level
 from rigsa.experiments.tasks.conversation import Turn
 from rigsa.experiments.tasks.drift import greedy
 from rigsa.experiments.tasks.evaluation import target_logits
@@ -93,19 +93,6 @@ def run_chat(
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives `input` arrow keys and a history
     talk(Chat(experiment, max_new_tokens, write), read, write)
-
-
-def finished_level(run: Path, level: int | None) -> int:
-    """`level` itself, or for None the last finished one. Raises RigsaError if it is not finished."""
-    finished = finished_levels(run)
-    if not finished:
-        raise RigsaError(f"{run} has no finished level to talk to; let the run finish one first")
-    if level is None:
-        return finished[-1]
-    if level not in finished:
-        known = ", ".join(map(str, finished))
-        raise RigsaError(f"--level: expected a finished level of {run} ({known}), got {level}")
-    return level
 
 
 def talk(chat: Chat, read: Read, write: Write) -> None:

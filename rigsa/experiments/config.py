@@ -25,6 +25,7 @@ from rigsa.experiments.bounds import (
     COUNT,
     COUNT_OR_0,
     EPSILON,
+    LARGEST_INT,
     LEVELS,
     NORM,
     PART,
@@ -188,6 +189,19 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class Tickets:
+    """The training of a ticket, where it is not that of level 0. Methods of several levels, and the
+    controls of `imp`, read these fields."""
+
+    ticket_learning_rate: float = _field(
+        0.0, "peak of the linear schedule of the levels after level 0; 0: learning_rate, as in the paper", RATE_OR_0
+    )
+    ticket_alpha_learning_rate: float = _field(
+        0.0, "the same of their gates; 0: alpha_learning_rate, as in the paper", RATE_OR_0
+    )
+
+
+@dataclass(frozen=True)
 class Choosing:
     """The choice of the entries that a mask takes. A method reads those of these fields that it names."""
 
@@ -198,8 +212,14 @@ class Choosing:
     )
     match: str = _field(
         "",
-        "run folder of an imp run: keep as many entries per layer as its last ticket; "
-        "default: the imp run of this preset and seed",
+        "run folder of an imp run, whose ticket it is: random-mask keeps as many entries per layer, reinit the same "
+        "entries; default: the imp run of this preset and seed",
+    )
+    match_level: int = _field(0, "the level of that run whose ticket it is; 0: the last finished one", LEVELS)
+    init_seed: int = _field(
+        -1,
+        "of the initial values in place of the seed, for all else stays as the seed has it; -1: the seed + 1,000,000",
+        Range(-1, LARGEST_INT),
     )
     density: float = _field(
         0.0,
@@ -207,6 +227,12 @@ class Choosing:
         SHARE_OR_0,
     )
     mask_images: int = _field(64, "training images whose gradients choose the mask", COUNT)
+    gradient_share: float = _field(
+        0.3, "probability with which a step takes the gradient of an entry, divided by it; the others are 0", SHARE
+    )
+    l0_penalty: float = _field(
+        1.25e-7, "what each entry of the difference that is not zero is expected to add to the loss", RATE_OR_0
+    )
     super_rank: str = _field("largest", "which pretrained magnitudes are trained", choices=("largest", "smallest"))
     reselect_steps: int = _field(20, "steps between two rounds of dropping and growing", COUNT)
     reselect_share: float = _field(
@@ -313,7 +339,7 @@ class Measuring:
 
 # Fields stand in the order of the bases from the last to the first.
 @dataclass(frozen=True)
-class Config(Measuring, Training, LowRank, Choosing, Pruning, Gates, Base, Identity):
+class Config(Measuring, Training, LowRank, Choosing, Tickets, Pruning, Gates, Base, Identity):
     """One run. Defaults are the paper's wherever it states a value (RIGSA, section 4), and say so where it does not.
 
     Raises:
@@ -356,6 +382,23 @@ class Config(Measuring, Training, LowRank, Choosing, Pruning, Gates, Base, Ident
             "checkpoint_steps",
             f"a multiple of the {self.logging_steps} logging steps",
             self.checkpoint_steps % self.logging_steps == 0,
+        )
+
+    @property
+    def values_seed(self) -> int:
+        """Of the initial values."""
+        if not self.method.reads("init_seed"):
+            return self.seed
+        return self.seed + 1_000_000 if self.init_seed < 0 else self.init_seed
+
+    def at_level(self, level: int) -> Config:
+        """What that level trains by: a ticket's own rates, where it has some, stand in place of those of level 0."""
+        if level == 0:
+            return self
+        return dataclasses.replace(
+            self,
+            learning_rate=self.ticket_learning_rate or self.learning_rate,
+            alpha_learning_rate=self.ticket_alpha_learning_rate or self.alpha_learning_rate,
         )
 
     def record(self) -> dict[str, Any]:
@@ -420,12 +463,12 @@ class Look:
 
     Attributes:
         colour: a name in the palette of `rigsa.experiments.report.figures`.
-        marker, line: as matplotlib has them.
+        marker, line: as matplotlib has them. A marker of three numbers is a polygon or, with 1 in the middle, a star.
         by_level: it has a point for each level; other methods have one, the end of training.
     """
 
     colour: Colour
-    marker: str
+    marker: str | tuple[int, int, int]
     line: Any
     by_level: bool = False
 
@@ -441,7 +484,7 @@ class Method(abc.ABC):
         options: fields of `Config` that it reads beside `SHARED`.
         look: how it is drawn.
         usual: values that its own publication, or its start from zero, sets apart from the defaults of `Config`.
-        quickstart_learning_rate: on two CPU cores, where it was searched.
+        quickstart_learning_rate, quickstart_alpha_learning_rate: on two CPU cores, where they were searched.
         gated: it trains `GatedSparseLinear`.
         peft: the adapter of PEFT that it trains, alone or beside the gated layers.
         quantizations: what it takes frozen weights in.
@@ -457,6 +500,7 @@ class Method(abc.ABC):
     look: Look
     usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quickstart_learning_rate: float = 2e-3
+    quickstart_alpha_learning_rate: float = 2e-2
     gated: bool = True
     peft: Literal["", "lora", "shira"] = ""
     quantizations: tuple[str, ...] = QUANTIZATIONS

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from rigsa.errors import RigsaError
@@ -24,7 +25,7 @@ from rigsa.experiments.adapter import (
 )
 from rigsa.experiments.attach import attach
 from rigsa.experiments.config import Config
-from rigsa.experiments.distributed import is_sharded, main_first, wait_for_all
+from rigsa.experiments.distributed import main_first, wait_for_all
 from rigsa.experiments.layer_checks import check_layers
 from rigsa.experiments.model import load_model, longest_of, resolve_device
 from rigsa.experiments.records import EARLY_BIRD, PRUNING, REPLIES, RESOURCES, metrics_of, read_record
@@ -46,6 +47,7 @@ from rigsa.experiments.tasks.registry import load_task
 from rigsa.experiments.tasks.task import Task
 from rigsa.experiments.train import read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
+from rigsa.processes import is_sharded
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.selection import adaptable, check_selection, select_linears
 
@@ -76,6 +78,25 @@ def _check_numbers(config: Config, num_training: int) -> None:
             f"--logging-steps: expected at most the {steps - config.rewind_step} steps of a level, so that its log "
             f"has a line, got {config.logging_steps}"
         )
+
+
+def adopt(model: nn.Module, patterns: dict[str, SparsePattern]) -> None:
+    """Give every layer its pattern. The layer then is at its initial values, its gate closed."""
+    for name, layer in gated_linears(model).items():
+        layer.set_pattern(patterns[name])
+
+
+def restore_level(model: nn.Module, folder: Path) -> None:
+    """Put the trained adapter in a level's folder on `model`, which carries one as attached, its ticket first.
+
+    Raises:
+        RigsaError: a file is missing, damaged or does not fit.
+    """
+    if is_done(folder):
+        _check_undamaged(folder)
+    if (folder / MASK_FILE).exists():
+        adopt(model, load_ticket(model, folder))
+    load_adapter(model, folder / ADAPTER_FILE)
 
 
 @dataclass
@@ -118,9 +139,8 @@ class Experiment:
         self.restore(level)
 
     def adopt(self, patterns: dict[str, SparsePattern]) -> None:
-        """Give every layer its pattern. The layer then is at its initial values, its gate closed."""
-        for name, layer in gated_linears(self.model).items():
-            layer.set_pattern(patterns[name])
+        """Give every layer its pattern (`adopt`)."""
+        adopt(self.model, patterns)
 
     def folder(self, level: int) -> Path:
         return level_folder(self.run, level)
@@ -130,12 +150,7 @@ class Experiment:
 
     def restore(self, level: int) -> None:
         """Put the trained adapter of a finished level on the model, its ticket first."""
-        folder = self.folder(level)
-        if is_done(folder):
-            _check_undamaged(folder)
-        if (folder / MASK_FILE).exists():
-            self.adopt(load_ticket(self.model, folder))
-        load_adapter(self.model, folder / ADAPTER_FILE)
+        restore_level(self.model, self.folder(level))
 
     def enter_ticket(self, level: int, choose: Choose) -> None:
         """Choose the ticket of `level`, unless that was done already, and put every layer at its start.
@@ -148,7 +163,7 @@ class Experiment:
                 patterns, record = choose(self)
                 write_json(folder / PRUNING_FILE, record | {"mask": masks_hash(patterns)})
                 save_masks(patterns, folder / MASK_FILE, base_fingerprint(self.model))
-        self.adopt(load_ticket(self.model, folder))
+        adopt(self.model, load_ticket(self.model, folder))
 
     def record_choice(self, level: int, record: dict[str, Any]) -> None:
         """Write down how the first mask of `level` was chosen, for a method that moves it while it trains."""
@@ -212,7 +227,7 @@ class Experiment:
         """
         folder, label = self.folder(level), f"level {level}"
         wait_for_all()  # until every process has seen that this level is not done
-        train_level(self.model, self.task.training(), self.config, folder, label, callbacks, first_step)
+        train_level(self.model, self.task.training(), self.config.at_level(level), folder, label, callbacks, first_step)
         if is_sharded(self.model):
             self.reload(level)
         with main_first():

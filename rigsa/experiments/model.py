@@ -117,7 +117,7 @@ def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any
         raise RigsaError(f"--model {config.model}: cannot be loaded ({reason}). {GET_EMBEDDED}") from error
     check_weights(config.model, type(model).__name__, found)
     if config.quantize == "nf4":
-        quantize_linears(model, device, config)
+        quantize_linears(model, device, config.included, config.excluded)
     model.to(device)
     spare_the_head(model)
     return model.requires_grad_(False).eval(), tokenizer
@@ -157,7 +157,9 @@ def spare_the_head(model: PreTrainedModel) -> None:
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
 
-def quantize_linears(model: PreTrainedModel, device: torch.device, config: Base) -> None:
+def quantize_linears(
+    model: PreTrainedModel, device: torch.device, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> None:
     """The weights of the layers to adapt in NF4 (QLoRA, Dettmers et al. 2023), on `device`, in place.
 
     Layer by layer, so the model never stands on the device in its own dtype. The blocks' scales stay float32: the
@@ -171,7 +173,7 @@ def quantize_linears(model: PreTrainedModel, device: torch.device, config: Base)
     except ImportError as error:
         raise RigsaError(f"--quantize nf4: needs bitsandbytes ({error}); pip install bitsandbytes") from error
     options: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
-    for name, linear in select_linears(model, config.included, config.excluded)[0].items():
+    for name, linear in select_linears(model, include, exclude)[0].items():
         quantized = Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None,
             compute_dtype=linear.weight.dtype, device="meta", **options,

@@ -41,7 +41,7 @@ def quickstart(method: str = "imp", device: str = "auto") -> Config:
         batch_size=8,
         micro_batch_size=8,
         learning_rate=METHODS[method].quickstart_learning_rate,
-        alpha_learning_rate=2e-2,
+        alpha_learning_rate=METHODS[method].quickstart_alpha_learning_rate,
         warmup_steps=30,
         beta2=0.95,
         eval_shots="0",

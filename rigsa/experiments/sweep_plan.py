@@ -140,15 +140,16 @@ def _controls(config: Config, settings: dict[str, Any], jobs: list[Job], out: Pa
         for job in jobs
         if job.config.method.name == config.method.matches
         and job.config.seed == config.seed
-        and job.config.prunings > 0
+        and job.config.prunings >= max(config.match_level, 1)
         and all(job.varied.get(name, value) == value for name, value in settings.items())
     ]
     if not matched:
         where = "".join(f", {flag(name)} {value}" for name, value in settings.items())
         raise RigsaError(
-            f"--methods {config.method}: no {config.method.matches} run of seed {config.seed}{where} with a ticket is "
-            f"in this sweep to be matched to; add {config.method.matches} to --methods, with the same values, or give "
-            "--density"
+            f"--methods {config.method}: no {config.method.matches} run of seed {config.seed}{where} with "
+            f"{f'a ticket {config.match_level}' if config.match_level else 'a ticket'} is in this sweep to be matched "
+            f"to; add {config.method.matches} to --methods, with the same values"
+            + (", or give --density" if config.method.reads("density") else "")
         )
     controls = []
     for job in matched:

@@ -41,12 +41,10 @@ from rigsa.experiments.config import Config, Training
 from rigsa.experiments.distributed import (
     accumulation_steps,
     is_main,
-    is_sharded,
     is_sharding,
     main_first,
     num_processes,
     wait_for_all,
-    whole,
 )
 from rigsa.experiments.hardware import hardware, versions
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
@@ -56,6 +54,7 @@ from rigsa.experiments.tasks.evaluation import target_logits, training_loss
 from rigsa.experiments.tasks.task import Batch, Samples, num_targets
 from rigsa.experiments.tasks.text import TextSamples
 from rigsa.files import read_json, write_json, write_text
+from rigsa.processes import is_sharded, whole
 from rigsa_kernels import MaskedAdamW, gated_linears
 from rigsa_kernels.launches import local_part
 from rigsa_kernels.optim import stepping_in_backward
@@ -89,6 +88,18 @@ class PatternMover(TrainerCallback):
     """
 
 
+class AddsParameters(TrainerCallback):
+    """A callback with parameters of its own. Checkpoints hold them beside the adapter's; what is trained does not."""
+
+    def put_on(self, model: nn.Module) -> None:
+        """Add them, at their start."""
+        raise NotImplementedError
+
+    def take_off(self, model: nn.Module) -> None:
+        """Remove them, and leave what they have made of the adapter."""
+        raise NotImplementedError
+
+
 class EndsEarly(TrainerCallback):
     """A callback that may end a level before its last step."""
 
@@ -116,7 +127,8 @@ def train_level(
         config: of the run.
         folder: of the level.
         label: of the progress bar.
-        callbacks: more of them; where there is a `PatternMover`, the level's mask is written before the adapter.
+        callbacks: more of them; where there is a `PatternMover`, the level's mask is written before the adapter, and
+            where one `AddsParameters`, the model has these while it trains.
         first_step: of the schedule; only the steps from there on are made.
 
     Raises:
@@ -127,6 +139,9 @@ def train_level(
         load_trained(model, folder, moving)
         return
     reset_peak_memory()
+    adding = [callback for callback in callbacks if isinstance(callback, AddsParameters)]
+    for callback in adding:
+        callback.put_on(model)
     with main_first():
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is not None:
@@ -154,6 +169,8 @@ def train_level(
         optimizer = trainer.create_optimizer()
         with stepping_in_backward(optimizer) if config.step_in_backward else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for callback in adding:
+        callback.take_off(model)
     with whole(model), main_first():
         if not (folder / LOG_FILE).exists():
             save_trained(model, folder, moving)
@@ -199,6 +216,7 @@ def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
         weight_decay=config.weight_decay,
         alpha_lr=config.alpha_learning_rate,
         alpha_weight_decay=config.alpha_weight_decay,
+        other_weight_decay=None,  # low-rank differences beside ours decay as ours do
         state_dtype=config.state_dtype,
         seed=config.seed,
     )
@@ -277,7 +295,8 @@ class LevelTrainer(Trainer):
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         keep_out_of_ddp(model)
         if is_sharding():
-            release_origins(model)
+            for layer in gated_linears(model).values():
+                layer.release_origin()
         return super()._wrap_model(model, *args, **kwargs)
 
     def compute_loss(
@@ -377,20 +396,18 @@ class LikeLengths(Sampler[int]):
 
 
 def keep_out_of_ddp(model: nn.Module) -> None:
-    """Have DDP send trained parameters only: every process has loaded the frozen ones and the patterns already.
+    """Have DDP send what backward trains only: every process has loaded the frozen parameters and the patterns already,
+    and finds gradients that are set by hand from those of the others.
 
     DDP would broadcast all of them once, buffers before each forward pass, and neither gloo nor NCCL sends int16.
     """
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad or getattr(parameter, "is_set_by_hand", False)
+    ]
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
-
-
-def release_origins(model: nn.Module) -> None:
-    """Forget the layers that were adapted: they would keep the frozen weights whole beside their shards."""
-    for layer in gated_linears(model).values():
-        (linear,) = layer._origin
-        linear.weight = linear.bias = None  # type: ignore[assignment]
 
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:

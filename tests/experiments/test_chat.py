@@ -13,7 +13,7 @@ from PIL import Image
 
 from rigsa.errors import RigsaError
 from rigsa.experiments import chat as chat_module
-from rigsa.experiments.chat import HELP, Chat, finished_level, read_image, run_chat, talk
+from rigsa.experiments.chat import HELP, Chat, read_image, run_chat, talk
 from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.tasks.textual_mnist import Prompts, image_text, load_splits
@@ -262,7 +262,7 @@ def test_what_cannot_be_talked_to_is_named_before_a_model_is_loaded(run, tmp_pat
     with pytest.raises(RigsaError, match="--max-new-tokens: expected 1 to 1,000,000, got 0"):
         run_chat(run, max_new_tokens=0)
     shutil.copytree(run, tmp_path / "young", ignore=shutil.ignore_patterns("done"))
-    with pytest.raises(RigsaError, match="has no finished level to talk to; let the run finish one first"):
+    with pytest.raises(RigsaError, match="has no finished level; let the run finish one first"):
         run_chat(tmp_path / "young")
 
 
@@ -273,5 +273,7 @@ def test_the_last_level_is_the_largest_finished_number(tmp_path):
             (tmp_path / f"level_{level}" / "done").touch()
     (tmp_path / "level_x").mkdir()
     (tmp_path / "level_x" / "done").touch()
+    from rigsa.experiments.run_folder import finished_level
+
     assert finished_level(tmp_path, None) == 10
     assert finished_level(tmp_path, 2) == 2

@@ -26,7 +26,15 @@ from torch import nn
 
 from rigsa.errors import RigsaError
 from rigsa.experiments import records
-from rigsa.experiments.adapter import base_fingerprint, load_adapter, load_masks, save_adapter, save_masks
+from rigsa.experiments.adapter import (
+    base_fingerprint,
+    level_patterns,
+    load_adapter,
+    load_masks,
+    masks_hash,
+    save_adapter,
+    save_masks,
+)
 from rigsa.experiments.chat import read_image
 from rigsa.experiments.checkpoints import latest_checkpoint, mark_checkpoint
 from rigsa.experiments.config_file import load, save
@@ -107,6 +115,15 @@ def masks_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
     patterns = {name: SparsePattern.from_mask(mask) for name, mask in masks.items()}
     save_masks(patterns, path, base_fingerprint(model))
     return path, lambda: [pattern.to_mask().tolist() for pattern in load_masks(model, path).values()]
+
+
+def level_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
+    path, _ = masks_of(folder, model)
+    patterns = load_masks(model, path)
+    densities = {name: pattern.density for name, pattern in patterns.items()}
+    write(folder / "metrics.json", {"layer_density": densities})
+    write(folder / "pruning.json", {"kept": 1, "mask": masks_hash(patterns)})
+    return path, lambda: [pattern.to_mask().tolist() for pattern in level_patterns(folder).values()]
 
 
 def checkpoint_of(folder: Path, _: nn.Module, name: str = "optimizer.pt") -> tuple[Path, Load]:
@@ -244,6 +261,7 @@ SETTLED = {"ended_at": None, "steps_saved": 0, "distances": {"4": None, "8": 0.1
 LOADERS: dict[str, Callable[..., tuple[Path, Load]]] = {
     "adapter": adapter_of,
     "masks": masks_of,
+    "masks of a finished level": level_of,
     "checkpoint": checkpoint_of,
     "marker of a checkpoint": lambda folder, model: checkpoint_of(folder, model, "done"),
     "marker": marker_of,

@@ -118,6 +118,9 @@ def test_a_random_mask_takes_the_settings_of_its_imp_run(tmp_path):
     assert control.depends_on == "imp-init-scale2.0-prunings2-eps1e-06-seed0"
     assert (control.config.init_scale, control.config.eps) == (2, 1e-6)
     assert control.config.prunings == PRESETS["smoke"]("random-mask").prunings  # which it does not read
+    levels = planned(tmp_path, "imp,reinit", vary=["reinit:match_level=1,2"], prunings=2).jobs
+    assert [(job.name, job.config.match_level, job.depends_on) for job in levels[1:]] == [
+        ("reinit-match-level1-seed0", 1, "imp-seed0"), ("reinit-match-level2-seed0", 2, "imp-seed0")]  # fmt: skip
     alone = planned(tmp_path, "random-mask", density=0.25).jobs
     assert [(job.name, job.config.match, job.depends_on) for job in alone] == [("random-mask-seed0", "", None)]
 
@@ -209,7 +212,7 @@ def test_arguments_give_the_configuration_back(method, preset):
                 varied = dataclasses.replace(config, seed=3, **{name: value})
             except RigsaError:  # one value alone does not fit, such as --quantize
                 continue
-            if method == "random-mask" and not varied.density:
+            if METHODS[method].matches and not varied.density:
                 varied = dataclasses.replace(varied, match="runs/imp")
             job = Job("name", varied, {})
             plan = Plan(Path("out"), preset, [], [], {}, {}, [job])

@@ -10,15 +10,28 @@ from torch import Tensor
 
 from rigsa_kernels import SparsePattern, free_entries, reference, triton_free_entries
 from rigsa_kernels.testing import GuardError, interpreting
+from rigsa_kernels.tiles import grid_shape, tile_size
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+TILES = [None, None, "rows", "columns", 16, "5x3"]
+
+
+def _pattern(shape: tuple[int, int], density: float, tile: object, generator: torch.Generator) -> SparsePattern:
+    """Entries, or tiles, drawn one by one."""
+    if tile is None:
+        return SparsePattern.from_mask(torch.rand(shape, generator=generator) < density)
+    size = tile_size(tile, shape)  # type: ignore[arg-type]
+    free = torch.rand(grid_shape(shape, size), generator=generator) < density
+    return SparsePattern.from_tiles(free.view(-1).nonzero().view(-1).to(torch.int32), shape, size)
 
 
 def make(shapes: list[tuple[int, int]], density: float, dtype: torch.dtype, seed: int = 0):  # type: ignore[no-untyped-def]
     """Matrices, patterns, base values, values and gates."""
     generator = torch.Generator().manual_seed(seed)
     matrices = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    patterns = [SparsePattern.from_mask(torch.rand(shape, generator=generator) < density) for shape in shapes]
+    patterns = [_pattern(shape, density, TILES[(seed + at) % len(TILES)], generator) for at, shape in enumerate(shapes)]
     base = [pattern.gather(matrix) for pattern, matrix in zip(patterns, matrices, strict=True)]
     values = [torch.randn(pattern.nnz, generator=generator) for pattern in patterns]
     alphas = [torch.rand(1, generator=generator) for _ in shapes]
@@ -66,10 +79,10 @@ def test_the_kernel_reads_and_writes_as_pytorch_does(sizes, density, dtype, seed
         assert torch.equal(matrix[~pattern.to_mask()], before[~pattern.to_mask()])
 
 
-@given(shapes, st.sampled_from([0.05, 0.5, 1.0]), st.sampled_from(DTYPES), st.booleans())
+@given(shapes, st.sampled_from([0.05, 0.5, 1.0]), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 99))
 @settings(max_examples=25)
-def test_composing_rounds_the_sum_once(sizes, density, dtype, half_values):
-    matrices, patterns, base, values, alphas = make(sizes, density, dtype)
+def test_composing_rounds_the_sum_once(sizes, density, dtype, half_values, seed):
+    matrices, patterns, base, values, alphas = make(sizes, density, dtype, seed)
     values = [value.bfloat16() for value in values] if half_values else values
     results = on_both("compose_free_", matrices, base, values, alphas, flat(patterns), also=[])
     for row in zip(*results, matrices, patterns, base, values, alphas, strict=True):

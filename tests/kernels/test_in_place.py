@@ -28,6 +28,7 @@ from rigsa_kernels import (
     restore_linears,
     restore_weights,
 )
+from rigsa_kernels.format import positions
 from rigsa_kernels.reference import NonFiniteGateError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -298,16 +299,16 @@ def test_an_error_in_the_midst_of_composing_leaves_w0():
 def test_an_interrupt_between_two_writes_is_mended_by_the_next(during, monkeypatch):
     """Ctrl-C, say: the first of two layers is written, the second is not."""
     model, x = make_model(), make_x()
-    frozen, write = weights(model), free_entries._indices
+    frozen = weights(model)
 
-    def interrupted(matrices, patterns):  # type: ignore[no-untyped-def]
-        matrices[0].view(-1)[write(matrices, patterns)[0][:1]] = 7.0
+    def interrupted(matrix, pattern, entries):  # type: ignore[no-untyped-def]
+        matrix.view(-1)[positions(pattern, matrix.shape)[:1]] = 7.0
         raise KeyboardInterrupt
 
     model(x)
     if during == "compose":
         train_step(model, torch.optim.SGD(model.parameters(), 0.1), x)
-    monkeypatch.setattr(free_entries, "_indices", interrupted)
+    monkeypatch.setattr(free_entries, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model(x) if during == "compose" else restore_weights(model)
     monkeypatch.undo()

@@ -2,6 +2,7 @@
 
 import math
 
+import oracle
 import pytest
 import torch
 from oracle import ALPHAS, DENSITIES, assert_close, eager_results, flag, make_inputs, truth
@@ -12,7 +13,7 @@ from rigsa_kernels import SparsePattern, gated_linear, reference
 from rigsa_kernels.reference import SAMPLED_PRODUCT_DENSITY
 
 NUMERICS = pytest.mark.parametrize("exact", [True, False], ids=["exact", "composed"])
-PATTERNS = pytest.mark.parametrize("density", DENSITIES)
+PATTERNS = pytest.mark.parametrize("density", oracle.PATTERNS)
 
 
 @NUMERICS

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ALPHAS, assert_close, eager_results, flag, make_inputs, quantize_nf4, truth
+from oracle import ALPHAS, DENSITIES, TILES, assert_close, eager_results, flag, make_inputs, quantize_nf4, truth
 from torch import Tensor
 
-from rigsa_kernels import SparsePattern, testing, triton_add, triton_gather, triton_grad, triton_linear
+from rigsa_kernels import SparsePattern, testing, triton_add, triton_gather, triton_grad, triton_linear, triton_tiles
 from rigsa_kernels.testing import GuardError, interpreting
+from rigsa_kernels.tiles import grid_shape, tile_size
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -44,7 +45,8 @@ class Problem:
         exact = flag(self.exact).to(self.x.device)
         y = triton_linear.linear_fwd(self.x, self.base, self.bias, *tail, exact)
         dx = triton_linear.linear_dx(self.dy, self.base, *tail, exact)
-        return [y, dx, *triton_grad.linear_dvalues(self.dy, self.x, *tail)]
+        gradient = triton_grad if self.pattern.tile is None else triton_tiles
+        return [y, dx, *gradient.linear_dvalues(self.dy, self.x, *tail)]
 
     def run(self, order: int = 0) -> list[Tensor]:
         """`launch`, interpreted."""
@@ -83,7 +85,7 @@ def make(m=40, n=70, k=96, density="packed", alpha=0.1, dtype=torch.bfloat16, ex
 
 
 sizes = st.one_of(st.integers(1, 40), st.integers(1, 150))
-densities = st.sampled_from(["dense", "packed", "sparse", "empty", "full"])
+densities = st.sampled_from(["dense", "packed", "sparse", "empty", "full", *TILES])
 
 
 @given(
@@ -217,7 +219,40 @@ def test_views_that_callers_have(density):
     assert not dalpha.any()
 
 
-@given(sizes, sizes, sizes, densities, st.sampled_from(ALPHAS), st.sampled_from(DTYPES), st.booleans())
+@given(
+    st.tuples(st.integers(1, 60), st.integers(1, 60)), st.integers(0, 40),
+    st.sampled_from([(16, 16), (32, 32), (64, 64), (16, 60), (60, 16), (5, 33), (1, 40), (40, 1)]),
+    st.sampled_from([0.1, 0.5]), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25)
+def test_the_launch_over_tiles_matches_float64(shape, m, tile, share, dtype, half_values, seed):
+    """Whatever the tile, its edges and the tokens; this launch alone, also where one product would do."""
+    check_tiles_alone(shape, m, tile, share, dtype, half_values, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_several_pieces(dtype):
+    """Larger than a program's work, with edges that leave some pieces nothing to do, and several steps of tokens."""
+    check_tiles_alone((150, 300), 140, (128, 250), 0.8, dtype, True, 0)
+
+
+def check_tiles_alone(shape, m, tile, share, dtype, half_values, seed):  # type: ignore[no-untyped-def]
+    tile = tile_size(tile, shape)
+    grid = torch.rand(grid_shape(shape, tile), generator=torch.Generator().manual_seed(seed)) < share
+    tiles = grid.view(-1).nonzero().view(-1).to(torch.int32)
+    problem = make(m, *shape, "dense", 0.1, dtype, values_dtype=dtype if half_values else torch.float32)
+    problem.pattern = SparsePattern.from_tiles(tiles, shape, tile)
+    problem.values = problem.pattern.gather(problem.values)
+    tail = problem.values, problem.alpha, problem.pattern.tensors
+    with interpreting(order=seed):
+        results = triton_tiles.tile_grad(problem.dy, problem.x, *tail)
+    want, sums = truth(*problem.arguments)
+    eager = eager_results(*problem.arguments, problem.exact)
+    check_all(list(results), want[2:], sums[2:], eager[2:], dtype)
+
+
+@given(sizes, sizes, sizes, st.sampled_from(list(DENSITIES)), st.sampled_from(ALPHAS), st.sampled_from(DTYPES),
+       st.booleans())  # fmt: skip
 @settings(max_examples=40)
 def test_gradients_from_a_whole_product_match_float64(m, n, k, density, alpha, dtype, half_values):
     """The library makes the product here; the kernel reads the free entries from it and scales them."""
@@ -273,6 +308,17 @@ class TestTheChecksCanFail:
         monkeypatch.setattr(module, "clamped", _unclamped)
         with pytest.raises(GuardError, match="out of bounds"):
             make(20, 70, 96).run()
+
+    def test_a_dropped_boundary_of_a_tile(self, monkeypatch):
+        monkeypatch.setattr(triton_tiles, "clamped", _unclamped)
+        with pytest.raises(GuardError, match="out of bounds"):
+            make(20, 70, 96, "16x8").run()
+
+    def test_tiles_that_write_into_one_place(self):
+        problem = make(20, 70, 96, "16x8")
+        problem.pattern.places[0, 1] = problem.pattern.places[0, 0]
+        with pytest.raises(GuardError):
+            problem.run()
 
     def test_a_short_buffer(self):
         problem = make()

@@ -552,7 +552,7 @@ def test_an_absurd_header_takes_no_memory(folder, length):
     path = file_of(folder)
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     os.truncate(path, 2**36)  # 64 GiB of holes
-    assert_refused(folder, "bytes of tensors, got a file of 68719476736 with a header of")
+    assert_refused(folder, f"{length}.* in a file of 68719476736")
 
 
 def test_nested_json_is_refused(folder):

@@ -25,6 +25,7 @@ from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_act
 from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
 from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
+from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import target_logits, training_loss
 from rigsa.experiments.tasks.task import Batch, Size
@@ -94,6 +95,10 @@ class SimulatedModel:
             for layer in gated_linears(self.model).values():
                 _simulate(layer, config, device, density)
                 self._lists += _position_lists(layer, device)
+            if density == 1 and config.method.reads("l0_penalty"):
+                DiffGates(config).put_on(self.model)
+                # w, while the values are the difference of a step
+                self._lists += [torch.empty_like(layer.rigsa_values) for layer in gated_linears(self.model).values()]
 
     def trained_share(self) -> float:
         """Numbers that are trained, as a share of the weights of the layers that have an adapter."""
@@ -110,7 +115,8 @@ class SimulatedModel:
         model, config = self.model.train(), self.config
         with self._fake:
             optimizer = self._optimizer(config)
-            parameters = _parameters(optimizer)
+            by_hand = [p for p in _parameters(optimizer) if getattr(p, "is_set_by_hand", False)]
+            parameters = [p for p in _parameters(optimizer) if not getattr(p, "is_set_by_hand", False)]
             if accumulates:
                 _fill_gradients(parameters)
             memory = self._hold(optimizer)
@@ -127,6 +133,8 @@ class SimulatedModel:
                 loss.backward()
                 if config.max_grad_norm:
                     nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                _fill_gradients(by_hand)
+                memory.hold("gradients", [p.grad for p in by_hand if p.grad is not None])
                 optimizer.step()
             for hook in hooks:
                 hook.remove()

@@ -1,4 +1,4 @@
-"""Masks from gradients at the pretrained model: SIFT, FISH masks, SAM and RoSA.
+"""Masks from gradients before training: SIFT, FISH masks, SAM, RoSA, SNIP and GraSP.
 
 `rigsa.scores` has the scores. Here a batch is what `mask_batches` draws: one image where a score is made for examples,
 else a micro-batch, as training makes them.
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from rigsa.experiments.config import Gates, Look, LowRank, Training, fields_of
+from rigsa.errors import RigsaError
+from rigsa.experiments.config import Config, Gates, Look, LowRank, Training, fields_of
 from rigsa.experiments.methods.baselines import OWN_DTYPE
 from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa.experiments.tasks.evaluation import training_loss
@@ -31,6 +32,15 @@ class GradientMask(TicketMethod):
     """Trains the entries that its score ranks highest."""
 
     score: GradientScore
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if self.score.at_start and (config.init_scale == 0 or config.alpha_init == 0):
+            option = "init-scale" if config.init_scale == 0 else "alpha-init"
+            raise RigsaError(
+                f"--{option} 0: every score of {self.name} would be 0, as it is a product with the initial values "
+                "behind their gate; expected another number"
+            )
 
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
         config = experiment.config
@@ -60,7 +70,7 @@ def score_entries(
     """Score every entry of the gated layers by its gradients.
 
     Args:
-        model: with a dense adapter that is zero.
+        model: with a dense adapter as it starts: zero for scores of the pretrained model.
         score: what is made of the gradients.
         batches: of training examples, as many in each as `images_at_a_time` says.
         divisor: of the summed loss of each batch. It is one number for all of them, so that every token counts as much
@@ -78,13 +88,13 @@ def score_entries(
     return gradient_scores(model.train(), values, loss_of, batches, score)
 
 
-_OPTIONS = (*fields_of(Gates), "ranking", "density", "mask_images")
+GRADIENT_OPTIONS = (*fields_of(Gates), "ranking", "density", "mask_images")
 _USUAL = {**FROM_ZERO, "density": PAPER_DENSITY}
 
 SIFT = GradientMask(
     name="sift",
     help="train the entries with the largest gradient in the first batch (Song et al. 2024)",
-    options=_OPTIONS,
+    options=GRADIENT_OPTIONS,
     look=Look("purple", "v", (0, (5, 1, 1, 1))),
     usual={**_USUAL, "mask_images": 16},  # the first batch
     score=SCORES["sift"],
@@ -92,7 +102,7 @@ SIFT = GradientMask(
 FISHER = GradientMask(
     name="fisher",
     help="train the entries with the largest empirical Fisher information (FISH mask, Sung et al. 2021)",
-    options=_OPTIONS,
+    options=GRADIENT_OPTIONS,
     look=Look("orange", "D", (0, (3, 1, 1, 1, 1, 1))),
     usual=_USUAL,
     score=SCORES["fisher"],
@@ -100,7 +110,7 @@ FISHER = GradientMask(
 SAM = GradientMask(
     name="sam",
     help="train the entries that a second-order approximation of the loss picks (Fu et al. 2023)",
-    options=_OPTIONS,
+    options=GRADIENT_OPTIONS,
     look=Look("sky", "P", (0, (8, 2))),
     usual=_USUAL,
     score=SCORES["sam"],
@@ -108,10 +118,26 @@ SAM = GradientMask(
 ROSA = GradientMask(
     name="rosa",
     help="a low-rank and a sparse difference side by side, the mask from gradients (Nikdan et al. 2024)",
-    options=(*_OPTIONS, *fields_of(LowRank)),
+    options=(*GRADIENT_OPTIONS, *fields_of(LowRank)),
     look=Look("red", "*", (0, (8, 2, 1, 2))),
     usual=_USUAL,
     peft="lora",
     whole_because=OWN_DTYPE,
     score=SCORES["rosa"],
+)
+SNIP = GradientMask(
+    name="snip",
+    help="train the random entries without which the loss would change most (SNIP; SparseAdapter, He et al. 2022)",
+    options=GRADIENT_OPTIONS,
+    look=Look("green", "8", (0, (4, 1, 1, 1, 1, 1))),
+    usual={"density": PAPER_DENSITY},
+    score=SCORES["snip"],
+)
+GRASP = GradientMask(
+    name="grasp",
+    help="train the random entries that carry the gradient's flow (GraSP; SparseAdapter, He et al. 2022)",
+    options=GRADIENT_OPTIONS,
+    look=Look("orange", "H", (0, (6, 1, 2, 1))),
+    usual={"density": PAPER_DENSITY},
+    score=SCORES["grasp"],
 )

@@ -18,7 +18,7 @@ class Spiel(TicketMethod):
     """One level, which starts on a random mask; its mask is the last one, written with the values."""
 
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-        return draw_ticket(1, experiment)
+        return draw_ticket(experiment)
 
     def run(self, experiment: Experiment) -> None:
         from rigsa.experiments.methods.reselection import Reselection, planned_exchanges  # here: see `Imp.run`

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from rigsa.experiments.adapter import adapter_off
+from rigsa.adapters import adapter_off
 from rigsa.experiments.tasks.conversation import Conversation
 from rigsa.experiments.tasks.task import positions
 

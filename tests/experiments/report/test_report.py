@@ -110,11 +110,11 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             values: dict[str, Any] = {"seed": seed, **measured}
             if method == "imp":
                 values["prunings"] = 3
-            if method == "random-mask":
+            if METHODS[method].matches:
                 values["match"] = f"runs/imp-quickstart-seed{seed}"
             for rank in RANKS if method in ("lora", "qlora") else (8,):
                 config = make(method, **values, rank=rank)
-                levels = (3,) if method == "random-mask" else None
+                levels = (3,) if METHODS[method].matches else None
                 write_run(folder / method / f"rank{rank}-seed{seed}", config, 80 + position, levels)
     write(folder / "broken" / "failed.json", {"exit_code": 1, "message": "rigsa: training <diverged> at step 7"})
     write(folder / "begun" / "config.json", make("imp", seed=9, **measured).record())
@@ -190,7 +190,9 @@ def test_every_figure_lies_beside_the_page_and_has_its_command(sweep, written):
 def test_csv_is_tidy(written):
     with (written / CSV_FILE).open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len({(row["run"], row["level"]) for row in rows}) == 3 * (5 + 2 + 3 + 14 * 2)
+    # imp has five rows, lt-sft and diff-pruning three, every other run two; lora and qlora have a run for each rank.
+    others = len(METHODS) - 3 + 2 * (len(RANKS) - 1)
+    assert len(rows) == len({(row["run"], row["level"]) for row in rows}) == 3 * (5 + 2 * 3 + 2 * others)
     last = next(row for row in rows if row["method"] == "imp" and row["level"] == "3" and row["seed"] == "2")
     assert float(last["density"]) == pytest.approx(0.43**3)
     assert float(last["source.piqa.stderr"]) == 2.7

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conftest import make_llama, make_tokenizer
-from rigsa.experiments.adapter import adapter_off
+from rigsa.adapters import adapter_off
 from rigsa.experiments.attach import attach_adapter
 from rigsa.experiments.model import load_model
 from rigsa.experiments.presets import quickstart
