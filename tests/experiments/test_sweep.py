@@ -147,7 +147,7 @@ def test_a_random_mask_takes_the_settings_of_its_imp_run(tmp_path):
         ({"vary": ["epochs=1", "imp:epochs=2"]}, "--vary imp:epochs: epochs of imp is varied twice"),
         ({"vary": ["epochs=0"]}, "--epochs: expected 1 to 1,000,000,000, got 0"),
         ({"vary": ["gate=round"]}, "--gate: expected one of layer, model"),
-        ({"vary": ["data=a/b,a_b"]}, "2 runs would have the folder .*imp-data-a_b-seed0"),
+        ({"vary": ["data=a%b,a_b"]}, "2 runs would have the folder .*imp-data-a_b-seed0"),
         ({"rank": 4}, "--rank: no run of this sweep would use it"),
         ({"epochs": 4, "vary": ["epochs=1,2"]}, "--epochs: no run of this sweep would use it"),
         ({"methods": "random-mask,lora"}, "no imp run of seed 0 with a ticket"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 from rigsa.experiments.config import Config
 from rigsa.experiments.tasks.task import Task
@@ -28,6 +29,8 @@ def recognise(config: Config) -> Config:
     Raises:
         RigsaError: the data are not there, or their format is none that is known.
     """
-    if config.format != "auto" or config.data in ("digits", "mnist"):
+    if config.format != "auto":
         return config
+    if not config.is_text and not Path(config.data).is_dir():
+        return config  # the name says it, or there is nothing
     return dataclasses.replace(config, format=_format_of(config.data) if config.is_text else "images")

@@ -72,8 +72,6 @@ def test_examples_of_like_length_share_a_batch_and_an_epoch_has_each_once():
     assert len(first) == len(sampler) == len(set(first)) == 200
     batches = [[lengths[one] for one in first[at : at + 10]] for at in range(0, 200, 10)]
     ranges = [max(batch) - min(batch) for batch in batches]
-        max(part) - min(part) for part in ([lengths[one] for one in first[at : at + 10]] for at in range(0, 200, 10))
-    ]
     assert sum(ranges) <= 100 + 20
     sampler.set_epoch(1)
     assert list(sampler) != first
