@@ -36,7 +36,7 @@ Under PEFT and TRL
     RigsaConfig(density=0.05)             for get_peft_model, SFTTrainer(peft_config=...), ...
 
 Several adapters on one base
-    Adapters(model)                       add, use, delete and combine them by name
+    Adapters(model)                       add, use, delete and combine them by name, or one for each row of a batch
     adapter_off(model)                    a context in which the model is its base
     overlap(a, b), union(a, b), intersection(a, b)          of two tickets
     describe(tickets), plot_densities(tickets, path)        densities by layer, in a table and in a figure

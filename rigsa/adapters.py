@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rigsa.rows import by_row
 from rigsa.saving import load_adapter, read_states
 from rigsa.state import LayerState, Snapshot, Ticket, adapted_layers, restore_snapshot, snapshot, unwrap
 from rigsa_kernels.format import SparsePattern
@@ -126,6 +127,27 @@ class Adapters:
     def off(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model computes what its base computes (`adapter_off`)."""
         return adapter_off(self.model)
+
+    def rows(self, names: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
+        """Inside, row i of a batch is computed with the adapter ``names[i]``, and with the base where that is None.
+
+        For inference: no adapter is trained there. Each layer keeps what each of these adapters needs, a composed
+        matrix in 16 or 32 bits, until the block ends.
+
+        Args:
+            names: one for each row; every pass inside takes a batch of as many rows, in the first dimension.
+
+        Raises:
+            ValueError: a name is unknown, or there is none; a layer's weight is read by other code
+                (`GatedSparseWeight`), or a layer has a `forward` of its own; inside, an input of other rows.
+        """
+        for name in dict.fromkeys(names):
+            if name is not None:
+                self._check(name)
+        if not names or self.active is None:
+            raise ValueError(f"names: expected one for each row of a batch and an adapter, got {list(names)}")
+        used = {name: self._state(name) for name in dict.fromkeys(names) if name is not None}
+        return by_row(self.model, used, list(names))
 
     def combine(self, name: str, weights: Mapping[str, float], rule: Rule = "sum", density: float = 1.0) -> None:
         """Make one adapter of several, under a new name. Its gates are 1, and its values those of ``alpha * D``.

@@ -90,8 +90,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config["peft_type"] == "SUPERTUNING" and config.get("r") is not None:
         raise ValueError("r: it has a low-rank part, which is no sparse difference; merge it with PEFT")
     for name in ("seed", "alpha_init", "init_scale"):
-        if type(config.get(name, 0)) not in ((int,) if name == "seed" else (int, float)):
-            raise ValueError(f"{name}: expected a number, got {str(config[name])[:50]!r}")
+        number = config.get(name, 0)
+        if type(number) not in ((int,) if name == "seed" else (int, float)) or not abs(number) < 2**64:
+            raise ValueError(f"{name}: expected a number, got {str(number)[:50]!r}")
     return config
 
 

@@ -267,6 +267,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--out", type=utf8_path, help="folder to write; default: RUN/export/FORMAT")
     add_number(command, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
+    command.add_argument("--licence", default="", help="of the adapter, for its model card, such as apache-2.0")
     command.set_defaults(command=run_export)
 
 
@@ -519,7 +520,7 @@ def run_export(options: argparse.Namespace) -> None:
     quiet_libraries()
     from rigsa.experiments.export import export_run
 
-    print(export_run(options.run, options.to, options.out, options.level))
+    print(export_run(options.run, options.to, options.out, options.level, options.licence))
 
 
 def run_merge(options: argparse.Namespace) -> None:

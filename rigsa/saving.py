@@ -159,22 +159,27 @@ def _record_of(
     )
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, strict: bool = False) -> None:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, strict: bool = False, replace: bool = False
+) -> None:
     """Put the adapter that `save_adapter` wrote onto `model`, in place.
 
-    On a bare base model the layers are built and everything else is frozen. On a model that carries an adapter on the
-    same layers, patterns, values, gates and seeds are replaced by the saved ones, in place where shapes allow: an
-    optimiser stays valid then, and what was frozen stays frozen.
+    On a bare base model the layers are built and everything else is frozen. On a model that carries an adapter with the
+    same free entries and initial values, values and gates are read. An adapter with others takes its place if asked to:
+    patterns, values, gates and seeds, in place where shapes allow. An optimiser stays valid then, and what was frozen
+    stays frozen.
 
     Args:
         model: the base model, in any dtype or with layers in NF4, bare or adapted.
         folder: what `save_adapter` wrote, or a checkpoint of a Trainer (`rigsa.checkpoints`).
         strict: refuse a base model that is not the one the adapter was trained on, instead of warning. It is told by
             its name and by a sample of the weights that carry the adapter (`rigsa.base`).
+        replace: whether the saved adapter may take the place of one with other free entries or another seed.
 
     Raises:
         RigsaError: a file is missing, damaged or not what the record says; `model` does not have the adapter's layers,
-            or carries an adapter on others; under `strict`, another base. The model is unchanged.
+            or carries an adapter on others, or, without `replace`, one with other entries or another seed (a layer is
+            named); under `strict`, another base. The model is unchanged.
     """
     folder = Path(folder)
     with naming(folder):
@@ -182,11 +187,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, strict: bo
         with safe_open(path, framework="pt", device="cpu") as file:
             if bytes(file.get_tensor(RECORD).numpy()) != bytes(to_bytes(record).numpy()):
                 raise ValueError(f"{CONFIG_FILE} does not describe this {path.name}")
-            _load(unwrap(model), record, file.get_tensor, strict)
+            _load(unwrap(model), record, file.get_tensor, strict, replace)
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = False) -> None:
-    """`load_adapter` from the tensors of an adapter's file.
+    """`load_adapter` with ``replace=True``, from the tensors of an adapter's file.
 
     Raises:
         RigsaError: as in `load_adapter`.
@@ -199,7 +204,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: boo
         expected = record.layout()
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name != RECORD}
         _compare_layouts(expected, found)
-        _load(unwrap(model), record, lambda name: tensors[name].cpu(), strict)
+        _load(unwrap(model), record, lambda name: tensors[name].cpu(), strict, replace=True)
 
 
 def read_record(folder: str | os.PathLike[str]) -> Record:
@@ -302,7 +307,7 @@ def _compare_layouts(expected: Layout, found: Layout) -> None:
         raise ValueError(f"{name}: expected {expected.get(name, 'no such tensor')}, got {found.get(name, 'none')}")
 
 
-def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
+def _load(model: nn.Module, record: Record, read: Read, strict: bool, replace: bool) -> None:
     """Check every tensor, one at a time, then change `model`."""
     _check_base(model, record, places_of(record, model), strict)
     gates = _read_finite(GATES, read)
@@ -311,6 +316,8 @@ def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
         _read_finite(name, read)
     if not gated_linears(model):
         build_layers(model, record, patterns)
+    elif not replace:
+        _check_same_adapter(record, layers_by_name(model))
     layers = layers_by_name(model)
     shared = [gates[number : number + 1] for number in range(len(gates))]
     for name, layer in record.layers.items():
@@ -320,6 +327,26 @@ def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
         for name in record.parameters:
             here[name].copy_(read(PARAMETER + name))
     model._rigsa_trained = set(record.parameters)  # type: ignore[assignment]
+
+
+def _check_same_adapter(record: Record, layers: Mapping[str, GatedSparseLinear]) -> None:
+    """Raises ValueError where a layer has other free entries or other initial values than the adapter of `record`."""
+    for name, layer in layers.items():
+        saved = record.layers[name]
+        differs = ""
+        if digest(layer.pattern) != saved.pattern:
+            differs = f"{saved.entries:,} free entries in it, and {layer.pattern.nnz:,} others on the model"
+            differs = differs if layer.pattern.nnz != saved.entries else f"other free entries in it ({saved.entries:,})"
+        elif (layer.seed, layer.key, layer.bound) != (saved.seed, saved.key, saved.bound):
+            differs = (
+                f"initial values of seed {saved.seed} within {saved.bound:.3g} in it, and of seed {layer.seed} within "
+                f"{layer.bound:.3g} on the model"
+            )
+        if differs:
+            raise ValueError(
+                f"the model carries another adapter: {name} has {differs}; load_adapter(model, folder, replace=True) "
+                "puts this one in its place"
+            )
 
 
 def _check_base(model: nn.Module, record: Record, places: Mapping[str, Place], strict: bool) -> None:

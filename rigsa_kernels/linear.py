@@ -35,6 +35,14 @@ _claims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """A weight, and a weak reference to the layer that composes it in place."""
 
 
+_starts = 0
+
+
+def layer_starts() -> int:
+    """How often any layer was made, moved or loaded, or took another pattern: what is known of layers holds between."""
+    return _starts
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """An ``nn.Linear`` that computes what it says: no packed weight, no other forward, no weight made of others."""
     return (
@@ -140,7 +148,8 @@ class GatedSparseLinear(nn.Module):
     _pattern: SparsePattern
     bias: Tensor | None
     rule_device: torch.device | None = None
-    """The device by whose rule a path is chosen; None for the operands'. For plans of a device that is not there."""
+    """The device by whose rule a path is chosen; None for the operands'. For plans of a device that is not there: set
+    it before an optimiser is made."""
     pattern_note: object = None
     """What somebody wrote down about the present pattern. A new pattern clears it."""
     waiting: bool = False
@@ -196,6 +205,8 @@ class GatedSparseLinear(nn.Module):
 
     def _start(self) -> None:
         """Nothing is composed, and no way is known."""
+        global _starts
+        _starts += 1
         self.in_place_weight: InPlaceWeight | None = None
         self._way: _Way | None = None
         self._base_kept: tuple[Snapshot, torch.dtype, list[Tensor]] | None = None
@@ -271,6 +282,9 @@ class GatedSparseLinear(nn.Module):
         models would average them. They move with the layer, and its state dict holds what the pattern follows from:
         the bit mask, `rigsa_words`, or the numbers and the size of its tiles, `rigsa_tiles` and `rigsa_tile`.
         """
+        return self._pattern_here()
+
+    def _pattern_here(self) -> SparsePattern:
         if self._pattern.device not in (None, self.rigsa_values.device):  # FSDP and replicas move parameters alone
             self._pattern = self._pattern.to(self.rigsa_values.device)
         return self._pattern

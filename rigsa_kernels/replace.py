@@ -354,7 +354,8 @@ def gated_linears(model: nn.Module) -> dict[str, GatedSparseLinear]:
 
 def adapter_summary(model: nn.Module) -> str:
     """One line: how many layers carry a difference, how many weights they have and how many of them are free, which
-    share that is of all weights in the model's matrices, and which of those are left out."""
+    share that is of all weights in the model's matrices, which of those are left out, and how many layers round their
+    difference away."""
     layers = gated_linears(model).values()
     weights = sum(layer.num_weights for layer in layers)
     free = sum(layer.rigsa_values.numel() for layer in layers)
@@ -362,7 +363,14 @@ def adapter_summary(model: nn.Module) -> str:
     others = left_out(model)
     total = weights + sum(others.values())
     summary += f"; they hold {weights / max(total, 1):.2%} of the model's {total:,} weights in matrices"
-    return f"{summary}, which leaves out {_by_kind(others)}" if others else summary
+    summary += f", which leaves out {_by_kind(others)}" if others else ""
+    read = [layer for layer in layers if isinstance(layer, GatedSparseWeight) and layer.dtype in HALF_DTYPES]
+    if read:
+        summary += (
+            f"; {len(read)} of the layers are read as weights in 16 bits, which rounds a small difference away "
+            "(rounding_losses says how much, verify_adapted names those whose gate is not open enough)"
+        )
+    return summary
 
 
 def left_out(model: nn.Module) -> dict[str, int]:

@@ -109,8 +109,9 @@ def level_patterns(level: Path) -> dict[str, SparsePattern]:
     Raises:
         RigsaError: a file is missing or damaged, or the level has no gated layers.
     """
-    metrics = read_record(level / METRICS_FILE, Fields({"layer_density": MapOf(AMOUNT)}, {}))
-    densities = metrics["layer_density"]
+    densities = read_record(level / METRICS_FILE, Fields({}, {"layer_density": MapOf(AMOUNT)})).get("layer_density")
+    if not densities:
+        raise RigsaError(f"{level}: expected a level of gated layers, got one of another adapter")
     if not (level / MASK_FILE).exists():
         return _dense_patterns(level / ADAPTER_FILE, densities)
     path, content = level / MASK_FILE, read_record(level / PRUNING_FILE, PRUNING)["mask"]

@@ -321,6 +321,7 @@ class Measuring:
     )
     answer_tokens: int = _field(256, "where a generated answer is cut", COUNT)
     drift: bool = _field(True, "measure how far the adapted model has moved from the base model's own replies")
+    drift_prompts: int = _field(24, "it is measured on the first N of its 24 prompts", Range(2, 24))
     source_tasks: str = _field(
         "piqa,hellaswag,gsm8k", "what may be forgotten: tasks of lm-eval, comma-separated; '': none"
     )

@@ -212,7 +212,7 @@ class Experiment:
         with main_first():
             if not is_done(folder):
                 if self.config.drift:
-                    spoken = replies(self.model, self.task.conversation)
+                    spoken = replies(self.model, self.task.conversation, count=self.config.drift_prompts)
                     write_json(folder / REPLIES_FILE, spoken)
                 metrics = {"tokenizer": self.task.conversation.fingerprint(), **self.test("untrained")}
                 write_json(folder / METRICS_FILE, metrics)

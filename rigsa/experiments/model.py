@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import (
@@ -96,6 +99,24 @@ def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any
         RigsaError: there is no such model here, or no network and no cached copy; a file of it is damaged; its weights
             are not those of the architecture that it names (`check_weights`); it needs code that it brings along.
     """
+    with _reading_gguf_once() if config.model == EMBEDDED else contextlib.nullcontext():
+        return _load_model(config, device)
+
+
+@contextlib.contextmanager
+def _reading_gguf_once() -> Iterator[None]:
+    """Inside, the header of a GGUF file is parsed once. transformers parses it for the tokenizer, the configuration and
+    the weights, for some seconds each, as it lists every word and merge of the vocabulary."""
+    try:
+        import gguf
+    except ImportError:  # no such file is loaded then, or that is the error
+        yield
+        return
+    with mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
+        yield
+
+
+def _load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any]:
     source, options = _locate(config.model)
     transformers_logging.disable_progress_bar()
     try:

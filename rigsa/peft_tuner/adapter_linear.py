@@ -52,11 +52,10 @@ class AdapterLinear(GatedSparseLinear):
         tensors: Any = self._parameters
         return self.weight, tensors["rigsa_values"], tensors["rigsa_alpha"]
 
-    @property
-    def pattern(self) -> SparsePattern:
+    def _pattern_here(self) -> SparsePattern:
         if self._awaited is not None:
             self._take_saved()
-        return self._pattern if self.rigsa_values.is_meta else super().pattern
+        return self._pattern if self.rigsa_values.is_meta else super()._pattern_here()
 
     def forward(self, x: Tensor) -> Tensor:
         if self._awaited is not None:

@@ -20,7 +20,7 @@ from rigsa.peft_tuner.config import RigsaConfig, SavedLayer, saved_layer
 from rigsa.state import put_state, state_of
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.hooks import has_own_forward
-from rigsa_kernels.in_place import Peers
+from rigsa_kernels.in_place import InPlaceWeight, Peers
 from rigsa_kernels.init import layer_key
 from rigsa_kernels.linear import is_plain_linear
 from rigsa_kernels.nf4 import is_nf4_linear
@@ -350,9 +350,12 @@ class RigsaLinear(RigsaLayer):
             for adapter in self.adapters.values()
             if adapter.in_place_weight is not None and adapter.in_place_weight.is_composed
         ]
+        if composed and torch.compiler.is_compiling():  # a graph writes to no weight
+            own = cast(InPlaceWeight, composed[0].in_place_weight)
+            frozen = torch.ops.rigsa.with_free(own.weight, own.base_values, own.pattern.tensors)
+            return F.linear(x, frozen, composed[0].bias)
         if composed and (keep or self.training):
-            weight = composed[0].frozen_matrix()
-            return F.linear(x, weight, composed[0].bias)
+            return F.linear(x, composed[0].frozen_matrix(), composed[0].bias)
         self.restore_weight()
         return cast(Tensor, self.base_layer(x))
 

@@ -38,7 +38,15 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     return dict(found.choices)
 
 
-NEEDED = {"sweep": ["--methods", "imp"], "chat": ["RUN"], "export": ["RUN", "--to", "merged"]}
+NEEDED = {
+    "sweep": ["--methods", "imp"], "compare": ["--methods", "imp"], "chat": ["RUN"],
+    "export": ["RUN", "--to", "merged"], "merge": ["RUN", "--out", "x"],
+}  # fmt: skip
+    "sweep": ["--methods", "imp"],
+    "compare": ["--methods", "imp"],
+    "chat": ["RUN"],
+    "export": ["RUN", "--to", "merged"],
+}
 """Arguments without which a command's parser takes nothing."""
 NUMBERS = [
     (command, action)

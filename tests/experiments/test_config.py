@@ -55,7 +55,7 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
         "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
         "score": "none", "answer_tokens": 256,
-        "drift": True, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
+        "drift": True, "drift_prompts": 24, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
         "logging_steps": 10, "checkpoint_steps": 100,
     }  # fmt: skip
 

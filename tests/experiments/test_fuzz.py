@@ -24,6 +24,7 @@ from PIL import Image
 from pyarrow import parquet
 from torch import nn
 
+from rigsa import RigsaConfig, export_adapter, import_adapter
 from rigsa.errors import RigsaError
 from rigsa.experiments import records
 from rigsa.experiments.adapter import (
@@ -105,6 +106,32 @@ def adapter_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
         return [layer.rigsa_values.tolist() for layer in gated_linears(model).values()]
 
     return path, load_it
+
+
+def of_peft(name: str, method: str) -> Callable[[Path, nn.Module], tuple[Path, Load]]:
+    """A file of PEFT's names no hash, so other numbers may be read from it; what is read fits the model."""
+
+    def made(folder: Path, model: nn.Module) -> tuple[Path, Load]:
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 5, bias=False))
+        adapted = replace_linears(base, density=0.2, alpha_init=0.5)
+        if method == "supertuning":
+            export_adapter(adapted, folder, "supertuning")
+        else:
+            peft = pytest.importorskip("peft", minversion="0.21")
+            config = RigsaConfig(target_modules=["0", "1"], density=0.2, alpha_init=0.5)
+            peft.get_peft_model(nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 5, bias=False)), config).save_pretrained(
+                folder
+            )
+
+        def load_it() -> Any:
+            bare = nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 5, bias=False))
+            import_adapter(bare, folder)
+            return list(gated_linears(bare))
+
+        return folder / name, load_it
+
+    return made
 
 
 def masks_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
@@ -260,6 +287,10 @@ SPOKEN = [{"prompt": "a", "prompt_ids": [1, 2], "reply_ids": [3]}] * 2
 SETTLED = {"ended_at": None, "steps_saved": 0, "distances": {"4": None, "8": 0.1}}
 LOADERS: dict[str, Callable[..., tuple[Path, Load]]] = {
     "adapter": adapter_of,
+    "adapter_config.json of Super-Tuning": of_peft("adapter_config.json", "supertuning"),
+    "adapter_model.safetensors of Super-Tuning": of_peft("adapter_model.safetensors", "supertuning"),
+    "adapter_config.json of RIGSA": of_peft("adapter_config.json", "rigsa"),
+    "adapter_model.safetensors of RIGSA": of_peft("adapter_model.safetensors", "rigsa"),
     "masks": masks_of,
     "masks of a finished level": level_of,
     "checkpoint": checkpoint_of,

@@ -173,3 +173,28 @@ def test_what_cannot_be_compared_is_one_message(talking_run, tmp_path, capsys):
         options = [] if "--out" in arguments else ["--out", figure]
         assert message in failure(["inspect", *arguments, *options], capsys)
     assert not figure.exists()
+
+
+def run_of(method, model, out):
+    pytest.importorskip("peft")
+    options = ["--preset", "smoke", "--model", str(model), "--dtype", "float32", "--device", "cpu", "--no-drift"]
+    images = ["--test-images", "20", "--train-images", "40", "--max-steps", "4"]
+    rank = ["--rank", "2", *(["--density", "0.1", "--mask-images", "4"] if method == "rosa" else [])]
+    assert main([method, *options, *images, *rank, "--out", str(out)]) == 0
+    return out
+
+
+def test_both_halves_of_rosa_are_merged_and_an_adapter_of_peft_alone_is_refused(small_model_folder, tmp_path, capsys):
+    run = run_of("rosa", small_model_folder, tmp_path / "rosa")
+    assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
+    experiment = Experiment.prepare(load(run), run)
+    experiment.attach()
+    experiment.restore(1)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation=experiment.config.attention)
+    assert not [name for name, _ in plain.named_parameters() if "lora" in name]
+    torch.testing.assert_close(logits(plain), logits(experiment.model), rtol=1e-4, atol=1e-5)
+    lora = run_of("lora", small_model_folder, tmp_path / "lora")
+    assert "expected a run of gated layers, got one of lora" in failure(
+        ["merge", lora, "--out", tmp_path / "x"], capsys
+    )
+    assert "layer_density is missing" in failure(["inspect", lora, "--out", tmp_path / "x.png"], capsys)

@@ -103,6 +103,10 @@ def test_every_family_trains_on_texts(name, models, files, tmp_path):
     out = tmp_path / "run"
     assert main(command("imp", models[name], files["messages"], out, "--score", "exact", "--drift")) == 0
     assert check_run(out, "imp")["drift"]["tokens"] > 0
+    assert main(["export", str(out), "--to", "merged"]) == 0
+    card = (out / "export" / "merged" / "README.md").read_text()
+    assert "messages.jsonl (" in card
+    assert "exact match" in card
 
 
 class KilledError(Exception):

@@ -226,7 +226,9 @@ def test_a_peft_model_and_a_bare_one_exchange_adapters(tmp_path):
     load_adapter(bare, tmp_path, strict=True)
     assert torch.equal(logits(model), logits(bare))
     other = wrapped(seed=9, modules_to_save=["lm_head"])
-    load_adapter(other, tmp_path)
+    with pytest.raises(RigsaError, match="q_proj has other free entries"):
+        load_adapter(other, tmp_path)
+    load_adapter(other, tmp_path, replace=True)
     assert torch.equal(logits(model), logits(other))
 
 
@@ -675,6 +677,27 @@ def test_hooks_of_the_linear_layer_run():
     with model.disable_adapter():
         logits(model)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_is_compiled_as_one_graph(composed, training):
+    def make():
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+        return get_peft_model(base, config(target_modules=["0", "2"], density=0.5, task_type=None)).train(training)
+
+    model, other, x = make(), make(), torch.randn(3, 8)
+    if composed:
+        other(x)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    model(x).sum().backward()
+    assert torch.equal(compiled(x), model(x))
+    compiled(x).sum().backward()
+    for one, another in zip(gated_linears(model).values(), gated_linears(other).values(), strict=True):
+        torch.testing.assert_close(one.rigsa_values.grad, another.rigsa_values.grad)
+    with other.disable_adapter(), model.disable_adapter():
+        assert torch.equal(compiled(x), model(x))
 
 
 def test_tied_weights_are_not_written_to():

@@ -31,13 +31,13 @@ from rigsa.experiments.tasks.evaluation import target_logits, training_loss
 from rigsa.experiments.tasks.task import Batch, Size
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.scores import GradientScore
-from rigsa_kernels import GatedSparseLinear, MaskedAdamW, gated_linears
+from rigsa_kernels import GatedSparseLinear, GatedSparseWeight, MaskedAdamW, gated_linears
 from rigsa_kernels.dispatch import kernels_win
 from rigsa_kernels.format import WORD_BITS, SparsePattern
 from rigsa_kernels.nf4 import RUN, nf4_base
 from rigsa_kernels.optim import StateDtype
 from rigsa_kernels.reference import sampled_grad_bytes, samples
-from rigsa_kernels.selection import select_linears
+from rigsa_kernels.selection import adaptable, select_linears
 
 NF4_BLOCK = 64
 """Weights that share a scale, as bitsandbytes has it by default."""
@@ -76,7 +76,7 @@ class SimulatedModel:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         model = _on_meta(shape, config)
         layers = select_linears(model, config.included, config.excluded)[0].values()
-        self.num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+        self.num_weights = sum(adaptable(model, config.included, config.excluded).values())
         model.requires_grad_(False)
         if config.method.peft:
             attach_peft(model, config)  # here, as PEFT moves modules, which fake tensors do not allow
@@ -88,8 +88,8 @@ class SimulatedModel:
                 for linear in layers:
                     _quantize(linear)
             if config.method.gated:
-                # "composed" would ask the values whether it is wise
-                attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
+                # "composed", and weights that code reads, would ask the values whether it is wise: zeros are not asked
+                attach_adapter(self.model, config, numerics="auto", init_scale=0.0)
             checkpoint_activations(self.model, config)
             self._lists: list[Tensor] = []
             for layer in gated_linears(self.model).values():
@@ -268,7 +268,8 @@ def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, de
     """Have a dense layer of fake tensors go the way that it would go on `device`, with a pattern of that density."""
     layer.rule_device = device
     # `auto` would ask the values. Composing keeps the larger matrices.
-    layer.numerics = "composed" if config.numerics == "auto" else config.numerics
+    if not isinstance(layer, GatedSparseWeight):  # which always composes
+        layer.numerics = "composed" if config.numerics == "auto" else config.numerics
     if density < 1:
         n, k = layer.out_features, layer.in_features
         words = torch.empty(-(-k // WORD_BITS), n, dtype=torch.int32)

@@ -31,7 +31,8 @@ SAME = (
     "model", "data", "format", "validation_share", "max_length", "score", "answer_tokens", "test_images", "eval_shots",
     "system_prompt",
 )  # fmt: skip
-"""Fields in which the runs of one report agree; those that measured source tasks agree in `SAME_TASKS` too."""
+"""Fields in which the runs of one report agree; those that measured source tasks agree in `SAME_TASKS` too, those
+that measured drift in the number of its prompts."""
 SAME_TASKS = ("limit", "data_dir")
 
 
@@ -262,6 +263,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """Raises RigsaError where the runs differ in the model, its tokenizer, the data or how they were tested."""
     _check_same(runs, SAME)
     _check_same([run for run in runs if run.config.tasks], SAME_TASKS)
+    _check_same([run for run in runs if run.config.drift], ("drift_prompts",))
     known = [run for run in runs if "tokenizer" in run.base]
     for run in known[1:]:
         here, there = known[0].base["tokenizer"], run.base["tokenizer"]

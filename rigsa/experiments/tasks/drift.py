@@ -36,15 +36,18 @@ def drift_prompts() -> list[str]:
     return resources.files("rigsa.experiments.tasks").joinpath(PROMPTS_FILE).read_text(encoding="utf-8").splitlines()
 
 
-def replies(model: PreTrainedModel, conversation: Conversation, max_new_tokens: int = 48) -> list[Reply]:
+def replies(
+    model: PreTrainedModel, conversation: Conversation, max_new_tokens: int = 48, *, count: int | None = None
+) -> list[Reply]:
     """Greedy replies to `drift_prompts` of `model` as it is, which should be the base.
 
     Args:
         model: in evaluation mode.
         conversation: of the run.
         max_new_tokens: where a reply is cut. One that ended before holds its end token.
+        count: only to so many of the prompts.
     """
-    encoded = {text: conversation.ids([{"role": "user", "content": text}]) for text in drift_prompts()}
+    encoded = {text: conversation.ids([{"role": "user", "content": text}]) for text in drift_prompts()[:count]}
     found: list[Reply] = []
     for start in range(0, len(encoded), PROMPTS_A_PASS):
         asked = dict(list(encoded.items())[start : start + PROMPTS_A_PASS])

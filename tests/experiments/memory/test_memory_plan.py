@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from conftest import make_llama, make_tokenizer
 from rigsa.errors import RigsaError
@@ -40,6 +47,7 @@ from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.masks import random_patterns
 from rigsa.run import main
 from rigsa_kernels import gated_linears
+from rigsa_kernels.selection import adaptable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = LlamaConfig(
@@ -50,9 +58,9 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 TICKET = 0.0346
 
 
-def small_model(config: Config) -> PreTrainedModel:
+def small_model(config: Config, shape: PretrainedConfig = SMALL) -> PreTrainedModel:
     dtype = getattr(torch, config.dtype)
-    model = AutoModelForCausalLM.from_config(SMALL, attn_implementation=config.attention, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=dtype)
     model.requires_grad_(False)
     spare_the_head(model)
     if config.quantize == "nf4":
@@ -203,6 +211,30 @@ def test_planned_peak_of_choosing_a_mask(method, options):
 
     planned = SimulatedModel(SMALL, config, CPU, 1).scoring_pass(score, Size(200))
     assert planned.peak == pytest.approx(allocated_peak(choose), rel=0.03)
+
+
+MIXTRAL = MixtralConfig(
+    vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True,
+)  # fmt: skip
+GPT2 = GPT2Config(
+    vocab_size=256, n_embd=128, n_layer=2, n_head=4, n_positions=512, bos_token_id=None, eos_token_id=None
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "density", "options"), [(GPT2, 1, FLOAT32), (GPT2, 0.05, {}), (MIXTRAL, 1, {}), (MIXTRAL, 0.05, {})]
+)
+def test_planned_peak_of_weights_that_code_reads(shape, density, options):
+    """Experts that are one parameter, and Conv1D: their composed weights are kept, and their whole gradients made."""
+    config = dataclasses.replace(paper(), numerics="composed", micro_batch_size=4, **options)
+    planned = SimulatedModel(shape, config, CPU, density)
+    peak = planned.training_step(200, 4, accumulates=False).peak
+    model = small_model(config, shape)
+    assert planned.num_weights == sum(adaptable(model).values())
+    del model
+    measured = allocated_peak(lambda: train_two_steps(small_model(config, shape), config, density, 200, False))
+    assert peak == pytest.approx(measured, rel=0.03)
 
 
 def test_a_mask_that_cannot_be_chosen_is_refused_with_options_that_help():

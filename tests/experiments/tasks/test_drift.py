@@ -11,6 +11,7 @@ from torch import nn
 from conftest import make_llama, make_tokenizer
 from rigsa.adapters import adapter_off
 from rigsa.experiments.attach import attach_adapter
+from rigsa.experiments.config import OPTIONS
 from rigsa.experiments.model import load_model
 from rigsa.experiments.presets import quickstart
 from rigsa.experiments.tasks.conversation import Conversation
@@ -124,6 +125,8 @@ def test_replies_are_greedy_and_hold_their_end_token():
     model.generation_config.eos_token_id = [15, 16]
     found = replies(model, Conversation(tokenizer, ""), 12)
     assert [reply["prompt"] for reply in found] == drift_prompts()
+    assert replies(model, Conversation(tokenizer, ""), 12, count=8) == found[:8]
+    assert OPTIONS["drift_prompts"].default == OPTIONS["drift_prompts"].metadata["bound"].most == len(found)
     for reply in found:
         turns = [{"role": "system", "content": ""}, {"role": "user", "content": reply["prompt"]}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -42,6 +42,12 @@ def test_the_last_level_of_a_run_is_exported(talking_run, expected, tmp_path, ca
     else:
         model = AutoModelForCausalLM.from_pretrained(base)
         (load_adapter if to == "safetensors" else import_adapter)(model, folder)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "| accuracy on test images, 0-shot |" in card
+    assert ("Without rigsa" in card) == (to != "safetensors")
+    assert ("With rigsa" in card) == (to != "merged")
+    assert (folder / "densities.png").stat().st_size > 1000
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)  # of logits of size 5
 
 
