@@ -40,6 +40,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 NEEDED = {
     "sweep": ["--methods", "imp"],
+    "compare": ["--methods", "imp"],
     "chat": ["RUN"],
     "export": ["RUN", "--to", "merged"],
     "merge": ["RUN", "--out", "FOLDER"],
