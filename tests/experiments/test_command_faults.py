@@ -42,11 +42,6 @@ NEEDED = {
     "sweep": ["--methods", "imp"], "compare": ["--methods", "imp"], "chat": ["RUN"],
     "export": ["RUN", "--to", "merged"], "merge": ["RUN", "--out", "x"],
 }  # fmt: skip
-    "sweep": ["--methods", "imp"],
-    "compare": ["--methods", "imp"],
-    "chat": ["RUN"],
-    "export": ["RUN", "--to", "merged"],
-}
 """Arguments without which a command's parser takes nothing."""
 NUMBERS = [
     (command, action)
