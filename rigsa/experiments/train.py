@@ -55,7 +55,7 @@ from rigsa.experiments.tasks.task import Batch, Samples, num_targets
 from rigsa.experiments.tasks.text import TextSamples
 from rigsa.files import read_json, write_json, write_text
 from rigsa.processes import is_sharded, whole
-from rigsa_kernels import MaskedAdamW, gated_linears
+from rigsa_kernels import MaskedAdamW, gated_linears, parameter_groups
 from rigsa_kernels.launches import local_part
 from rigsa_kernels.optim import stepping_in_backward
 from rigsa_kernels.reference import NonFiniteGateError
@@ -207,19 +207,33 @@ def remove_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
+def is_set_by_hand(parameter: Tensor) -> bool:
+    """Whether its gradient comes from a callback, and not from backward."""
+    return getattr(parameter, "is_set_by_hand", False)
+
+
 def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
+    """The optimiser of a level. What a callback sets gradients of has the rate and the decay of gates."""
     return MaskedAdamW(
-        model,
+        _groups(model, config),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        alpha_lr=config.alpha_learning_rate,
-        alpha_weight_decay=config.alpha_weight_decay,
-        other_weight_decay=None,  # low-rank differences beside ours decay as ours do
         state_dtype=config.state_dtype,
         seed=config.seed,
     )
+
+
+def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    rate, decay = config.alpha_learning_rate, config.alpha_weight_decay
+    groups = parameter_groups(model, rate, decay, None)  # low-rank differences beside ours decay as ours do
+    apart = [item for group in groups for item in group["params"] if is_set_by_hand(item[1])]
+    if not apart:
+        return groups
+    for group in groups:
+        group["params"] = [item for item in group["params"] if not is_set_by_hand(item[1])]
+    return [*groups, {"params": apart, "lr": rate, "weight_decay": decay, "state_dtype": "float32"}]
 
 
 def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArguments:
@@ -402,9 +416,7 @@ def keep_out_of_ddp(model: nn.Module) -> None:
     DDP would broadcast all of them once, buffers before each forward pass, and neither gloo nor NCCL sends int16.
     """
     frozen = [
-        name
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad or getattr(parameter, "is_set_by_hand", False)
+        name for name, parameter in model.named_parameters() if not parameter.requires_grad or is_set_by_hand(parameter)
     ]
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])

@@ -197,4 +197,4 @@ def test_both_halves_of_rosa_are_merged_and_an_adapter_of_peft_alone_is_refused(
     assert "expected a run of gated layers, got one of lora" in failure(
         ["merge", lora, "--out", tmp_path / "x"], capsys
     )
-    assert "layer_density is missing" in failure(["inspect", lora, "--out", tmp_path / "x.png"], capsys)
+    assert "expected a level of gated layers" in failure(["inspect", lora, "--out", tmp_path / "x.png"], capsys)

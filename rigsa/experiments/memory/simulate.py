@@ -29,7 +29,7 @@ from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import target_logits, training_loss
 from rigsa.experiments.tasks.task import Batch, Size
-from rigsa.experiments.train import make_optimizer, stepping_in_backward
+from rigsa.experiments.train import is_set_by_hand, make_optimizer, stepping_in_backward
 from rigsa.scores import GradientScore
 from rigsa_kernels import GatedSparseLinear, GatedSparseWeight, MaskedAdamW, gated_linears
 from rigsa_kernels.dispatch import kernels_win
@@ -115,8 +115,8 @@ class SimulatedModel:
         model, config = self.model.train(), self.config
         with self._fake:
             optimizer = self._optimizer(config)
-            by_hand = [p for p in _parameters(optimizer) if getattr(p, "is_set_by_hand", False)]
-            parameters = [p for p in _parameters(optimizer) if not getattr(p, "is_set_by_hand", False)]
+            by_hand = [p for p in _parameters(optimizer) if is_set_by_hand(p)]
+            parameters = [p for p in _parameters(optimizer) if not is_set_by_hand(p)]
             if accumulates:
                 _fill_gradients(parameters)
             memory = self._hold(optimizer)

@@ -37,31 +37,31 @@ OF_ENTRIES, OF_LAYER = "factors_of_entries", "factor_of_layer"
 
 
 class HardConcrete(nn.Module):
-    """Factors of one shape. The parameter has the name that gates have, so the optimiser gives it their rate, and no
-    decay. Backward does not reach it: its gradient is set by hand, alike in every process."""
+    """Factors of one shape. Backward does not reach their parameter: its gradient is set by hand, alike in every
+    process, and the optimiser treats it as a gate (`rigsa.experiments.train.make_optimizer`)."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
-        self.rigsa_alpha = nn.Parameter(torch.full(shape, START, device=device))
-        self.rigsa_alpha.is_set_by_hand = True  # type: ignore[attr-defined]
+        self.rigsa_logits = nn.Parameter(torch.full(shape, START, device=device))
+        self.rigsa_logits.is_set_by_hand = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Factors, and their derivatives by the parameter."""
-        uniform = torch.empty_like(self.rigsa_alpha).uniform_(generator=generator)
-        soft = uniform.logit_().add_(self.rigsa_alpha).sigmoid_()
+        uniform = torch.empty_like(self.rigsa_logits).uniform_(generator=generator)
+        soft = uniform.logit_().add_(self.rigsa_logits).sigmoid_()
         stretched = soft * (RIGHT - LEFT) + LEFT
         inside = (stretched > 0) & (stretched < 1)
         return stretched.clamp_(0, 1), (soft * (1 - soft)).mul_(RIGHT - LEFT).mul_(inside)
 
     @torch.no_grad()
     def without_chance(self) -> Tensor:
-        return (self.rigsa_alpha.sigmoid() * (RIGHT - LEFT) + LEFT).clamp_(0, 1)
+        return (self.rigsa_logits.sigmoid() * (RIGHT - LEFT) + LEFT).clamp_(0, 1)
 
     @torch.no_grad()
     def presence(self) -> Tensor:
         """The probability that a factor is not 0."""
-        return (self.rigsa_alpha - math.log(-LEFT / RIGHT)).sigmoid_()
+        return (self.rigsa_logits - math.log(-LEFT / RIGHT)).sigmoid_()
 
 
 class DiffGates(AddsParameters):
@@ -139,8 +139,8 @@ def chain(layer: GatedSparseLinear, generator: torch.Generator, penalty: float) 
     by_factor = gradient.float() * layer.rigsa_values
     gradient.mul_(factor * shared)
     present, all_present = entries.presence(), common.presence()
-    common.rigsa_alpha.grad = (by_factor * factor).sum() * shared_slope + penalty * (
+    common.rigsa_logits.grad = (by_factor * factor).sum() * shared_slope + penalty * (
         present.sum() * all_present * (1 - all_present)
     )
     lost = present.mul_(1 - present).mul_(penalty * all_present)
-    entries.rigsa_alpha.grad = by_factor.mul_(slope.mul_(shared)).add_(lost)
+    entries.rigsa_logits.grad = by_factor.mul_(slope.mul_(shared)).add_(lost)

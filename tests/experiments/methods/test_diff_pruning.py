@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 from rigsa.experiments.adapter import load_masks
+from rigsa.experiments.config import Config
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.methods.hard_concrete import (
     LEFT,
@@ -21,6 +23,7 @@ from rigsa.experiments.methods.hard_concrete import (
     factors_of,
 )
 from rigsa.experiments.methods.thin_gradients import step_generator
+from rigsa.experiments.train import make_optimizer
 from rigsa.run import main
 from rigsa_kernels import gated_linears, replace_linears
 from tests.experiments.methods.test_methods import DENSITY, command, config_of, experiment
@@ -40,9 +43,9 @@ def by_definition(u: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 def test_factors_are_hard_concrete():
     gates = HardConcrete((4000,), CPU)
     with torch.no_grad():
-        gates.rigsa_alpha.copy_(torch.linspace(-4, 4, 4000))
+        gates.rigsa_logits.copy_(torch.linspace(-4, 4, 4000))
     factors, slopes = gates.draw(step_generator(CPU, 1, 2))
-    a = gates.rigsa_alpha.detach().clone().requires_grad_(True)
+    a = gates.rigsa_logits.detach().clone().requires_grad_(True)
     wanted = by_definition(uniform((4000,), step_generator(CPU, 1, 2)), a)
     torch.testing.assert_close(factors, wanted.detach())
     torch.testing.assert_close(slopes, torch.autograd.grad(wanted.sum(), a)[0], rtol=1e-4, atol=1e-5)
@@ -52,20 +55,24 @@ def test_factors_are_hard_concrete():
     seen = torch.stack([gates.draw(step_generator(CPU, 0, step))[0] != 0 for step in range(400)]).float().mean(0)
     assert (seen - gates.presence()).abs().mean() < 0.03
     with torch.no_grad():
-        gates.rigsa_alpha.fill_(math.log(2))  # sigmoid 2/3, stretched to 1/2
+        gates.rigsa_logits.fill_(math.log(2))  # sigmoid 2/3, stretched to 1/2
     torch.testing.assert_close(gates.without_chance(), torch.full((4000,), 0.5))
+
+
+def gates_config() -> Config:
+    return dataclasses.replace(config_of("diff-pruning", Path("none")), l0_penalty=0.01, seed=4)
 
 
 def one_layer() -> tuple[nn.Module, DiffGates]:
     torch.manual_seed(0)
     model = replace_linears(nn.Sequential(nn.Linear(6, 5, bias=False)), alpha_init=1.0, init_scale=0.0)
-    gates = DiffGates(dataclasses.replace(config_of("diff-pruning", "none"), l0_penalty=0.01, seed=4))
+    gates = DiffGates(gates_config())
     gates.put_on(model)
     with torch.no_grad():
         layer = model[0]
         layer.rigsa_values.normal_()
         for part in factors_of(layer):
-            part.rigsa_alpha.normal_()
+            part.rigsa_logits.normal_()
     return model, gates
 
 
@@ -75,7 +82,7 @@ def test_gradients_are_those_of_the_penalised_loss():
     layer = model[0]
     entries, common = factors_of(layer)
     w, a, b = (
-        p.detach().clone().requires_grad_(True) for p in (layer.rigsa_values, entries.rigsa_alpha, common.rigsa_alpha)
+        p.detach().clone().requires_grad_(True) for p in (layer.rigsa_values, entries.rigsa_logits, common.rigsa_logits)
     )
     direction = torch.randn(5, 6)
     generator = step_generator(CPU, 4, 9)
@@ -86,7 +93,7 @@ def test_gradients_are_those_of_the_penalised_loss():
     assert (z != 0).any()
     layer.rigsa_values.grad = direction.clone()  # of the difference
     chain(layer, step_generator(CPU, 4, 9), 0.01)
-    for ours, theirs in ((layer.rigsa_values, w), (entries.rigsa_alpha, a), (common.rigsa_alpha, b)):
+    for ours, theirs in ((layer.rigsa_values, w), (entries.rigsa_logits, a), (common.rigsa_logits, b)):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -107,6 +114,19 @@ def test_a_step_goes_by_the_difference_and_gives_w_back():
     gates.take_off(model)
     torch.testing.assert_close(layer.rigsa_values.detach(), before * certain)
     assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.rigsa_alpha", "0.rigsa_values"]
+
+
+def test_the_factors_are_trained_as_gates_are():
+    model, gates = one_layer()
+    config = dataclasses.replace(gates_config(), alpha_learning_rate=0.25, weight_decay=0.5)
+    rates = {}
+    for group in make_optimizer(model, config).param_groups:
+        rates |= {id(parameter): (group["lr"], group["weight_decay"]) for parameter in group["params"]}
+    layer = model[0]
+    assert rates.pop(id(layer.rigsa_values)) == (config.learning_rate, 0.5)
+    assert set(rates.values()) == {(0.25, 0.0)}
+    assert {id(part.rigsa_logits) for part in factors_of(layer)} <= rates.keys()
+    assert not gates.held
 
 
 @pytest.fixture(scope="module")

@@ -398,7 +398,7 @@ def test_updates_within_backward_see_nothing_of_a_round(config, tmp_path):
 
 
 def test_command_line(config, tmp_path, capsys):
-    options = ["--model", config.model, "--preset", "smoke", "--no-drift", "--reselect-steps", "2"]
+    options = ["--model", config.model, "--preset", "smoke", "--no-drift", "--reselect-steps", "2", "--max-steps", "4"]
     assert main(["spiel", *options, "--out", str(tmp_path)]) == 0
     assert "| spiel |" in capsys.readouterr().out
     assert json.loads((tmp_path / "level_1" / "pruning.json").read_text())["rounds"] == 1
