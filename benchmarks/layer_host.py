@@ -20,7 +20,7 @@ import triton
 from torch import Tensor, nn
 
 from benchmarks.optimizer_host import without_device
-from rigsa_kernels import SparsePattern, gated_linears, ops, replace_linears, triton_gather
+from rigsa_kernels import GatedSparseLinear, SparsePattern, gated_linears, ops, replace_linears, triton_gather
 
 SIDE = 32
 PLAIN, FUNCTION, GATHERING = (
@@ -56,11 +56,11 @@ class _Gathering(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, values, alpha, *pattern = ctx.saved_tensors
-        dvalues, dalpha = triton_gather.gather_grad(torch.mm(dy.t(), x), values, alpha, pattern)
+        dvalues, dalpha = ops._dvalues(dy, x, values, alpha, pattern)
         return dy @ weight, None, dvalues, dalpha, *(None for _ in pattern)
 
 
-def gated(density: float) -> nn.Module:
+def gated(density: float) -> GatedSparseLinear:
     """One layer, which composes."""
     model = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False))
     replace_linears(model, numerics="composed", alpha_init=0.5)
@@ -70,17 +70,19 @@ def gated(density: float) -> nn.Module:
     return next(iter(gated_linears(model).values()))
 
 
-def providers() -> dict[str, Callable[[Tensor], Tensor]]:
-    ticket, plain = gated(0.05), nn.Linear(SIDE, SIDE, bias=False)
+def floors(plain: nn.Linear, ticket: GatedSparseLinear) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The two functions, with the tensors of layers of one size, dtype and device."""
+    weight, pattern = ticket.frozen_matrix(), ticket.pattern.tensors
     values, alpha = ticket.rigsa_values, ticket.rigsa_alpha
-    weight, pattern = torch.randn(SIDE, SIDE), ticket.pattern.tensors  # type: ignore[union-attr]
     return {
-        PLAIN: plain,
         FUNCTION: lambda x: _Products.apply(x, plain.weight),
         GATHERING: lambda x: _Gathering.apply(x, weight, values, alpha, *pattern),
-        LEVEL_0: gated(1.0),
-        TICKET: ticket,
     }
+
+
+def providers() -> dict[str, Callable[[Tensor], Tensor]]:
+    ticket, plain = gated(0.05), nn.Linear(SIDE, SIDE, bias=False)
+    return {PLAIN: plain, **floors(plain, ticket), LEVEL_0: gated(1.0), TICKET: ticket}
 
 
 def measure(number: int = 200, repeats: int = 15) -> dict[str, float]:

@@ -111,6 +111,19 @@ def _register_with_peft() -> None:
 when_imported("peft", _register_with_peft)
 
 
+def _save_adapted_models() -> None:
+    """Have models that are adapted from now on save and load in the ways of `rigsa.checkpoints`."""
+    from importlib import import_module
+
+    def keep(model: Any) -> None:
+        import_module("rigsa.checkpoints").keep_adapter_in_checkpoints(model)
+
+    import_module("rigsa_kernels.replace").after_replacing(keep)
+
+
+when_imported("rigsa_kernels.replace", _save_adapted_models)
+
+
 def __getattr__(name: str) -> Any:
     """A name of the library, from its module, which is imported when the first of its names is asked for.
 
@@ -119,8 +132,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
-
-    from rigsa import checkpoints  # noqa: F401  # models that are adapted from now on save and load in its ways
 
     return globals().setdefault(name, getattr(importlib.import_module(_HOME[name]), name))
 

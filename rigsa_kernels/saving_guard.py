@@ -16,8 +16,11 @@ from rigsa_kernels.replace import after_replacing, gated_linears, hooks_after_re
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Have ``model.save_pretrained`` ask whether there is a way to save an adapter. A model without it stays."""
-    if callable(getattr(type(model), "save_pretrained", None)):
+    """Have ``model.save_pretrained`` ask whether there is a way to save an adapter.
+
+    A model without it stays, and one whose own was replaced already.
+    """
+    if callable(getattr(type(model), "save_pretrained", None)) and "save_pretrained" not in model.__dict__:
         model.save_pretrained = partial(save_pretrained, model)  # type: ignore[assignment]  # copied with the model
 
 

@@ -129,10 +129,10 @@ def select_weights(
     return selected, skipped
 
 
-def adaptable(model: nn.Module) -> dict[str, int]:
-    """Name to number of weights of every layer and parameter that `replace_linears` would adapt by itself."""
-    linears, _ = select_linears(model, "*", ())
-    weights, _ = select_weights(model, linears, "*", ())
+def adaptable(model: nn.Module, include: Selection = "*", exclude: Sequence[str] = ()) -> dict[str, int]:
+    """Name to number of weights of every layer and parameter that `replace_linears` would adapt with these patterns."""
+    linears, _ = select_linears(model, include, exclude)
+    weights, _ = select_weights(model, linears, include, exclude)
     found = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
     return found | {name: weight.parameter.numel() for name, weight in weights.items()}
 

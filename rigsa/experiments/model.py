@@ -74,6 +74,24 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def longest_of(shape: PretrainedConfig) -> int | None:
+    """The most tokens that a model takes, prompt and reply together; None if its configuration does not say."""
+    longest: int | None = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
+def load_tokenizer(config: Base) -> Any:
+    """The tokenizer of the base model. Raises RigsaError as `load_model`."""
+    source, options = _locate(config.model)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # a damaged file makes transformers and the hub's client raise dozens of unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RigsaError(
+            f"--model {config.model}: its tokenizer cannot be loaded ({reason}). {GET_EMBEDDED}"
+        ) from error
+
+
 def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """The base model of `config`, frozen and in evaluation mode, and its tokenizer.
 
@@ -120,7 +138,7 @@ def _load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, An
         raise RigsaError(f"--model {config.model}: cannot be loaded ({reason}). {GET_EMBEDDED}") from error
     check_weights(config.model, type(model).__name__, found)
     if config.quantize == "nf4":
-        quantize_linears(model, device)
+        quantize_linears(model, device, config.included, config.excluded)
     model.to(device)
     spare_the_head(model)
     return model.requires_grad_(False).eval(), tokenizer
@@ -160,7 +178,9 @@ def spare_the_head(model: PreTrainedModel) -> None:
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
 
-def quantize_linears(model: PreTrainedModel, device: torch.device) -> None:
+def quantize_linears(
+    model: PreTrainedModel, device: torch.device, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> None:
     """The weights of the layers to adapt in NF4 (QLoRA, Dettmers et al. 2023), on `device`, in place.
 
     Layer by layer, so the model never stands on the device in its own dtype. The blocks' scales stay float32: the
@@ -174,7 +194,7 @@ def quantize_linears(model: PreTrainedModel, device: torch.device) -> None:
     except ImportError as error:
         raise RigsaError(f"--quantize nf4: needs bitsandbytes ({error}); pip install bitsandbytes") from error
     options: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
-    for name, linear in select_linears(model, "*", ())[0].items():
+    for name, linear in select_linears(model, include, exclude)[0].items():
         quantized = Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None,
             compute_dtype=linear.weight.dtype, device="meta", **options,

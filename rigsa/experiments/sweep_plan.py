@@ -15,6 +15,7 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.config import OPTIONS, Config, flag
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.presets import PRESETS
+from rigsa.experiments.tasks.registry import recognise
 
 VARIABLE = {name: field for name, field in OPTIONS.items() if name not in ("seed", "match")}
 
@@ -109,7 +110,7 @@ def plan_sweep(
         RigsaError: an unknown method or field, a field that no run reads, a value that does not fit or stands twice,
             or a random mask that no imp run of the sweep has a ticket for.
     """
-    names, numbers = _methods(methods), _seeds(seeds)
+    names, numbers = method_names(methods), _seeds(seeds)
     varied = _varied(vary, names)
     _check_options(options, varied)
     jobs: list[Job] = []
@@ -119,7 +120,7 @@ def plan_sweep(
             settings = dict(zip(varied[method], values, strict=True))
             given = {name: value for name, value in options.items() if METHODS[method].reads(name)} | settings
             usual = PRESETS[preset](method, given.get("device", "auto"))
-            config = dataclasses.replace(usual, **given, seed=seed)
+            config = recognise(dataclasses.replace(usual, **given, seed=seed))
             if config.method.matches and not config.density:
                 jobs += _controls(config, settings, jobs, out)
             else:
@@ -174,7 +175,8 @@ def _label(name: str, value: Any) -> str:
     return f"{flag(name)}{value}"
 
 
-def _methods(text: str) -> list[str]:
+def method_names(text: str) -> list[str]:
+    """Comma-separated names of methods. Raises RigsaError for another, and for one that stands twice."""
     names = _list("methods", text)
     for name in names:
         if name not in METHODS:

@@ -11,17 +11,17 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer import SCHEDULER_NAME
@@ -50,8 +50,9 @@ from rigsa.experiments.hardware import hardware, versions
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
 from rigsa.experiments.records import LOG_LINE, read_lines
 from rigsa.experiments.run_folder import ADAPTER_FILE, CHECKPOINTS, LOG_FILE, MASK_FILE, RESOURCES_FILE
-from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
+from rigsa.experiments.tasks.evaluation import target_logits, training_loss
+from rigsa.experiments.tasks.task import Batch, Samples, num_targets
+from rigsa.experiments.tasks.text import TextSamples
 from rigsa.files import read_json, write_json, write_text
 from rigsa.processes import is_sharded, whole
 from rigsa_kernels import MaskedAdamW, gated_linears, parameter_groups
@@ -63,20 +64,20 @@ _STATE_FILE = "trainer_state.json"
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
-def steps_per_epoch(config: Training, num_images: int) -> int:
-    """Optimiser steps of one pass over the images; a last incomplete batch is dropped.
+def steps_per_epoch(config: Training, num_examples: int) -> int:
+    """Optimiser steps of one pass over the training examples; a last incomplete batch is dropped.
 
     Raises:
-        RigsaError: there are fewer images than one batch needs.
+        RigsaError: there are fewer examples than one batch needs.
     """
-    if num_images < config.batch_size:
-        raise RigsaError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
-    return num_images // config.batch_size
+    if num_examples < config.batch_size:
+        raise RigsaError(f"--batch-size {config.batch_size}: there are only {num_examples} training examples")
+    return num_examples // config.batch_size
 
 
-def steps_per_level(config: Training, num_images: int) -> int:
+def steps_per_level(config: Training, num_examples: int) -> int:
     """Optimiser steps of one level. Raises RigsaError as `steps_per_epoch`."""
-    steps = config.epochs * steps_per_epoch(config, num_images)
+    steps = config.epochs * steps_per_epoch(config, num_examples)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
@@ -109,7 +110,7 @@ class EndsEarly(TrainerCallback):
 
 def train_level(
     model: nn.Module,
-    dataset: PromptDataset,
+    samples: Samples,
     config: Config,
     folder: Path,
     label: str,
@@ -122,7 +123,7 @@ def train_level(
 
     Args:
         model: with the adapter at its start.
-        dataset: training images.
+        samples: of the training split.
         config: of the run.
         folder: of the level.
         label: of the progress bar.
@@ -146,7 +147,7 @@ def train_level(
     if checkpoint is not None:
         check_processes(checkpoint)
         load_trained(model, checkpoint, moving)
-    steps = steps_per_level(config, len(dataset)) - first_step
+    steps = steps_per_level(config, len(samples)) - first_step
     watch = ProgressAndTime(label)
     trainer = LevelTrainer(
         config=config,
@@ -154,8 +155,8 @@ def train_level(
         first_step=first_step,
         model=model,
         args=training_arguments(config, steps, folder / CHECKPOINTS),
-        train_dataset=dataset,
-        data_collator=partial(collate, pad_id=dataset.prompts.pad_id),
+        train_dataset=samples,
+        data_collator=samples.collate,
         callbacks=[watch, MarkCheckpoint(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -275,8 +276,8 @@ class LevelTrainer(Trainer):
     """A Trainer with our loss and schedule, checkpoints of the adapter alone, and a stop at non-finite numbers."""
 
     model: nn.Module
-    train_dataset: PromptDataset
-    loss_is_scaled_for_ga = False  # ours is a mean per micro-batch, for the Trainer to divide
+    train_dataset: Samples
+    loss_is_scaled_for_ga = True  # it is divided by the targets of all micro-batches of the step
 
     def __init__(self, *, config: Config, moving: bool, first_step: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -298,9 +299,11 @@ class LevelTrainer(Trainer):
             )
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Draw whole batches only. A smaller one would make a smaller step, and processes could not share it evenly."""
         count = steps_per_epoch(self.config, len(self.train_dataset)) * self.config.batch_size
+        if self.config.group_by_length and isinstance(self.train_dataset, TextSamples):
+            return LikeLengths(self.train_dataset.lengths, self.config.batch_size, self.config.seed)
         return RandomSampler(self.train_dataset, num_samples=count)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -314,13 +317,23 @@ class LevelTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         try:
-            loss = training_loss(model, inputs, self.config.loss)
+            loss = training_loss(model, inputs, num_items_in_batch)
         except NonFiniteGateError as error:
             self._stop_at_non_finite(str(error), None)
         # Reading the loss costs nothing on a CPU; on a GPU it would stop every step: there save_model and the log tell.
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             self._stop_at_non_finite(f"the loss is {loss.item()}", inputs)
         return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """What the loss of each micro-batch is divided by: the targets of a step, as a share of them for each process.
+
+        The mean over processes, which DDP and FSDP make of the gradients, then is that over all targets.
+        """
+        learned = sum((num_targets(batch) for batch in batch_samples), torch.zeros((), dtype=torch.int64)).to(device)
+        if num_processes() == 1:
+            return learned
+        return self.accelerator.gather(learned).sum() / num_processes()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):
@@ -363,6 +376,39 @@ class LevelTrainer(Trainer):
         )
 
 
+class LikeLengths(Sampler[int]):
+    """Draws batches of examples of like length, in another order in each epoch.
+
+    In each epoch the examples are drawn in a random order, those of `CHUNK` batches are sorted by length, and the
+    batches that this makes are drawn in a random order again. What is left of the last batch is dropped.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: examples per optimiser step.
+        seed: of the order.
+    """
+
+    CHUNK = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.batch_size * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        drawn = generator.permutation(len(self.lengths))[: len(self)].tolist()
+        size = self.CHUNK * self.batch_size
+        chunks = [sorted(drawn[at : at + size], key=lambda one: self.lengths[one]) for at in range(0, len(drawn), size)]
+        ordered = [one for chunk in chunks for one in chunk]
+        for batch in generator.permutation(len(self) // self.batch_size).tolist():
+            yield from ordered[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
 def keep_out_of_ddp(model: nn.Module) -> None:
     """Have DDP send what backward trains only: every process has loaded the frozen parameters and the patterns already,
     and finds gradients that are set by hand from those of the others.
@@ -395,7 +441,7 @@ def first_non_finite_output(model: nn.Module, inputs: dict[str, Tensor]) -> str 
         )
         for name in layers
     ]
-    answer_logits(model, inputs)
+    target_logits(model, inputs)
     for hook in hooks:
         hook.remove()
     return found[0] if found else None

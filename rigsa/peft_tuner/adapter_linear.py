@@ -50,7 +50,8 @@ class AdapterLinear(GatedSparseLinear):
 
     def _trio(self) -> tuple[Tensor, Tensor, Tensor]:
         tensors: Any = self._parameters
-        return self.weight, tensors["rigsa_values"], tensors["rigsa_alpha"]
+        weight: Any = self._origin[0]._parameters["weight"]  # faster than a module's attributes
+        return weight, tensors["rigsa_values"], tensors["rigsa_alpha"]
 
     def _pattern_here(self) -> SparsePattern:
         if self._awaited is not None:
@@ -164,6 +165,9 @@ class AdapterWeight(AdapterLinear, GatedSparseWeight):
             matrix = nn.Parameter(parameter.detach().view(-1, parameter.shape[-1]), requires_grad=False)
             seen = self.__dict__["_seen"] = parameter, matrix  # in a tuple, or it would be a parameter
         return cast(nn.Parameter, seen[1])
+
+    def _trio(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.rigsa_values, self.rigsa_alpha
 
     def forward(self) -> Tensor:  # type: ignore[override]
         """``W0 + alpha * (m . D)`` in the parameter's shape and dtype."""

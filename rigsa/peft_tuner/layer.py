@@ -62,6 +62,7 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.name, self.is_tied = name, is_tied
         self._merged: list[_Merged] = []
+        self._active_here: list[str] = []
         self._wants_in_place: dict[str, bool] = {}
         self.register_state_dict_post_hook(_show_the_frozen_weight)
 
@@ -77,13 +78,12 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: several are active.
         """
-        here = [name for name in self.active_adapters if name in self.rigsa_adapter]
-        if len(here) > 1:
+        if len(self._active_here) > 1:
             raise ValueError(
-                f"set_adapter: expected one adapter of RIGSA at a time, got {', '.join(here)}; make one of them with "
-                "model.add_weighted_adapter"
+                f"set_adapter: expected one adapter of RIGSA at a time, got {', '.join(self._active_here)}; "
+                "make one of them with model.add_weighted_adapter"
             )
-        return here[0] if here else None
+        return self._active_here[0] if self._active_here else None
 
     def update_layer(self, adapter_name: str, config: RigsaConfig, peers: Peers, twin: str | None = None) -> None:
         """Add an adapter: a new one, or, where `config` comes from a file, room for the one in the file.
@@ -183,6 +183,7 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As in PEFT. What waits has no gradient, and keeps nothing in memory but itself."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._active_here = [name for name in self.active_adapters if name in self.rigsa_adapter]
         for name, adapter in self.adapters.items():
             adapter.waiting = name not in self.active_adapters
             if adapter.waiting:
@@ -194,6 +195,7 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
             self.adapters[adapter_name].let_go()
             self._wants_in_place.pop(adapter_name)
         super().delete_adapter(adapter_name)
+        self._active_here = [name for name in self.active_adapters if name in self.rigsa_adapter]
         self._share_the_weight()
 
     def combine(self, new: str, weights: dict[str, float], rule: Rule, density: float, config: RigsaConfig) -> None:
@@ -334,9 +336,9 @@ class RigsaLinear(RigsaLayer):
         """What the active adapter computes; with `adapter_names` each row is computed by the adapter named there."""
         if adapter_names is not None:
             return self._mixed(x, list(adapter_names))
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        name = None if self.disable_adapters or self.merged else self.active
+        name = None if self._disable_adapters or self.merged_adapters else self.active
         return self._without_adapter(x) if name is None else cast(Tensor, self.rigsa_adapter[name](x))
 
     def _without_adapter(self, x: Tensor, keep: bool = False) -> Tensor:

@@ -38,7 +38,13 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     return dict(found.choices)
 
 
-NEEDED = {"sweep": ["--methods", "imp"], "chat": ["RUN"], "export": ["RUN", "--to", "merged"]}
+NEEDED = {
+    "sweep": ["--methods", "imp"],
+    "compare": ["--methods", "imp"],
+    "chat": ["RUN"],
+    "export": ["RUN", "--to", "merged"],
+    "merge": ["RUN", "--out", "FOLDER"],
+}
 """Arguments without which a command's parser takes nothing."""
 NUMBERS = [
     (command, action)

@@ -37,7 +37,8 @@ def parse(*arguments: str) -> Config:
 def test_paper_preset_is_the_papers_configuration_field_for_field():
     assert paper().record() == {
         "method": "imp", "seed": 0,
-        "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "data": "mnist", "device": "auto", "dtype": "bfloat16",
+        "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "data": "mnist", "format": "auto", "validation_share": 0.1,
+        "max_length": 0, "include": "*", "exclude": "", "device": "auto", "dtype": "bfloat16",
         "quantize": "none", "attention": "sdpa", "system_prompt": "default",
         "gate": "layer", "alpha_init": 1e-6, "init_scale": 1.0, "values_dtype": "bfloat16", "state_dtype": "bfloat16",
         "numerics": "auto",
@@ -47,11 +48,13 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "match": "", "match_level": 0, "init_seed": -1, "density": 0.0, "gradient_share": 0.3, "l0_penalty": 1.25e-7,
         "mask_images": 64, "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
-        "loss": "answer", "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
+        "loss": "answer", "group_by_length": False,
+        "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
         "checkpointing": False, "step_in_backward": False,
         "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,
         "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
         "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
+        "score": "none", "answer_tokens": 256,
         "drift": True, "drift_prompts": 24, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
         "logging_steps": 10, "checkpoint_steps": 100,
     }  # fmt: skip
@@ -159,7 +162,15 @@ def test_every_field_can_be_overridden(field):
     other = {"float32": "bfloat16", "bfloat16": "float32", "auto": "exact", "layer": "global", "answer": "all"}
     other |= {"largest": "smallest", "rigsa": "movement", "init": "random_reinit"}
     value = {str: other.get(field.default, "0,1,2"), int: 10, float: 0.5, bool: True}[type(field.default)]
-    value = {"micro_batch_size": 8, "device": "cpu", "gate": "model", "quantize": "nf4"}.get(field.name, value)
+    value = {
+        "micro_batch_size": 8,
+        "device": "cpu",
+        "gate": "model",
+        "quantize": "nf4",
+        "format": "text",
+        "validation_share": 0.2,
+        "score": "exact",
+    }.get(field.name, value)
     needs = {"step_in_backward": ["--max-grad-norm", "0", "--micro-batch-size", "16"]}.get(field.name, [])
     method = next(method.name for method in METHODS.values() if method.reads(field.name))
     option = f"--{field.name.replace('_', '-')}"
@@ -172,7 +183,7 @@ def test_every_field_can_be_overridden(field):
 def test_numbers_of_steps_are_capped_and_need_a_batch():
     assert steps_per_level(dataclasses.replace(paper(), max_steps=7), 59_400) == 7
     assert steps_per_level(dataclasses.replace(paper(), epochs=2), 40) == 4
-    with pytest.raises(RigsaError, match="--batch-size 16: there are only 15 training images"):
+    with pytest.raises(RigsaError, match="--batch-size 16: there are only 15 training examples"):
         steps_per_level(paper(), 15)
 
 

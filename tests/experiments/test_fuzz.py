@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 from torch import nn
 
 from rigsa import RigsaConfig, export_adapter, import_adapter
@@ -39,6 +41,8 @@ from rigsa.experiments.checkpoints import latest_checkpoint, mark_checkpoint
 from rigsa.experiments.config_file import load, save
 from rigsa.experiments.presets import quickstart
 from rigsa.experiments.report.runs import Run
+from rigsa.experiments.tasks.formats import read_examples
+from rigsa.experiments.tasks.rows import read_rows
 from rigsa.experiments.tasks.source_tasks import TASKS, _read_rows
 from rigsa.experiments.tasks.textual_mnist import load_splits
 from rigsa.experiments.train import read_log
@@ -255,6 +259,29 @@ def rows_of(folder: Path, _: nn.Module) -> tuple[Path, Load]:
     return path, lambda: {len(row) for row in _read_rows("piqa", folder, "validation")}
 
 
+def texts_of(kind: str) -> Callable[[Path, nn.Module], tuple[Path, Load]]:
+    """A data file of the user's own. What damage leaves of it may be other texts, but examples they are."""
+
+    def make_it(folder: Path, _: nn.Module) -> tuple[Path, Load]:
+        lines = [{"prompt": f"a {number}", "completion": "b"} for number in range(12)]
+        path = folder / f"data.{kind}"
+        if kind == "parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+        elif kind == "csv":
+            path.write_text("prompt,completion\n" + "".join(f"a {number},b\n" for number in range(12)))
+        else:
+            text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            path.write_bytes(gzip.compress(text) if kind.endswith("gz") else text)
+
+        def load_it() -> Any:
+            examples = read_examples(read_rows(path), "prompt-completion")
+            return all([turn["role"] for turn in one.turns] == ["user", "assistant"] for one in examples)
+
+        return path, load_it
+
+    return make_it
+
+
 PRUNED = {"kept": 3, "mask": "ab", "same_sign_share": 0.5, "free": 6, "eligible": 4}
 SPOKEN = [{"prompt": "a", "prompt_ids": [1, 2], "reply_ids": [3]}] * 2
 SETTLED = {"ended_at": None, "steps_saved": 0, "distances": {"4": None, "8": 0.1}}
@@ -285,6 +312,7 @@ LOADERS: dict[str, Callable[..., tuple[Path, Load]]] = {
     "GIF": picture_of("GIF"),
     "BMP": picture_of("BMP"),
     "rows of a source task": rows_of,
+    **{f"texts, .{kind}": texts_of(kind) for kind in ("jsonl", "jsonl.gz", "csv", "parquet")},
 }
 
 

@@ -57,7 +57,9 @@ def test_a_run_becomes_a_plain_model(talking_run, level, tmp_path, capsys):
     plain = AutoModelForCausalLM.from_pretrained(out, attn_implementation=experiment.config.attention)
     assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert torch.equal(logits(plain), logits(experiment.model))
-    assert AutoTokenizer.from_pretrained(out)("1 2").input_ids == experiment.prompts.tokenizer("1 2").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(out)("1 2").input_ids == experiment.task.conversation.tokenizer("1 2").input_ids
+    )
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
 
 
@@ -195,4 +197,4 @@ def test_both_halves_of_rosa_are_merged_and_an_adapter_of_peft_alone_is_refused(
     assert "expected a run of gated layers, got one of lora" in failure(
         ["merge", lora, "--out", tmp_path / "x"], capsys
     )
-    assert "layer_density is missing" in failure(["inspect", lora, "--out", tmp_path / "x.png"], capsys)
+    assert "expected a level of gated layers" in failure(["inspect", lora, "--out", tmp_path / "x.png"], capsys)

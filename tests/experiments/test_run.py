@@ -103,7 +103,7 @@ def test_log_and_metrics_are_complete(finished):
     )
     metrics = json.loads((finished / "level_1" / "metrics.json").read_text())
     assert metrics["test"].keys() == {"0-shot", "2-shot"}
-    assert metrics["test"]["0-shot"]["images"] == 20
+    assert metrics["test"]["0-shot"]["examples"] == 20
     assert metrics["train_loss"] == lines[-1]["loss"]
 
 

@@ -45,6 +45,20 @@ def test_a_model_of_transformers_is_not_saved_until_rigsa_is_there(tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("order", ["import rigsa, rigsa_kernels", "import rigsa_kernels, rigsa"])
+def test_whichever_package_was_imported_first_an_adapter_is_saved(order, tmp_path):
+    code = f"""
+{order}
+from conftest import make_llama
+model = rigsa_kernels.replace_linears(make_llama(), density=0.3)
+model.save_pretrained({str(tmp_path)!r})
+"""
+    tests = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tests, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rigsa_config.json").exists()
+
+
 class Saved(nn.Sequential):
     """With a method of its own that knows nothing of adapters, such as other libraries' models have."""
 

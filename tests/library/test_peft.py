@@ -47,6 +47,7 @@ from rigsa import (
     snapshot,
     verify_adapted,
 )
+from rigsa.peft_tuner.model import layers_of
 from rigsa.state import adapted_layers, ticket_of
 from rigsa.when_imported import when_imported
 
@@ -265,6 +266,7 @@ def two_adapters():
 
 def test_adapters_are_added_switched_and_deleted():
     model = two_adapters()
+    assert not any(adapter.in_place for layer in layers_of(model) for adapter in layer.adapters.values())
     only = {"default": logits(wrapped()), "other": logits(wrapped(seed=5, density=0.1))}
     assert torch.equal(logits(model), only["default"])
     for name in ("other", "default", "other"):
@@ -414,6 +416,7 @@ def test_merging_and_unmerging_a_thousand_times_changes_nothing():
 
 def test_unloaded_it_is_the_base():
     model = trained(wrapped())
+    logits(model)  # composes in place
     assert torch.equal(logits(model.unload()), logits(make_llama()))
 
 

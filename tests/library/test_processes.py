@@ -15,6 +15,7 @@ from rigsa import (
     AdapterCheckpoints,
     MaskedAdamW,
     PruningLevels,
+    RigsaConfig,
     gated_linears,
     load_adapter,
     prune,
@@ -29,6 +30,12 @@ STEPS, LEVELS = 3, 2
 
 def adapted(**options):
     return replace_linears(make_llama(), alpha_init=0.1, **options)
+
+
+def adapted_by_peft():
+    from peft import get_peft_model
+
+    return get_peft_model(make_llama(), RigsaConfig(density=0.3, alpha_init=0.1))
 
 
 def train(model, ids, steps=STEPS):
@@ -101,6 +108,13 @@ def own_script_under_fsdp2(folder):
         train(model, own_part(IDS), 1)  # saving has left the shards in their places
 
 
+def under_peft(folder):
+    model = nn.parallel.DistributedDataParallel(adapted_by_peft())
+    train(model, own_part(IDS))
+    if is_main():
+        model.module.save_pretrained(folder / "peft")
+
+
 def levels_under_a_trainer(folder):
     for steps in (1, 2):
         model = adapted()
@@ -123,6 +137,7 @@ def work(folder):
     torch.set_num_threads(1)
     own_script_under_ddp(folder)
     own_script_under_fsdp2(folder)
+    under_peft(folder)
     levels_under_a_trainer(folder)
     with pytest.raises(RuntimeError, match="the processes have pruned to other patterns"):
         other_masks()
@@ -180,6 +195,17 @@ def test_levels_under_a_trainer_are_those_of_one_process_and_the_same_in_all(wor
     trainer_of(model, tmp_path, 8).train()
     assert_close(worked / f"run-{steps}" / "checkpoint-6", model)
     assert {layer.pattern.density for layer in gated_linears(model).values()} != {1.0}
+
+
+def test_a_model_of_peft_under_ddp_is_that_of_one_process(worked):
+    from peft import PeftModel
+
+    model = adapted_by_peft()
+    train(model, IDS)
+    found = gated_linears(PeftModel.from_pretrained(make_llama(), worked / "peft"))
+    for name, layer in gated_linears(model).items():
+        torch.testing.assert_close(found[name].rigsa_values, layer.rigsa_values, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[name].rigsa_alpha, layer.rigsa_alpha, rtol=1e-3, atol=1e-4)
 
 
 if __name__ == "__main__":

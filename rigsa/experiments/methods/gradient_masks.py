@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,6 @@ from rigsa.experiments.config import Config, Gates, Look, LowRank, Training, fie
 from rigsa.experiments.methods.baselines import OWN_DTYPE
 from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa.experiments.tasks.evaluation import training_loss
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.scores import SCORES, GradientScore, gradient_scores
 from rigsa_kernels import SparsePattern, gated_linears
 
@@ -47,7 +45,9 @@ class GradientMask(TicketMethod):
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
         config = experiment.config
         batches = tqdm(mask_batches(experiment, self.score), desc="gradients for the mask", unit="batch", leave=False)
-        patterns, record = highest(config, score_entries(experiment.model, self.score, batches, config.loss))
+        patterns, record = highest(
+            config, score_entries(experiment.model, self.score, batches, images_at_a_time(self.score, config))
+        )
         return patterns, record | {"images": config.mask_images}
 
 
@@ -58,23 +58,23 @@ def images_at_a_time(score: GradientScore, config: Training) -> int:
 
 def mask_batches(experiment: Experiment, score: GradientScore) -> DataLoader[Any]:
     """The training images that choose the mask, drawn from the run's seed, as many at a time as the score takes."""
-    config, dataset = experiment.config, PromptDataset(experiment.splits.train, experiment.prompts)
-    draw = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    chosen = Subset(dataset, draw[: config.mask_images].tolist())
-    collated = partial(collate, pad_id=experiment.prompts.pad_id)
-    return DataLoader(chosen, images_at_a_time(score, config), collate_fn=collated)
+    config, samples = experiment.config, experiment.task.training()
+    draw = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
+    chosen = Subset(samples, draw[: config.mask_images].tolist())
+    return DataLoader(chosen, images_at_a_time(score, config), collate_fn=samples.collate)
 
 
 def score_entries(
-    model: nn.Module, score: GradientScore, batches: Iterable[dict[str, Tensor]], loss: str
+    model: nn.Module, score: GradientScore, batches: Iterable[dict[str, Tensor]], divisor: int
 ) -> dict[str, Tensor]:
     """Score every entry of the gated layers by its gradients.
 
     Args:
         model: with a dense adapter as it starts: zero for scores of the pretrained model.
         score: what is made of the gradients.
-        batches: of training images, as many in each as `images_at_a_time` says.
-        loss: as `training_loss`.
+        batches: of training examples, as many in each as `images_at_a_time` says.
+        divisor: of the summed loss of each batch. It is one number for all of them, so that every token counts as much
+            as every other, however tokens are spread over batches.
 
     Returns:
         Layer name to ``[N, K]``, float32.
@@ -82,7 +82,7 @@ def score_entries(
     device = next(model.parameters()).device
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return training_loss(model, {name: tensor.to(device) for name, tensor in batch.items()}, loss)
+        return training_loss(model, {name: tensor.to(device) for name, tensor in batch.items()}, divisor)
 
     values = {name: layer.rigsa_values for name, layer in gated_linears(model).items()}
     return gradient_scores(model.train(), values, loss_of, batches, score)

@@ -14,14 +14,14 @@ from rigsa.adapters import adapter_off
 from rigsa.experiments.adapter import load_masks, trained_parameters
 from rigsa.experiments.config import Gates, Look, fields_of
 from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods.gradient_masks import GradientMask, mask_batches, score_entries
+from rigsa.experiments.methods.gradient_masks import GradientMask, images_at_a_time, mask_batches, score_entries
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.methods.ticket import FROM_ZERO, TicketMethod, highest
 from rigsa.experiments.presets import arguments_of, smoke
-from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
+from rigsa.experiments.tasks.evaluation import target_logits, training_loss
 from rigsa.experiments.train import make_optimizer
 from rigsa.run import main
+from rigsa.scores import GradientScore
 from rigsa_kernels import gated_linears
 from rigsa_kernels.selection import select_linears
 from tests.conftest import make_llama
@@ -55,10 +55,10 @@ def command(config, out: Path) -> list[str]:
 
 def images_of(prepared: Experiment, size: int) -> DataLoader:
     """The images that choose the mask, found here once more."""
-    dataset = PromptDataset(prepared.splits.train, prepared.prompts)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(prepared.config.seed))
-    chosen = Subset(dataset, order[: prepared.config.mask_images].tolist())
-    return DataLoader(chosen, size, collate_fn=lambda samples: collate(samples, prepared.prompts.pad_id))
+    samples = prepared.task.training()
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(prepared.config.seed))
+    chosen = Subset(samples, order[: prepared.config.mask_images].tolist())
+    return DataLoader(chosen, size, collate_fn=samples.collate)
 
 
 def gradients_of_plain_weights(prepared: Experiment, size: int) -> dict[str, list[torch.Tensor]]:
@@ -68,10 +68,16 @@ def gradients_of_plain_weights(prepared: Experiment, size: int) -> dict[str, lis
     found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     for batch in images_of(prepared, size):
         plain.zero_grad()
-        training_loss(plain, batch, "answer").backward()
+        training_loss(plain, batch).backward()
         for name, layer in layers.items():
             found[name].append(layer.weight.grad.clone())
     return found
+
+
+def scores_of(prepared: Experiment, score: GradientScore) -> dict[str, torch.Tensor]:
+    """As the run makes them."""
+    divisor = images_at_a_time(score, prepared.config)
+    return score_entries(prepared.model, score, mask_batches(prepared, score), divisor)
 
 
 def by_definition(method: str, gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -93,7 +99,9 @@ def test_gradient_scores_are_those_of_their_definition(method, small_model_folde
     prepared = experiment(method, small_model_folder, tmp_path)
     score = METHODS[method].score
     gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "child-d", "sam") else 2)
-    scores = score_entries(prepared.model, score, mask_batches(prepared, score), prepared.config.loss)
+    scores = score_entries(
+        prepared.model, score, mask_batches(prepared, score), images_at_a_time(score, prepared.config)
+    )
     assert {name.removesuffix(".base_layer") for name in scores} == gradients.keys()
     for name, score in scores.items():
         want = by_definition(method, gradients[name.removesuffix(".base_layer")])
@@ -107,7 +115,7 @@ def mean_gradient(prepared: Experiment, weights: dict[str, torch.Tensor]) -> dic
     for name, weight in weights.items():
         plain.get_submodule(name).weight.data = weight
     batches = list(images_of(prepared, 2))
-    (sum(training_loss(plain, batch, "answer") for batch in batches) / len(batches)).backward()
+    (sum(training_loss(plain, batch) for batch in batches) / len(batches)).backward()
     return {name: plain.get_submodule(name).weight.grad for name in weights}
 
 
@@ -131,7 +139,9 @@ def test_scores_of_the_start_are_those_of_their_definition(small_model_folder, t
     }
     for method, expected in wanted.items():
         score = METHODS[method].score
-        scores = score_entries(prepared.model, score, mask_batches(prepared, score), prepared.config.loss)
+        scores = score_entries(
+            prepared.model, score, mask_batches(prepared, score), images_at_a_time(score, prepared.config)
+        )
         for name, found in scores.items():
             scale = expected[name].abs().max().item()
             torch.testing.assert_close(found.double(), expected[name], rtol=1e-3, atol=1e-3 * scale)
@@ -210,7 +220,9 @@ def test_masks_of_the_start_take_the_highest_scores(method, finished, small_mode
     level = finished[method] / "level_1"
     prepared = experiment(method, small_model_folder, finished[method])
     score = METHODS[method].score
-    scores = score_entries(prepared.model, score, mask_batches(prepared, score), prepared.config.loss)
+    scores = score_entries(
+        prepared.model, score, mask_batches(prepared, score), images_at_a_time(score, prepared.config)
+    )
     for name, pattern in load_masks(prepared.model, level / "mask.safetensors").items():
         mask = pattern.to_mask()
         assert pattern.nnz == round(DENSITY * mask.numel())
@@ -253,7 +265,7 @@ def test_full_fine_tuning_is_adamw_on_the_weights(small_model_folder, tmp_path):
     ours = make_optimizer(prepared.model, config)
     for batch in images_of(dataclasses.replace(prepared, config=config_of("sift", small_model_folder)), 2):
         for model, optimizer in ((plain, theirs), (prepared.model, ours)):
-            training_loss(model, batch, "answer").backward()
+            training_loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
     for name, layer in gated_linears(prepared.model).items():
@@ -269,20 +281,20 @@ def test_what_is_attached_changes_nothing_at_the_start_and_can_be_switched_off(m
     prepared = Experiment.prepare(config_of(method, small_model_folder), tmp_path)
     batch = next(iter(images_of(dataclasses.replace(prepared, config=config_of("sift", small_model_folder)), 3)))
     with torch.no_grad():
-        wanted = answer_logits(prepared.model, batch)
+        wanted = target_logits(prepared.model, batch)
         prepared.attach()
-        assert torch.equal(answer_logits(prepared.model, batch), wanted)
+        assert torch.equal(target_logits(prepared.model, batch), wanted)
         for parameter in trained_parameters(prepared.model).values():
             parameter.add_(0.1)
-        assert not torch.equal(answer_logits(prepared.model, batch), wanted)
+        assert not torch.equal(target_logits(prepared.model, batch), wanted)
         with adapter_off(prepared.model):
-            assert torch.equal(answer_logits(prepared.model, batch), wanted)
+            assert torch.equal(target_logits(prepared.model, batch), wanted)
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("sift", ["--mask-images", "41"], "--mask-images: there are only 40 training images, got 41"),
+        ("sift", ["--mask-images", "41"], "--mask-images: there are only 40 training examples, got 41"),
         ("sift", ["--density", "0.0001"], "--density: 0.0001 leaves"),
         ("erk", ["--density", "0.0001"], "--density: 0.0001 leaves"),
         ("shira", ["--rank", "17"], "--rank: expected at most 16"),

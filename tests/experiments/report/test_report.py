@@ -39,6 +39,8 @@ SOURCES = {"piqa": ("acc", 67.0, 0), "hellaswag": ("acc", 42.0, 0), "gsm8k": ("e
 IMAGES = Images(np.arange(64, dtype=np.uint8).reshape(1, 8, 8) % 10, np.array([7]))
 RANKS = (1, 4, 16)
 
+COUNTS = {"tokens": 300, "examples": 300, "perplexity": 1.5}
+
 
 def write_run(folder: Path, config: Config, accuracy: float = 90.0, levels: tuple[int, ...] | None = None) -> Path:
     """A finished run whose accuracy lies within a point of `accuracy`, by seed and level, repeatably."""
@@ -72,8 +74,8 @@ def write_level(folder: Path, config: Config, level: int, accuracy: float, chanc
 
 
 def learned(config: Config, accuracy: float, loss: float) -> dict[str, Any]:
-    results = {f"{shots}-shot": {"accuracy": accuracy, "loss": loss, "images": 300} for shots in config.shots}
-    return {"test": results, "validation": {"accuracy": accuracy, "loss": loss, "images": 15}}
+    results = {f"{shots}-shot": {"accuracy": accuracy, "loss": loss} | COUNTS for shots in config.shots}
+    return {"test": results, "validation": {"accuracy": accuracy, "loss": loss} | COUNTS}
 
 
 def forgotten(config: Config, change: float) -> dict[str, Any]:
@@ -266,7 +268,7 @@ def test_differences_are_paired_by_seed(tmp_path):
         for method, accuracy in (("imp", imp), ("full", full)):
             run = write_run(tmp_path / f"{method}{seed}", make(method, seed=seed))
             last = run / ("level_1" if method == "imp" else "level_0") / "metrics.json"
-            edit(last, test={"0-shot": {"accuracy": accuracy, "loss": 0.1, "images": 300}})
+            edit(last, test={"0-shot": {"accuracy": accuracy, "loss": 0.1} | COUNTS})
     table = comparison_table(read_report([tmp_path]))
     assert table.rows[0] == ["0-shot (%)", "full", "3", "+2.00", "-0.48 to +4.48", "0.074"]
     assert table.rows[1][2:] == ["3", "+0.000", "+0.000 to +0.000", "1.000"]
