@@ -63,8 +63,8 @@ def _take_adapter(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, 
         load_tensors(model, {name.removeprefix(prefix): state_dict.pop(name) for name in own})
     elif layer := next((name for name in gated_linears(model) if f"{prefix}{name}.values" in state_dict), ""):
         raise RigsaError(
-            f"{prefix}{layer}: this state is an adapter of the model around {type(model).__name__}, which is not there; "
-            "write rigsa.load_adapter(model, folder), or give the Trainer rigsa.AdapterCheckpoints()"
+            f"{prefix}{layer}: this state is an adapter of the model around this {type(model).__name__}; write "
+            "rigsa.load_adapter(model, folder), or give the Trainer rigsa.AdapterCheckpoints()"
         )
 
 

@@ -73,12 +73,13 @@ def select_linears(
 
 def language_model_heads(model: nn.Module) -> set[nn.Module]:
     """What `model`, and every model of transformers inside it, calls its output embeddings."""
-    heads = set()
+    heads: set[nn.Module] = set()
     for module in model.modules():
         get_head = getattr(module, "get_output_embeddings", None)
         with suppress(NotImplementedError):  # of a model without
-            heads.add(get_head() if callable(get_head) else None)
-    return heads - {None}
+            head = get_head() if callable(get_head) else None
+            heads |= {head} if isinstance(head, nn.Module) else set()
+    return heads
 
 
 @dataclass(frozen=True)
