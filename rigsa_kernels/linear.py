@@ -20,6 +20,7 @@ from rigsa_kernels.format import SparsePattern, carry
 from rigsa_kernels.in_place import InPlaceWeight, Peers, optimizer_steps, restore
 from rigsa_kernels.init import initial_values
 from rigsa_kernels.nf4 import SCALES, dequantize, is_nf4_linear, load_scales, nf4_base, scales_of
+from rigsa_kernels.roles import has_left
 from rigsa_kernels.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -299,11 +300,14 @@ class GatedSparseLinear(nn.Module):
     def set_pattern(self, pattern: SparsePattern) -> None:
         """Adopt `pattern`, rewind the values to their initial ones and close the gate (RIGSA, section 4.4).
 
-        `rigsa_values` becomes a new parameter: an optimiser made before knows nothing of it.
+        `rigsa_values` becomes a new parameter: an optimiser made before knows nothing of it, and
+        refuses its next step.
         """
         if pattern.shape != (self.out_features, self.in_features):
             raise ValueError(f"pattern: expected [{self.out_features}, {self.in_features}], got {list(pattern.shape)}")
         pattern, device = pattern.to(self.weight.device), self.weight.device
+        if (before := self._parameters.get("rigsa_values")) is not None:
+            has_left(before, f"a {self.out_features} x {self.in_features} layer")
         with torch.inference_mode(False):  # in it a write to them could not be seen, nor could they be trained later
             if any(indices.is_inference() for indices in pattern.tensors):
                 pattern = pattern.map(torch.clone)
