@@ -56,6 +56,11 @@ def grid_shape(shape: tuple[int, int], tile: Tile) -> tuple[int, int]:
     return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
 
 
+def grid_of(shape: tuple[int, int], tile: str | int | Tile | None) -> tuple[int, int]:
+    """The grid of a tile as `tile_size` takes it; without one every entry is a unit, and the matrix its own grid."""
+    return shape if tile is None else grid_shape(shape, tile_size(tile, shape))
+
+
 def check_tiles(tiles: Tensor, shape: tuple[int, int], tile: Tile) -> None:
     """Raises ValueError where `tiles` are not ascending numbers of the grid."""
     if len(tile) != 2 or min(tile) < 1:
