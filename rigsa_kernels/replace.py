@@ -32,7 +32,7 @@ from rigsa_kernels.selection import (
     select_linears,
     select_weights,
 )
-from rigsa_kernels.tiles import Tile
+from rigsa_kernels.tiles import Tile, grid_of
 
 logger = logging.getLogger(__name__)
 
