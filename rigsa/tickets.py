@@ -13,6 +13,7 @@ Every function refuses what it can know to be wrong before anything changes, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -39,8 +40,11 @@ from rigsa.state import (
 )
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
+from rigsa_kernels.tiles import Tile, grid_of
 
 Batch = TypeVar("Batch")
+TileSize = str | int | Tile | None
+"""As `rigsa_kernels.tiles.tile_size` takes it; None for single entries."""
 _NEEDS_NO_START = ("large_final", "small_final", "random")
 """Criteria that do not ask what the values started from."""
 
@@ -104,6 +108,7 @@ def prune(
     ranking: Ranking = "layer",
     rewind: str | Snapshot = "init",
     *,
+    tile: TileSize = None,
     draw_seed: int = 0,
 ) -> TicketReport:
     """Keep a share of each layer's free entries, and put them where the next level starts.
@@ -118,6 +123,9 @@ def prune(
             ``none``: the values and gates that they have ("prune and go on"). Another name in
             `rigsa.criteria.TREATMENTS`: that treatment of the initial values, behind a closed gate. A `snapshot`: the
             values and gates of then (Frankle et al. 2020).
+        tile: keep whole tiles: ``32`` for squares, ``"16x64"``, ``"rows"`` or ``"columns"`` (`rigsa_kernels.tiles`). A
+            tile's score is the norm of its entries' scores, or under ``rigsa`` the share of them that kept their sign
+            (`rigsa.masks`). None: single entries, or the tiles that a layer has already.
         draw_seed: of the treatments that draw; the same for all levels.
 
     Returns:
@@ -138,9 +146,12 @@ def prune(
         )
         for name, layer in layers.items()
     }  # fmt: skip
-    patterns, eligible = prune_by_layer(trained, keep_fraction=keep_fraction, ranking=ranking, criterion=criterion)
+    patterns, eligible = prune_by_layer(
+        trained, keep_fraction=keep_fraction, ranking=ranking, criterion=criterion, tile=tile
+    )
     _check_inside(patterns, rewind)
-    what = f"prune(keep_fraction={keep_fraction}, criterion={criterion!r}, ranking={ranking!r}, rewind={_name(rewind)})"
+    what = f"prune(keep_fraction={keep_fraction}, criterion={criterion!r}, ranking={ranking!r}, rewind={_name(rewind)}"
+    what += _and_tile(tile)
     report = _report(what, layers, patterns, eligible)
     for name, layer in layers.items():
         before = ticket_of(layer)
@@ -179,13 +190,17 @@ def set_ticket(
     return _take("given", "", layers, dict(patterns), f"set_ticket(rewind={_name(rewind)})", rewind)
 
 
-def random_ticket(model: nn.Module, density: float | Mapping[str, int], *, seed: int = 0) -> TicketReport:
+def random_ticket(
+    model: nn.Module, density: float | Mapping[str, int], *, tile: TileSize = None, seed: int = 0
+) -> TicketReport:
     """Free entries that are drawn at random, each layer by itself, and rewind to the initial values.
 
     Args:
         model: with gated sparse layers.
         density: share of each layer's entries, in (0, 1]; or, by layer, the number of entries. A control of another
             ticket takes its `TicketReport.kept`.
+        tile: draw whole tiles, as in `prune`: `density` is then the share of a layer's tiles, and a number of entries
+            is rounded to tiles.
         seed: of the draw, 0 to 2**64 - 1. Seeds and layers draw independently of each other and of the initial values.
 
     Returns:
@@ -196,17 +211,17 @@ def random_ticket(model: nn.Module, density: float | Mapping[str, int], *, seed:
             `model` is unchanged.
     """
     layers = adapted_layers(model)
-    counts = _counts(layers, density)
+    counts = _counts(layers, density, tile)
     patterns: dict[str, SparsePattern] = {}
     for name, layer in layers.items():
-        device = layer.rigsa_values.device
-        patterns |= random_patterns({name: layer.pattern.shape}, {name: counts[name]}, seed=seed, device=device)
+        shapes, kept, device = {name: layer.pattern.shape}, {name: counts[name]}, layer.rigsa_values.device
+        patterns |= random_patterns(shapes, kept, seed=seed, device=device, tile=tile)
     share = density if isinstance(density, (int, float)) else "by layer"
-    return _take("random", "random", layers, patterns, f"random_ticket(density={share}, seed={seed})")
+    return _take("random", "random", layers, patterns, f"random_ticket(density={share}, seed={seed}{_and_tile(tile)}")
 
 
 def magnitude_ticket(
-    model: nn.Module, density: float, *, ranking: Ranking = "layer", largest: bool = True
+    model: nn.Module, density: float, *, ranking: Ranking = "layer", largest: bool = True, tile: TileSize = None
 ) -> TicketReport:
     """Free the entries whose pretrained weights are largest, and rewind to the initial values.
 
@@ -217,6 +232,7 @@ def magnitude_ticket(
         density: share of the entries, in (0, 1].
         ranking: ``layer`` compares weights within each layer, ``global`` over the whole model.
         largest: False frees the smallest.
+        tile: free whole tiles, as in `prune`, by the norm of their weights; `density` is then the share of the tiles.
 
     Returns:
         The counts.
@@ -232,8 +248,10 @@ def magnitude_ticket(
     patterns: dict[str, SparsePattern] = {}
     for group in groups:  # a matrix that has to be decoded is not kept
         matrices = {name: _rankable(layer.frozen_matrix()) for name, layer in group.items()}
-        patterns |= largest_patterns(matrices, density=density, ranking=ranking, by="magnitude", largest=largest)
-    what = f"magnitude_ticket(density={density}, ranking={ranking!r}, largest={largest})"
+        patterns |= largest_patterns(
+            matrices, density=density, ranking=ranking, by="magnitude", largest=largest, tile=tile
+        )
+    what = f"magnitude_ticket(density={density}, ranking={ranking!r}, largest={largest}{_and_tile(tile)}"
     return _take("magnitude", "largest" if largest else "smallest", layers, patterns, what)
 
 
@@ -245,6 +263,7 @@ def gradient_ticket(
     score: str = "sift",
     *,
     ranking: Ranking = "layer",
+    tile: TileSize = None,
 ) -> TicketReport:
     """Free the entries that matter most to a loss at the pretrained model, and rewind to the initial values.
 
@@ -259,6 +278,7 @@ def gradient_ticket(
         density: share of the entries, in (0, 1].
         score: ``sift``, ``fisher``, ``sam`` or ``rosa`` (`rigsa.scores`).
         ranking: ``layer`` compares scores within each layer, ``global`` over the whole model.
+        tile: free whole tiles, as in `prune`, by the norm of their scores; `density` is then the share of the tiles.
 
     Returns:
         The counts.
@@ -272,18 +292,18 @@ def gradient_ticket(
         raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
     check_ranking(ranking)
     if ranking == "layer" or not 0 < density <= 1:
-        _counts(layers, density)
+        _counts(layers, density, tile)
     taken = snapshot(model)
     try:
         for layer in layers.values():
             _be_the_pretrained_layer(layer)
         values = {name: layer.rigsa_values for name, layer in layers.items()}
         scores = gradient_scores(unwrap(model), values, loss_fn, batches, SCORES[score])
-        patterns = largest_patterns(scores, density=density, ranking=ranking)
+        patterns = largest_patterns(scores, density=density, ranking=ranking, tile=tile)
     except BaseException:
         restore_snapshot(model, taken)
         raise
-    what = f"gradient_ticket(density={density}, score={score!r}, ranking={ranking!r})"
+    what = f"gradient_ticket(density={density}, score={score!r}, ranking={ranking!r}{_and_tile(tile)}"
     before = {name: state.pattern.nnz for name, state in taken.items()}
     return _take("gradient", score, layers, patterns, what, before=before)
 
@@ -366,19 +386,28 @@ def _enter(name: str, layer: GatedSparseLinear, pattern: SparsePattern, rewind: 
     layer.rigsa_alpha.copy_(gate)
 
 
-def _counts(layers: Mapping[str, GatedSparseLinear], density: float | Mapping[str, int]) -> dict[str, int]:
-    """The number of free entries of each layer. Raises ValueError where it is out of range."""
+def _and_tile(tile: TileSize) -> str:
+    """The end of a call's description."""
+    return ")" if tile is None else f", tile={tile!r})"
+
+
+def _counts(
+    layers: Mapping[str, GatedSparseLinear], density: float | Mapping[str, int], tile: TileSize = None
+) -> dict[str, int]:
+    """The number of free entries, or tiles, of each layer. Raises ValueError where it is out of range."""
+    units = {name: math.prod(grid_of(layer.pattern.shape, tile)) for name, layer in layers.items()}
+    what = "free entries" if tile is None else "tiles"
     if isinstance(density, (int, float)):
         if not 0 < density <= 1:
             raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
-        counts = {name: round(density * layer.num_weights) for name, layer in layers.items()}
+        counts = {name: round(density * number) for name, number in units.items()}
     else:
         check_names("density", density, layers)
-        counts = dict(density)
+        counts = {name: round(density[name] * units[name] / layer.num_weights) for name, layer in layers.items()}
     for name, count in counts.items():
-        if not 1 <= count <= layers[name].num_weights:
+        if not 1 <= count <= units[name]:
             raise ValueError(
-                f"density: expected 1 to {layers[name].num_weights} free entries in {name}, got {count}"
+                f"density: expected 1 to {units[name]} {what} in {name}, got {count}"
                 + (f" (a share of {density})" if isinstance(density, (int, float)) else "")
             )
     return counts

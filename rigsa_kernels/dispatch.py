@@ -104,14 +104,18 @@ def keeps_columns(touched: int, in_features: int) -> bool:
     return 0 < touched * MOST_COLUMNS_KEPT <= in_features
 
 
-def multiplies_tiles(tiles: int, tile: tuple[int, int], shape: tuple[int, int]) -> bool:
+def multiplies_tiles(entries: int, tile: tuple[int, int], shape: tuple[int, int]) -> bool:
     """Whether a CPU multiplies tile by tile, where the gradient at tiles is not one smaller product.
 
     A batch of small products has the whole product's speed an entry at best, and a cost for each tile beside. Measured
     by benchmarks/bench_gradient.py: tiles of 32 x 32 win at 3.46 %, tiles of 16 x 16 do not.
+
+    Args:
+        entries: that are free.
+        tile: rows and columns.
+        shape: (N, K) of the matrix.
     """
-    n, k = shape
-    return tile[0] * tile[1] >= SMALLEST_TILE and tiles * tile[0] * tile[1] <= MOST_TILED_DENSITY * n * k
+    return tile[0] * tile[1] >= SMALLEST_TILE and entries <= MOST_TILED_DENSITY * shape[0] * shape[1]
 
 
 def kernels_win(device: torch.device, dtype: torch.dtype) -> bool:

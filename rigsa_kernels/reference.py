@@ -28,7 +28,7 @@ from torch import Tensor
 from rigsa_kernels.dispatch import multiplies_tiles
 from rigsa_kernels.format import csr_indices, positions
 from rigsa_kernels.nf4 import dequantize, num_weights
-from rigsa_kernels.tiles import is_tiled, strips_of, touched
+from rigsa_kernels.tiles import Tile, is_tiled, is_whole_lines, strips_of, touched
 
 _HALF_DENSITY = 0.01 if torch.cpu._is_amx_tile_supported() else 0.04
 SAMPLED_PRODUCT_DENSITY = {
@@ -111,7 +111,7 @@ def sampled_grad(dy: Tensor, x: Tensor, pattern: list[Tensor], nnz: int) -> Tens
         part = touched(pattern, shape)
         if not part.pattern:
             return _whole_product(part.of_rows(dy), part.of_columns(x)).reshape(-1)
-        if multiplies_tiles(pattern[0].numel(), (pattern[2].shape[1], pattern[2].shape[2]), shape):
+        if multiplies_tiles(nnz, (pattern[2].shape[1], pattern[2].shape[2]), shape):
             return _tiled_product(dy, x, pattern)
     if pattern and samples(nnz, shape, x.dtype):
         return _sampled_product(dy, x, pattern)
@@ -161,6 +161,26 @@ def sampled_grad_bytes(tokens: int, shape: tuple[int, int], dtype: torch.dtype, 
     # Each operand is cast, unless it is wide already, and the cast one gone when the next one comes.
     numbers = n + k if wide == dtype else max(2 * n, n + 2 * k)
     return wide.itemsize * tokens * numbers
+
+
+def tiled_grad_bytes(
+    tokens: int, shape: tuple[int, int], dtype: torch.dtype, nnz: int, tile: Tile, device: torch.device
+) -> int:
+    """The most that the gradient at tiles holds at one time, beside its operands and its result.
+
+    Args:
+        tokens, shape, dtype, nnz: as in `sampled_grad_bytes`.
+        tile: rows and columns.
+        device: a kernel on CUDA reads the tiles' operands where they are.
+    """
+    if is_whole_lines(tile, shape):
+        lines = nnz // shape[1] if tile[1] >= shape[1] else nnz // shape[0]
+        return dtype.itemsize * (tokens * lines + nnz)
+    if device.type == "cuda":
+        return 0
+    if not multiplies_tiles(nnz, tile, shape):
+        return sampled_grad_bytes(tokens, shape, dtype, nnz)
+    return dtype.itemsize * (-(-nnz // (tile[0] * tile[1])) * (tile[0] + tile[1]) * tokens + nnz)
 
 
 def _whole_product(dy: Tensor, x: Tensor) -> Tensor:

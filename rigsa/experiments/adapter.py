@@ -26,6 +26,8 @@ from rigsa_kernels import SparsePattern, gated_linears, restore_weights
 from rigsa_kernels.format import WORD_BITS
 
 FORMAT_VERSION = 3
+TILES = "tiles"
+"""In a mask file's head: layer name to the size of its tiles, where a layer has some."""
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Name to shape and dtype of the tensors of a file."""
 
@@ -48,8 +50,12 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def save_masks(patterns: dict[str, SparsePattern], path: Path, base: str) -> None:
-    """Write the patterns of layers, one bit an entry. `base` is the `base_fingerprint` of the model they belong to."""
-    _save(_words(patterns), path, base)
+    """Write the patterns of layers, one bit an entry, and in the file's head the tiles that they are made of.
+
+    `base` is the `base_fingerprint` of the model they belong to.
+    """
+    tiles = {name: f"{pattern.tile[0]}x{pattern.tile[1]}" for name, pattern in patterns.items() if pattern.tile}
+    _save(_words(patterns), path, base, {TILES: tiles} if tiles else {})
 
 
 def masks_hash(patterns: dict[str, SparsePattern]) -> str:
@@ -62,7 +68,7 @@ def _words(patterns: dict[str, SparsePattern]) -> dict[str, Tensor]:
 
 
 def load_masks(model: nn.Module, path: Path, content: str | None = None) -> dict[str, SparsePattern]:
-    """Read what `save_masks` wrote: layer names to packed patterns.
+    """Read what `save_masks` wrote: layer names to patterns.
 
     Args:
         model: with gated layers.
@@ -77,14 +83,24 @@ def load_masks(model: nn.Module, path: Path, content: str | None = None) -> dict
     expected = {name: ((-(-layer.in_features // WORD_BITS), layer.out_features), torch.int32)
                 for name, layer in layers.items()}  # fmt: skip
     words = _load(path, base_fingerprint(model), expected, content)
+    tiles = _head(path).get(TILES, {})
     try:
-        patterns = {name: SparsePattern.from_words(words[name], layer.in_features) for name, layer in layers.items()}
+        if not isinstance(tiles, dict) or not all(isinstance(tile, str) for tile in tiles.values()):
+            raise ValueError("tiles: expected the size of each layer's")
+        patterns = {
+            name: _in_tiles(SparsePattern.from_words(words[name], layer.in_features), tiles.get(name))
+            for name, layer in layers.items()
+        }
     except ValueError as error:
         raise RigsaError(f"{path} is damaged: {error}") from error
     for name, pattern in patterns.items():
         if pattern.nnz == 0:
             raise RigsaError(f"{path} is damaged: no entry of {name} is free; expected at least one in every layer")
     return patterns
+
+
+def _in_tiles(pattern: SparsePattern, tile: str | None) -> SparsePattern:
+    return pattern if tile is None else SparsePattern.from_mask(pattern.to_mask(), tile)
 
 
 def load_ticket(model: nn.Module, level: Path) -> dict[str, SparsePattern]:
@@ -152,9 +168,9 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _save(tensors: dict[str, Tensor], path: Path, base: str) -> None:
+def _save(tensors: dict[str, Tensor], path: Path, base: str, more: Mapping[str, object] | None = None) -> None:
     # One entry, as safetensors orders several at random, and equal runs write equal files.
-    entry = {"version": FORMAT_VERSION, "base": base, "content": tensors_hash(tensors)}
+    entry = {"version": FORMAT_VERSION, "base": base, "content": tensors_hash(tensors), **(more or {})}
     metadata = {"rigsa": json.dumps(entry)}
 
     def write(temporary: Path) -> None:
@@ -187,6 +203,12 @@ def _load(path: Path, base: str, expected: Expected, content: str | None = None)
     if content is not None and found != content:
         raise RigsaError(f"{path} is not the file that the record beside it names; delete their folder and run again")
     return tensors
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """What a file that `_load` has read says of itself."""
+    with safe_open(path, framework="pt") as file:
+        return _entry(file.metadata(), path)
 
 
 def _entry(metadata: dict[str, str] | None, path: Path) -> dict[str, Any]:

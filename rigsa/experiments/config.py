@@ -154,6 +154,15 @@ class Choosing:
         "share of the weights that is trained; random-mask: instead of --match",
         SHARE_OR_0,
     )
+    tile: str = _field(
+        "",
+        "free whole tiles in place of entries, which are faster: 16, 32, 64, 128, BNxBK, rows or columns; density and "
+        "keep_fraction then count tiles; '': entries",
+        Rule(
+            "a number from 1, ROWSxCOLUMNS, rows or columns",
+            re.compile(r"|rows|columns|[1-9][0-9]{0,5}(x[1-9][0-9]{0,5})?").fullmatch,
+        ),
+    )
     mask_images: int = _field(64, "training images whose gradients choose the mask", COUNT)
     super_rank: str = _field("largest", "which pretrained magnitudes are trained", choices=("largest", "smallest"))
     reselect_steps: int = _field(20, "steps between two rounds of dropping and growing", COUNT)

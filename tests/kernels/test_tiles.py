@@ -148,7 +148,7 @@ def test_smaller_problems_have_the_same_gradient(tiling, tokens, dtype):
 
 def test_the_batch_of_tiles_is_taken_and_right():
     shape, tile = (130, 300), (32, 32)
-    assert multiplies_tiles(5, tile, shape)
+    assert multiplies_tiles(5 * 32 * 32, tile, shape)
     tiles = torch.tensor([3, 9, 12, 29, 48], dtype=torch.int32)  # of 5 x 10; the last row and column are edges
     pattern = SparsePattern.from_tiles(tiles, shape, tile)
     dy, x = torch.randn(40, 130), torch.randn(40, 300)

@@ -104,7 +104,10 @@ def choose(experiment: Experiment, level: int) -> tuple[dict[str, SparsePattern]
         for name, layer in gated_linears(experiment.model).items()
     }
     try:
-        return prune(trained, keep_fraction=config.keep_fraction, ranking=config.ranking, criterion=config.criterion)
+        return prune(
+            trained, keep_fraction=config.keep_fraction, ranking=config.ranking, criterion=config.criterion,
+            tile=config.tile or None,
+        )  # fmt: skip
     except ValueError as error:
         raise RigsaError(f"level {level + 1} cannot be chosen: {error}") from error
 
@@ -112,7 +115,7 @@ def choose(experiment: Experiment, level: int) -> tuple[dict[str, SparsePattern]
 IMP = Imp(
     name="imp",
     help="iterative magnitude pruning: train the dense adapter, prune it to tickets, train each (RIGSA)",
-    options=(*fields_of(Gates), *fields_of(Pruning), "ranking"),
+    options=(*fields_of(Gates), *fields_of(Pruning), "ranking", "tile"),
     look=Look("blue", "o", "solid", by_level=True),
     is_reference=True,
 )
