@@ -190,5 +190,7 @@ def _joined(tickets: tuple[TicketSource, ...], join: Any) -> Patterns:
         words = bit_mask(pattern)
         for other in others:
             words = join(words, bit_mask(other[name]))
-        joined[name] = SparsePattern.from_words(words, pattern.in_features)
+        whole = SparsePattern.from_words(words, pattern.in_features)
+        alike = pattern.tile is not None and all(other[name].tile == pattern.tile for other in others)
+        joined[name] = SparsePattern.from_mask(whole.to_mask(), pattern.tile) if alike else whole
     return joined

@@ -257,9 +257,14 @@ def _pattern(shape: tuple[int, int], density: float, config: Config) -> SparsePa
     n, k = shape
     if config.method.reads("tile") and config.tile:
         return _tile_pattern(shape, density, tile_size(config.tile, shape))
+    return _packed_pattern(shape, max(round(density * n * k), 1))
+
+
+def _packed_pattern(shape: tuple[int, int], free: int) -> SparsePattern:
+    n, k = shape
     words = torch.empty(-(-k // WORD_BITS), n, dtype=torch.int32)
     offsets, row_base = torch.empty_like(words, dtype=torch.int16), torch.empty(n, dtype=torch.int32)
-    return SparsePattern(n, k, max(round(density * n * k), 1), words, offsets, row_base)
+    return SparsePattern(n, k, free, words, offsets, row_base)
 
 
 def _tile_pattern(shape: tuple[int, int], density: float, tile: Tile) -> SparsePattern:
@@ -277,9 +282,11 @@ def _tile_pattern(shape: tuple[int, int], density: float, tile: Tile) -> SparseP
 def _position_lists(layer: GatedSparseLinear, device: torch.device) -> Iterator[Tensor]:
     """The lists that operators in PyTorch on a CPU keep while a pattern lives (`rigsa_kernels.format`).
 
-    A kernel on a GPU finds entries without lists.
+    A kernel on a GPU finds entries without lists, but for those that decode the bit mask of tiles.
     """
     n, k, nnz = layer.out_features, layer.in_features, layer.rigsa_values.numel()
+    if device.type == "cuda" and layer.is_nf4 and layer.pattern.tiles is not None:
+        yield from _packed_pattern((n, k), nnz).tensors
     if device.type == "cpu" and not layer.pattern.is_dense and not is_whole_lines(layer.pattern.tile, (n, k)):
         yield torch.empty(nnz, dtype=torch.int64)
         by_tiles = layer.pattern.tiles is not None and multiplies_tiles(nnz, layer.pattern.tile or (1, 1), (n, k))
