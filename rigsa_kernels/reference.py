@@ -41,6 +41,10 @@ MOST_PARTS = 4
 """Of the tokens, in a sampled product: the dot products of many parts are short."""
 
 
+BATCH_NUMBERS = 2**21
+"""Numbers in the operands of one batch of tiles' products, which should stay in the cache."""
+
+
 class NonFiniteGateError(ValueError):
     """A gate is infinite or not a number: the training that moved it has diverged."""
 
@@ -120,18 +124,29 @@ def sampled_grad(dy: Tensor, x: Tensor, pattern: list[Tensor], nnz: int) -> Tens
 
 
 def _tiled_product(dy: Tensor, x: Tensor, pattern: list[Tensor]) -> Tensor:
-    """The product tile by tile, in one batch; tiles at an edge are filled up with zeros."""
-    _, _, size = pattern
-    (rows, columns), strips = (size.shape[1], size.shape[2]), strips_of(pattern, (dy.shape[1], x.shape[1]))
-    dy_parts = [_padded(dy[:, s.row : s.row + rows], rows) for s in strips for _ in s.columns]
-    x_parts = [_padded(x[:, column : column + columns], columns) for s in strips for column in s.columns]
-    products = torch.bmm(torch.stack(dy_parts).transpose(1, 2), torch.stack(x_parts))
+    """The product tile by tile, in batches; tiles at an edge are filled up with zeros."""
+    size, strips = pattern[2], strips_of(pattern, (dy.shape[1], x.shape[1]))
+    tile = (size.shape[1], size.shape[2])
+    corners = [(strip.row, column) for strip in strips for column in strip.columns]
+    step = max(BATCH_NUMBERS // max(len(x) * (tile[0] + tile[1]), 1), 1)
+    products: list[Tensor] = []
+    for begin in range(0, len(corners), step):
+        products += _products(dy, x, corners[begin : begin + step], tile)
     grad, done = dy.new_empty(strips[-1].end), 0
-    for s in strips:
-        block = products[done : done + len(s.columns)].transpose(0, 1).reshape(rows, -1)
-        grad[s.first : s.end].view(-1, s.width).copy_(block[: (s.end - s.first) // s.width, : s.width])
-        done += len(s.columns)
+    for strip in strips:
+        block = grad[strip.first : strip.end].view(-1, strip.width)
+        whole = torch.cat(products[done : done + len(strip.columns)], 1)
+        block.copy_(whole[: len(block), : strip.width])
+        done += len(strip.columns)
     return grad
+
+
+def _products(dy: Tensor, x: Tensor, corners: list[tuple[int, int]], tile: Tile) -> tuple[Tensor, ...]:
+    """The product at each of these tiles, ``[bn, bk]``, whose first rows and columns are `corners`."""
+    rows, columns = tile
+    dy_parts = torch.stack([_padded(dy[:, row : row + rows], rows) for row, _ in corners])
+    x_parts = torch.stack([_padded(x[:, column : column + columns], columns) for _, column in corners])
+    return torch.bmm(dy_parts.transpose(1, 2), x_parts).unbind()
 
 
 def _padded(part: Tensor, width: int) -> Tensor:
@@ -180,7 +195,8 @@ def tiled_grad_bytes(
         return 0
     if not multiplies_tiles(nnz, tile, shape):
         return sampled_grad_bytes(tokens, shape, dtype, nnz)
-    return dtype.itemsize * (-(-nnz // (tile[0] * tile[1])) * (tile[0] + tile[1]) * tokens + nnz)
+    operands = -(-nnz // (tile[0] * tile[1])) * (tile[0] + tile[1]) * tokens
+    return dtype.itemsize * (min(operands, max(BATCH_NUMBERS, (tile[0] + tile[1]) * tokens)) + 2 * nnz)
 
 
 def _whole_product(dy: Tensor, x: Tensor) -> Tensor:
