@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-import torch.nn.functional as F
 
 from benchmarks.arena import Arena, Outcome
 from benchmarks.floors import step_floor
@@ -19,7 +18,7 @@ from benchmarks.models import base_model, check_model, prompts
 from benchmarks.providers import FULL, TRAINEES, share
 from benchmarks.race import Contestant
 from benchmarks.shapes import MODELS_AT_ONCE, STEPS, Batch
-from rigsa.experiments.tasks.evaluation import answer_logits
+from rigsa.experiments.tasks.evaluation import training_loss
 
 
 def questions(level: str) -> list[Batch]:
@@ -32,7 +31,7 @@ def contestant(arena: Arena, batch: Batch, name: str) -> Contestant:
     model, optimizer = trainee.model, trainee.optimizer
 
     def forward():  # type: ignore[no-untyped-def]
-        return F.cross_entropy(answer_logits(model, {"input_ids": ids}), ids[:, 0])
+        return training_loss(model, {"input_ids": ids, "targets": ids[:, :1]}, len(ids))
 
     def step() -> None:
         forward().backward()

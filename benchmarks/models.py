@@ -6,7 +6,6 @@ from copy import deepcopy
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -14,7 +13,7 @@ from benchmarks.checks import assert_within
 from benchmarks.providers import Trainee, model_linears
 from benchmarks.shapes import Batch
 from rigsa.experiments.model import model_shape, spare_the_head
-from rigsa.experiments.tasks.evaluation import answer_logits
+from rigsa.experiments.tasks.evaluation import training_loss
 
 
 def make_model(batch: Batch, device: torch.device, attention: str = "eager", **changes: int) -> nn.Module:
@@ -53,7 +52,7 @@ def check_model(trainee: Trainee, base: nn.Module, ids: Tensor) -> None:
 
 @torch.no_grad()
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    return F.cross_entropy(answer_logits(model, {"input_ids": ids}), ids[:, 0])
+    return training_loss(model, {"input_ids": ids, "targets": ids[:, :1]}, len(ids))
 
 
 def _merged(base: nn.Module, deltas: dict[str, Tensor]) -> nn.Module:

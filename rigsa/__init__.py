@@ -25,13 +25,18 @@ Choose which entries are free; each returns a TicketReport of what it did
 Keep it
     save_adapter(model, folder)           one folder, without the base
     load_adapter(model, folder)           onto a bare base, or in place of the adapter that the model carries
+    export_adapter(model, folder, to="supertuning")         for PEFT without this package; or shira, merged
+    import_adapter(model, folder)         what PEFT's SHiRA or Super-Tuning have trained, behind a gate of 1
 
 Under transformers.Trainer
     AdapterCheckpoints()                  resume from the last whole checkpoint
     PruningLevels(prunings=4)             train, prune, rewind, train in one run
 
+Under PEFT and TRL
+    RigsaConfig(density=0.05)             for get_peft_model, SFTTrainer(peft_config=...), ...
+
 Several adapters on one base
-    Adapters(model)                       add, use, delete and combine them by name
+    Adapters(model)                       add, use, delete and combine them by name, or one for each row of a batch
     adapter_off(model)                    a context in which the model is its base
     overlap(a, b), union(a, b), intersection(a, b)          of two tickets
     describe(tickets), plot_densities(tickets, path)        densities by layer, in a table and in a figure
@@ -45,7 +50,10 @@ if TYPE_CHECKING:
     from rigsa.adapters import Adapters, adapter_off
     from rigsa.callbacks import AdapterCheckpoints, PruningLevels
     from rigsa.errors import RigsaError
+    from rigsa.export import export_adapter
+    from rigsa.importing import import_adapter
     from rigsa.inspection import describe, intersection, overlap, plot_densities, union
+    from rigsa.peft_tuner import RigsaConfig
     from rigsa.saving import load_adapter, save_adapter
     from rigsa.state import restore_snapshot, snapshot
     from rigsa.tickets import TicketReport, gradient_ticket, magnitude_ticket, prune, random_ticket, set_ticket
@@ -68,11 +76,16 @@ if TYPE_CHECKING:
         verify_adapted,
     )
 
+from rigsa.when_imported import when_imported
+
 _MODULES = {
     "rigsa.adapters": ("Adapters", "adapter_off"),
     "rigsa.callbacks": ("AdapterCheckpoints", "PruningLevels"),  # this one imports transformers
     "rigsa.errors": ("RigsaError",),
+    "rigsa.export": ("export_adapter",),
+    "rigsa.importing": ("import_adapter",),
     "rigsa.inspection": ("describe", "intersection", "overlap", "plot_densities", "union"),
+    "rigsa.peft_tuner": ("RigsaConfig",),  # this one imports PEFT
     "rigsa.saving": ("load_adapter", "save_adapter"),
     "rigsa.state": ("restore_snapshot", "snapshot"),
     "rigsa.tickets": (
@@ -87,6 +100,30 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
+def _register_with_peft() -> None:
+    """Not with a PEFT that is too old, which stays usable without us."""
+    import importlib
+
+    if importlib.import_module("rigsa.registration").has_support():
+        importlib.import_module("rigsa.peft_tuner")
+
+
+when_imported("peft", _register_with_peft)
+
+
+def _save_adapted_models() -> None:
+    """Have models that are adapted from now on save and load in the ways of `rigsa.checkpoints`."""
+    from importlib import import_module
+
+    def keep(model: Any) -> None:
+        import_module("rigsa.checkpoints").keep_adapter_in_checkpoints(model)
+
+    import_module("rigsa_kernels.replace").after_replacing(keep)
+
+
+when_imported("rigsa_kernels.replace", _save_adapted_models)
+
+
 def __getattr__(name: str) -> Any:
     """A name of the library, from its module, which is imported when the first of its names is asked for.
 
@@ -95,8 +132,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
-
-    from rigsa import checkpoints  # noqa: F401  # models that are adapted from now on save and load in its ways
 
     return globals().setdefault(name, getattr(importlib.import_module(_HOME[name]), name))
 
@@ -107,6 +142,7 @@ __all__ = [
     "GatedSparseLinear",
     "MaskedAdamW",
     "PruningLevels",
+    "RigsaConfig",
     "RigsaError",
     "SparsePattern",
     "TicketReport",
@@ -114,8 +150,10 @@ __all__ = [
     "adapter_off",
     "adapter_summary",
     "describe",
+    "export_adapter",
     "gated_linears",
     "gradient_ticket",
+    "import_adapter",
     "intersection",
     "left_out",
     "load_adapter",

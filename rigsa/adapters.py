@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rigsa.rows import by_row
 from rigsa.saving import load_adapter, read_states
 from rigsa.state import LayerState, Snapshot, Ticket, adapted_layers, restore_snapshot, snapshot, unwrap
 from rigsa_kernels.format import SparsePattern
@@ -24,17 +26,38 @@ Rule = Literal["sum", "ties"]
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, `model` computes what its base computes, bit for bit. May be nested; nothing trained changes.
 
+    Adapters of PEFT beside the gated layers, or in their place, are switched off, too.
+
     Raises:
-        ValueError: `model` has no gated layer.
+        ValueError: `model` has neither gated layers nor adapters of PEFT.
     """
-    layers = [layer for layer in adapted_layers(model).values() if layer.enabled]
-    for layer in layers:
-        layer.enabled = False
+    tuners = _tuner_layers(model)
+    gated = gated_linears(model).values() if tuners else adapted_layers(model).values()
+    layers = [layer for layer in gated if layer.enabled]
+    tuners = [tuner for tuner in tuners if not tuner.disable_adapters]
+    trained = [(parameter, parameter.requires_grad) for tuner in tuners for parameter in tuner.parameters()]
     try:
+        for layer in layers:
+            layer.enabled = False
+        for tuner in tuners:
+            tuner.enable_adapters(False)
         yield
     finally:
         for layer in layers:
             layer.enabled = True
+        for tuner in tuners:
+            tuner.enable_adapters(True)
+        for parameter, flag in trained:  # PEFT freezes what it disables, and would train all that it enables
+            parameter.requires_grad_(flag)
+
+
+def _tuner_layers(model: nn.Module) -> list[Any]:
+    """PEFT's layers. It is asked only where it was imported: elsewhere there are none."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 class Adapters:
@@ -105,6 +128,27 @@ class Adapters:
         """Inside, the model computes what its base computes (`adapter_off`)."""
         return adapter_off(self.model)
 
+    def rows(self, names: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
+        """Inside, row i of a batch is computed with the adapter ``names[i]``, and with the base where that is None.
+
+        For inference: no adapter is trained there. Each layer keeps what each of these adapters needs, a composed
+        matrix in 16 or 32 bits, until the block ends.
+
+        Args:
+            names: one for each row; every pass inside takes a batch of as many rows, in the first dimension.
+
+        Raises:
+            ValueError: a name is unknown, or there is none; a layer's weight is read by other code
+                (`GatedSparseWeight`), or a layer has a `forward` of its own; inside, an input of other rows.
+        """
+        for name in dict.fromkeys(names):
+            if name is not None:
+                self._check(name)
+        if not names or self.active is None:
+            raise ValueError(f"names: expected one for each row of a batch and an adapter, got {list(names)}")
+        used = {name: self._state(name) for name in dict.fromkeys(names) if name is not None}
+        return by_row(self.model, used, list(names))
+
     def combine(self, name: str, weights: Mapping[str, float], rule: Rule = "sum", density: float = 1.0) -> None:
         """Make one adapter of several, under a new name. Its gates are 1, and its values those of ``alpha * D``.
 
@@ -134,7 +178,7 @@ class Adapters:
         parts = [self._state(one) for one in weights]
         numbers = list(weights.values())
         self._waiting[name] = {
-            layer: _combined(layer, [part[layer] for part in parts], numbers, rule, density) for layer in parts[0]
+            layer: combined_state(layer, [part[layer] for part in parts], numbers, rule, density) for layer in parts[0]
         }
 
     def _check(self, name: str) -> None:
@@ -169,7 +213,8 @@ def _to_host(states: Snapshot) -> dict[str, LayerState]:
     }
 
 
-def _combined(name: str, states: list[LayerState], weights: list[float], rule: Rule, density: float) -> LayerState:
+def combined_state(name: str, states: list[LayerState], weights: list[float], rule: Rule, density: float) -> LayerState:
+    """One layer of what `Adapters.combine` makes of several states, which are in host memory."""
     first = states[0]
     wide = torch.float64 if first.values.dtype == torch.float64 else torch.float32
     differences = [_difference(state, wide) for state in states]

@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from rigsa import peft_format
 from rigsa.checkpoints import keep_adapter_in_checkpoints
 from rigsa.errors import RigsaError
 from rigsa.masks import Ranking
+from rigsa.processes import check_same_patterns, ddp_around, renew_ddp
 from rigsa.saving import check_folder
 from rigsa.state import adapted_layers, ticket_of
 from rigsa.tickets import TicketReport, prune
+from rigsa_kernels.roles import decayed_gates, how_to_spare_gates
 
 logger = logging.getLogger(__name__)
 _STATE_FILE = "trainer_state.json"
@@ -39,7 +43,8 @@ class AdapterCheckpoints(TrainerCallback):
     checkpoint in its output folder that is newer than the last whole one is renamed to ``unfinished-checkpoint-...``,
     and a warning says so. A run that goes on then ends with the bits of one that was never interrupted.
 
-    It also sees to it that the model that the Trainer saves is the one that carries the adapter.
+    It also sees to it that the model that the Trainer saves is the one that carries the adapter, and that the optimiser
+    does not decay gates among other parameters, as the Trainer's default one does with a ``weight_decay``.
     """
 
     def on_init_end(
@@ -47,9 +52,23 @@ class AdapterCheckpoints(TrainerCallback):
     ) -> None:
         """Raises ValueError where `model` carries no adapter."""
         adapted_layers(model)
-        keep_adapter_in_checkpoints(model)
+        if not hasattr(model, "peft_config"):  # PEFT and transformers save the adapter of such a model by themselves
+            keep_adapter_in_checkpoints(model)
         if args.should_save and args.output_dir is not None:
             set_unfinished_aside(Path(args.output_dir), with_optimizer=not args.save_only_model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raises ValueError where the Trainer's own groups of parameters would decay gates."""
+        for found in decayed_gates(optimizer.param_groups if optimizer is not None else ()):
+            raise ValueError(how_to_spare_gates(found))
 
 
 def set_unfinished_aside(folder: Path, with_optimizer: bool = True) -> None:
@@ -76,8 +95,13 @@ def _what_is_missing(checkpoint: Path, with_optimizer: bool) -> str:
     """Why a checkpoint cannot be resumed from; empty where it can."""
     try:
         json.loads((checkpoint / _STATE_FILE).read_text())
-        check_folder(checkpoint)
-    except (OSError, ValueError, RigsaError) as error:
+        if (checkpoint / peft_format.CONFIG_FILE).exists():
+            json.loads((checkpoint / peft_format.CONFIG_FILE).read_text())
+            with safe_open(checkpoint / peft_format.TENSORS_FILE, framework="pt"):  # which refuses a file that is cut
+                pass
+        else:
+            check_folder(checkpoint)
+    except (OSError, ValueError, RigsaError, SafetensorError) as error:
         return str(error)
     for name in _TRAINING_FILES if with_optimizer else ():
         if not zipfile.is_zipfile(checkpoint / name):  # what torch.save writes, whose end a cut file lacks
@@ -102,8 +126,9 @@ class PruningLevels(TrainerCallback):
 
     Raises:
         ValueError: an argument is out of range; when training begins, the steps cannot be shared evenly, the scheduler
-            is no ``LambdaLR``, or several processes train: DistributedDataParallel holds on to the parameters that it
-            was made with, so give each level a Trainer of its own there.
+            is no ``LambdaLR``, or several processes train in another way than DistributedDataParallel.
+
+    Several processes prune to the same patterns, as they hold the same values; that is checked at each pruning.
     """
 
     def __init__(
@@ -136,8 +161,11 @@ class PruningLevels(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         levels = self.prunings + 1
-        if args.world_size > 1:
-            raise ValueError(f"PruningLevels: expected one process, got {args.world_size}; give each level a Trainer")
+        if args.world_size > 1 and not ddp_around(model):
+            raise ValueError(
+                f"PruningLevels: expected one process, or several under DistributedDataParallel, got {args.world_size} "
+                "that share the model in another way; give each level a Trainer"
+            )
         if state.max_steps % levels:
             raise ValueError(f"max_steps: expected a multiple of {levels} levels, got {state.max_steps}")
         if not isinstance(lr_scheduler, LambdaLR):
@@ -164,6 +192,8 @@ class PruningLevels(TrainerCallback):
         before = dict(model.named_parameters(remove_duplicate=False))
         report = prune(model, self.keep_fraction, self.criterion, self.ranking, self.rewind, draw_seed=self.draw_seed)
         exchange_parameters(optimizer, before, dict(model.named_parameters(remove_duplicate=False)))
+        check_same_patterns({name: layer.pattern for name, layer in adapted_layers(model).items()})
+        renew_ddp(model)
         self.reports.append(report)
         logger.info("step %d: %r", state.global_step, report)
 

@@ -30,7 +30,7 @@ from rigsa.errors import RigsaError
 from rigsa.files import write_json
 from rigsa.placing import trained_beside
 from rigsa.saving import MODEL_FILE, RECORD, load_tensors, write_adapter
-from rigsa_kernels.replace import after_replacing, gated_linears
+from rigsa_kernels.replace import gated_linears
 
 
 def keep_adapter_in_checkpoints(model: nn.Module) -> None:
@@ -115,6 +115,3 @@ def what_to_write(model: nn.Module) -> str:
         "this folder holds a rigsa adapter and not the weights of its base model. Write: "
         f"model = {type(model).__name__}.from_pretrained({base!r}); rigsa.load_adapter(model, FOLDER)"
     )
-
-
-after_replacing(keep_adapter_in_checkpoints)

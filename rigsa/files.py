@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,6 +43,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary is not None:
             _remove_quietly(temporary)
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary_folder)``, then rename to `path`. Nothing is left behind on failure.
+
+    Raises:
+        RigsaError: `path` is there already, or something could not be written.
+    """
+    temporary = path.with_name(temporary_name())
+    try:
+        if path.exists() or path.is_symlink():
+            raise RigsaError(f"cannot write {path}: expected nothing there, got a file or folder")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this number and was killed
+        temporary.mkdir(parents=True)
+        write(temporary)
+        os.rename(temporary, path)
+    except OSError as error:
+        raise RigsaError(f"cannot write {path}: {reason_of(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def temporary_name() -> str:

@@ -144,6 +144,8 @@ def density(ticket: Patterns) -> float:
 def plot_densities(tickets: Mapping[str, TicketSource], path: str | os.PathLike[str]) -> None:
     """Draw the density of every layer, a line for each ticket, into a file of a kind that matplotlib knows.
 
+    Of two tickets or more, a second panel shows the share of the entries that each two have in common.
+
     Args:
         tickets: label to ticket.
         path: of the figure; its ending says the kind.
@@ -154,18 +156,36 @@ def plot_densities(tickets: Mapping[str, TicketSource], path: str | os.PathLike[
     from matplotlib.figure import Figure
 
     found = dict(zip(tickets, _alike(*tickets.values()), strict=True))
-    names = list(next(iter(found.values())))
-    figure = Figure(figsize=(max(6.0, 0.16 * len(names)), 4.5), layout="constrained")
-    axes: Any = figure.subplots()
-    for label, ticket in found.items():
-        shares = [100 * pattern.density for pattern in ticket.values()]
-        axes.plot(range(len(names)), shares, marker=".", label=label.replace("$", r"\$"))
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-    axes.set_ylabel("density (%)")
-    axes.set_ylim(bottom=0)
-    axes.legend()
+    labels = {name: name.replace("$", r"\$") for name in found}
+    layers = list(next(iter(found.values())))
+    wide, square = max(6.0, 0.16 * len(layers)), 2.5 + 0.5 * len(found)
+    panels = 1 if len(found) == 1 else 2
+    size = (wide + (panels - 1) * square, max(4.5, (panels - 1) * square))
+    figure = Figure(figsize=size, layout="constrained")
+    axes: Any = figure.subplots(1, panels, squeeze=False, width_ratios=[wide, square][:panels])[0]
+    for name, ticket in found.items():
+        axes[0].plot([100 * pattern.density for pattern in ticket.values()], marker=".", label=labels[name])
+    axes[0].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+    axes[0].set_ylabel("density (%)")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend()
+    if panels == 2:
+        _draw_overlaps(axes[1], found, list(labels.values()))
     kind = Path(path).suffix.removeprefix(".") or "png"
     write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format=kind))
+
+
+def _draw_overlaps(axes: Any, tickets: Mapping[str, Patterns], labels: list[str]) -> None:
+    names = list(tickets)
+    shares = [[100 * overlap(tickets[one], tickets[other]).share for other in names] for one in names]
+    axes.imshow(shares, vmin=0, vmax=100, cmap="Blues")
+    for row, line in enumerate(shares):
+        for column, share in enumerate(line):
+            color = "white" if share > 60 else "black"
+            axes.text(column, row, f"{share:.1f}", ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=6)
+    axes.set_yticks(range(len(names)), labels, fontsize=6)
+    axes.set_title("shared entries (%)", fontsize=9)
 
 
 def _alike(*tickets: TicketSource) -> list[Patterns]:

@@ -242,11 +242,11 @@ def _share_of_same_sign(
     _check_finite({name: layer for name, layer in layers.items() if isinstance(layer, TiledLayer)})
     eligible = {name: _entries_of(layer).same_sign() for name, layer in layers.items()}
     counts = dict(zip(layers, torch.stack([count_bits(words) for words in eligible.values()]).tolist(), strict=True))
-    wanted = {name: keep_fraction * _in_tiles(counts[name], layer) for name, layer in layers.items()}
+    units = {name: _in_tiles(counts[name], layer) for name, layer in layers.items()}
     entries = {name: _ranked_by_sign(layer, eligible[name]) for name, layer in layers.items()}
     if ranking == "layer":
-        return top_k(entries, {name: round(number) for name, number in wanted.items()}), counts
-    return top_k(entries, round(sum(wanted.values()))), counts
+        return top_k(entries, {name: round(keep_fraction * number) for name, number in units.items()}), counts
+    return top_k(entries, round(keep_fraction * sum(units.values()))), counts
 
 
 def _check_finite(layers: Mapping[str, Units]) -> None:
@@ -449,6 +449,46 @@ def largest(scores: Tensor, count: int) -> Tensor:
     least = scores.topk(count).values[-1]
     above, equal = scores > least, scores == least
     return above | (equal & (equal.cumsum(0) <= count - above.sum()))
+
+
+def erk_counts(shapes: Mapping[str, tuple[int, int]], density: float) -> dict[str, int]:
+    """How many entries each layer keeps under the Erdős-Rényi rule: as many as ``epsilon * (N + K)``, at most all.
+
+    Narrow layers are denser than wide ones. `epsilon` is such that all layers together keep exactly
+    ``round(density * weights)``; fractions are rounded so that the largest of them are rounded up.
+
+    Args:
+        shapes: name to N and K.
+        density: share of all weights that is kept, in (0, 1].
+
+    Raises:
+        ValueError: `density` is out of range, or a layer would be left empty (named).
+
+    Source: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity" (2018);
+    layers that would exceed their size are dense, and the others share the rest, as in Evci et al., "Rigging the
+    Lottery" (ICML 2020), whose Erdős-Rényi-kernel is the same rule where layers are matrices.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    wanted = round(density * sum(sizes.values()))
+    dense: set[str] = set()
+    while True:
+        left = wanted - sum(sizes[name] for name in dense)
+        sides = {name: rows + columns for name, (rows, columns) in shapes.items() if name not in dense}
+        total = sum(sides.values())
+        full = {name for name, side in sides.items() if left * side >= sizes[name] * total}
+        if not full:
+            break
+        dense |= full
+    counts = {name: left * side // total for name, side in sides.items()}
+    largest_rest = sorted(sides, key=lambda name: -(left * sides[name] % total))  # a stable sort: ties stay in order
+    for name in largest_rest[: left - sum(counts.values())]:
+        counts[name] += 1
+    for name, count in counts.items():
+        if count == 0:
+            raise ValueError(f"density: {density} leaves {name} empty ({sizes[name]} weights); keep more")
+    return {name: sizes[name] if name in dense else counts[name] for name in shapes}
 
 
 def random_patterns(

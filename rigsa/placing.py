@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from rigsa.record import Record
-from rigsa.state import adapted_layers
+from rigsa.state import PEFT_MODEL, adapted_layers, layers_by_name
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
 from rigsa_kernels.parametrized import PREFIX
@@ -32,7 +32,7 @@ def places_of(record: Record, model: nn.Module) -> dict[str, Place]:
     Raises:
         ValueError: `model` carries an adapter on other layers, cannot carry one on these, or they do not fit.
     """
-    adapted = gated_linears(model)
+    adapted = layers_by_name(model)
     if adapted:
         adapted_layers(model)  # refuses shards
         _check_same_layers(record, adapted)
@@ -75,7 +75,7 @@ def _check_dtype(name: str, saved: str, here: Tensor) -> None:
 
 def _check_parameters(record: Record, model: nn.Module) -> None:
     """Of the parameters that are trained beside the layers."""
-    here = dict(model.named_parameters())
+    here = parameters_by_name(model)
     for name, parameter in record.parameters.items():
         if name not in here:
             raise ValueError(f"{name}, trained beside the adapter, is not in {type(model).__name__}")
@@ -162,6 +162,19 @@ def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
     noted: set[str] = getattr(model, "_rigsa_trained", set())
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters_by_name(model).items()
         if (parameter.requires_grad or name in noted) and not name.rpartition(".")[2].startswith(PREFIX)
     }
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `model` by their names in the base model. Of a module that PEFT trains as it is
+    (modules_to_save) it is the copy that is trained."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        before, is_copy, after = name.partition(".modules_to_save.")
+        if is_copy:
+            name = f"{before}.{after.partition('.')[2]}"
+        if ".original_module." not in name:
+            found[name.removeprefix(PEFT_MODEL)] = parameter
+    return found

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 _interrupts: list[int] = []
 """Signals that came. C code that is importing a module may swallow the exception, and fail in another way later."""
@@ -47,6 +47,7 @@ try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
     from rigsa.experiments.config_file import check_folder, load, save
     from rigsa.experiments.methods.registry import METHODS
     from rigsa.experiments.presets import PRESETS
+    from rigsa.export import Format
     from rigsa.files import reason_of, remove_temporaries, write_json
 except BaseException as error:
     if not _interrupts and not isinstance(error, KeyboardInterrupt):
@@ -57,10 +58,14 @@ except BaseException as error:
 if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
     from rigsa.experiments.memory.plan import LevelPlan, Target
-    from rigsa.experiments.tasks.textual_mnist import Images
+    from rigsa.experiments.tasks.task import Size, Task
 
 SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
-CHAT = "talk to the adapted model of a run, and show it images of digits"
+COMPARE = "several methods on your own data with one budget, and a table that says which to take"
+CHAT = "talk to the adapted model of a run, and show it its test examples"
+EXPORT = "the trained adapter of a run for those who do not have this package, or a merged model"
+MERGE = "write the plain model that a run or a saved adapter makes of its base, for anything that loads such models"
+INSPECT = "densities by layer of adapters and runs, and what each two share: a table and a figure"
 PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
 TOKENS = {"digits": 93}
 """Data to the tokens of a prompt without examples, by SmolLM2's tokenizer. Images of 28x28 have `MNIST_TOKENS`."""
@@ -75,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parse(arguments)
-            resumes = options.command in (run_method, run_sweep)
+            resumes = options.command in (run_method, run_sweep, run_compare)
             options.command(options)
         finally:
             flush_output()  # here, where it is one line if that fails, and not as Python ends
@@ -145,6 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_run_options(command, method)
     add_plan(commands.add_parser("plan", help=PLAN, description=PLAN[0].upper() + PLAN[1:] + ".", allow_abbrev=False))
     add_sweep(commands.add_parser("sweep", help=SWEEP, description=SWEEP.capitalize() + ".", allow_abbrev=False))
+    compare = commands.add_parser("compare", help=COMPARE, description=COMPARE.capitalize() + ".", allow_abbrev=False)
+    add_compare(compare)
     report = commands.add_parser("report", help="tables and figures from run folders alone", allow_abbrev=False)
     report.add_argument("runs", nargs="+", type=utf8_path, metavar="RUN", help="run folders, or folders that hold them")
     report.add_argument(
@@ -158,7 +165,32 @@ def build_parser() -> argparse.ArgumentParser:
     add_number(chat, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
     add_number(chat, "--max-new-tokens", int, bounds.TOKENS, default=256, help="where a reply is cut; default: 256")
     chat.set_defaults(command=run_chat)
+    add_export(commands.add_parser("export", help=EXPORT, description=EXPORT.capitalize() + ".", allow_abbrev=False))
+    add_merge(commands.add_parser("merge", help=MERGE, description=MERGE.capitalize() + ".", allow_abbrev=False))
+    inspect = commands.add_parser("inspect", help=INSPECT, description=INSPECT.capitalize() + ".", allow_abbrev=False)
+    inspect.add_argument(
+        "sources", nargs="+", type=utf8_path, metavar="ADAPTER",
+        help="folders of saved adapters, run folders (all their finished levels), or folders of levels",
+    )  # fmt: skip
+    inspect.add_argument(
+        "--out", type=utf8_path, default=Path("tickets.png"), metavar="FILE", help="of the figure; default: tickets.png"
+    )
+    inspect.set_defaults(command=run_inspect)
     return parser
+
+
+def add_merge(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=run_merge)
+    command.add_argument("source", type=utf8_path, metavar="RUN", help="run folder, or folder of a saved adapter")
+    command.add_argument("--out", type=utf8_path, required=True, metavar="FOLDER", help="must not be there yet")
+    add_number(command, "--level", int, bounds.COUNT_OR_0, help="of a run; default: the last finished one")
+    command.add_argument("--base", help="of a saved adapter: hub id or folder; default: the one that it names")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights; default: the base's"
+    )
+    command.add_argument(
+        "--dequantize", action="store_true", help="merge a base in four bits into one in the dtype it computes in"
+    )
 
 
 def add_run_options(command: argparse.ArgumentParser, method: Method) -> None:
@@ -181,7 +213,8 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     add_number(command, "--gpu-memory", float, GIBIBYTES, default=24.0, metavar="GIB", help="of the GPU; default: 24")
     add_number(
         command, "--tokens", int, bounds.TOKENS,
-        help=f"of a prompt; default: {TOKENS['digits']} with --data digits, else {MNIST_TOKENS}",
+        help=f"of a prompt; default: {TOKENS['digits']} with --data digits, of texts those of the longest one, else "
+        f"{MNIST_TOKENS}",
     )  # fmt: skip
     add_number(
         command, "--same-sign-share", float, SHARE, metavar="FLOAT",
@@ -192,20 +225,50 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     add_configuration(command, lambda name: name != "match" and any(method.reads(name) for method in planned))
 
 
+def add_compare(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=run_compare, vary=[])
+    command.add_argument(
+        "--equal", choices=("steps", "parameters"), default="steps",
+        help="what every method gets as much of; parameters: as many as LoRA of --rank trains, and as many steps; "
+        "default: steps",
+    )  # fmt: skip
+    add_queue(command, Path("runs/compare"))
+
+
 def add_sweep(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=run_sweep)
-    add_preset(command, "quickstart")
-    command.add_argument("--methods", required=True, metavar="LIST", help=f"some of {', '.join(METHODS)}")
-    command.add_argument("--seeds", default="0", metavar="LIST", help="default: 0")
     command.add_argument(
         "--vary", action="append", default=[], metavar="[METHOD:]FIELD=LIST",
         help="an option that takes each of these values, for all methods that read it or for one; may be repeated",
     )  # fmt: skip
-    command.add_argument("--out", type=utf8_path, default=Path("runs/sweep"), help="sweep folder; default: runs/sweep")
+    add_queue(command, Path("runs/sweep"))
+
+
+def add_queue(command: argparse.ArgumentParser, out: Path) -> None:
+    """The options of commands that make several runs."""
+    add_preset(command, "quickstart")
+    command.add_argument("--methods", required=True, metavar="LIST", help=f"some of {', '.join(METHODS)}")
+    command.add_argument("--seeds", default="0", metavar="LIST", help="default: 0")
+    command.add_argument("--out", type=utf8_path, default=out, help=f"folder of the runs; default: {out}")
     command.add_argument("--shard", default="1/1", metavar="I/N", help="run only part I of N, counted from 1")
     command.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     add_number(command, "--gpu-memory", float, GIBIBYTES, metavar="GIB", help="as for every run")
     add_configuration(command, lambda name: name not in ("seed", "match"))
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=utf8_path, metavar="RUN", help="run folder")
+    command.add_argument(
+        "--to",
+        required=True,
+        choices=get_args(Format),
+        help="supertuning and shira: folders that PEFT loads without this package; safetensors: what "
+        "rigsa.load_adapter reads; merged: the whole model, which transformers loads",
+    )
+    command.add_argument("--out", type=utf8_path, help="folder to write; default: RUN/export/FORMAT")
+    add_number(command, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
+    command.add_argument("--licence", default="", help="of the adapter, for its model card, such as apache-2.0")
+    command.set_defaults(command=run_export)
 
 
 def add_preset(command: argparse.ArgumentParser, default: str) -> None:
@@ -273,7 +336,9 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 def resolve(options: argparse.Namespace) -> Config:
     """The configuration of a run: `configure`, and the run whose ticket it is matched to, if its method has that."""
-    config = configure(options)
+    from rigsa.experiments.tasks.registry import recognise
+
+    config = recognise(configure(options))
     other = config.method.matches
     if other and config.match and config.density:
         raise RigsaError("--match and --density: give one of them")
@@ -317,7 +382,7 @@ def train_run(config: Config, out: Path, gpu_memory: float | None) -> None:
     source_tasks.check(config)
     check_folder(config, out)
     experiment = Experiment.prepare(config, out)
-    source_tasks.check_content(config, experiment.prompts.tokenizer)
+    source_tasks.check_content(config, experiment.task.conversation.tokenizer, experiment.task.asked())
     plans = plan_memory(experiment, gpu_memory)
     if distributed.is_main():
         print(describe(experiment, plans), flush=True)
@@ -328,7 +393,7 @@ def train_run(config: Config, out: Path, gpu_memory: float | None) -> None:
         remove_temporaries(out)
     config.method.run(experiment)
     if distributed.is_main():
-        print_report([out], out, experiment.splits.test)
+        print_report([out], out, experiment.task)
 
 
 def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelPlan]:
@@ -339,10 +404,9 @@ def plan_memory(experiment: Experiment, gpu_memory: float | None) -> list[LevelP
     config, device = experiment.config, experiment.model.device
     if not config.method.planned:
         return []
-    tokens = len(experiment.prompts.encode(experiment.splits.train.levels[0]))
     # A plan is that of one process with a whole model, so it cannot refuse one in shards.
     memory = math.inf if distributed.is_sharding() else memory_of(device, gpu_memory)
-    target = Target(experiment.model.config, config, device, tokens)
+    target = Target(experiment.model.config, config, device, experiment.task.size())
     return require_fit(target, densities_to_train(target), memory)
 
 
@@ -368,40 +432,78 @@ def run_plan(options: argparse.Namespace) -> None:
 
     config = configure(options, device="cuda")
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
-    tokens = options.tokens or TOKENS.get(config.data, MNIST_TOKENS)
+    size = planned_size(config, options.tokens)
     share = SAME_SIGN_SHARE if options.same_sign_share is None else options.same_sign_share
-    target = Target(model_shape(config.model), config, device, tokens)
+    target = Target(model_shape(config.model), config, device, size)
     text, record = memory_report(target, expected_densities(target.shape, config, share), options.gpu_memory * 2**30)
     print(text)
     if options.json:
         write_json(options.json, record)
 
 
+def planned_size(config: Config, tokens: int | None) -> Size:
+    """The largest row of a training batch: of so many tokens, or what the data say. Texts need the model's tokenizer.
+
+    Raises:
+        RigsaError: the data or the tokenizer cannot be read.
+    """
+    from rigsa.experiments.model import load_tokenizer, longest_of, model_shape
+    from rigsa.experiments.tasks.registry import load_task
+    from rigsa.experiments.tasks.task import Size
+
+    if config.is_text and tokens is None:
+        task = load_task(config)
+        task.meet(load_tokenizer(config), longest_of(model_shape(config.model)))
+        return task.size()
+    known = tokens or TOKENS.get(config.data, MNIST_TOKENS)
+    return Size(known, 1 if config.loss == "answer" and not config.is_text else known)
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    from rigsa.experiments.comparison import decide, equal_budget
+    from rigsa.experiments.sweep_plan import method_names
+
+    quiet_libraries()
+    given = equal_budget(method_names(options.methods), options.preset, given_fields(options), options.equal)
+
+    def report(runs: Sequence[Path], out: Path) -> None:
+        print_report(runs, out)
+        print(f"\n{decide(runs, out)}")
+
+    run_queue(options, given, report)
+
+
 def run_sweep(options: argparse.Namespace) -> None:
+    run_queue(options, given_fields(options), print_report)
+
+
+def run_queue(
+    options: argparse.Namespace, given: dict[str, Any], report: Callable[[Sequence[Path], Path], object]
+) -> None:
+    """Run, or print, the runs of a sweep or a comparison; `given` are fields of all their configurations."""
     from rigsa.experiments import sweep
     from rigsa.experiments.sweep_plan import Shard, plan_sweep
 
     plan = plan_sweep(
-        options.methods, options.seeds, options.vary, preset=options.preset, options=given_fields(options),
-        out=options.out,
-    )  # fmt: skip
+        options.methods, options.seeds, options.vary, preset=options.preset, options=given, out=options.out
+    )
     shard = Shard.parse(options.shard)
     extra = [] if options.gpu_memory is None else [f"--gpu-memory={options.gpu_memory}"]
     if options.dry_run:
         sweep.print_commands(plan, shard, extra)
         return
-    sweep.run_sweep(plan, print_report, shard=shard, extra=extra)
+    sweep.run_sweep(plan, report, shard=shard, extra=extra)
 
 
 def run_report(options: argparse.Namespace) -> None:
     print_report(options.runs, options.out)
 
 
-def print_report(runs: Sequence[Path], out: Path | None, images: Images | None = None) -> None:
-    """Write the report, and show its table and where it is. `images` are at hand at the end of a run."""
+def print_report(runs: Sequence[Path], out: Path | None, task: Task | None = None) -> None:
+    """Write the report, and show its table and where it is. The `task` is at hand at the end of a run."""
     from rigsa.experiments.report.page import write_report
 
-    table, page = write_report(runs, out, images)
+    table, page = write_report(runs, out, task)
     print(f"\n{table}\n\nreport: {page}")
 
 
@@ -412,6 +514,29 @@ def run_chat(options: argparse.Namespace) -> None:
 
     distributed.join(on_cpu=resolve_device(load(options.run).device).type == "cpu")
     chat.run_chat(options.run, options.level, options.max_new_tokens)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    from rigsa.experiments.export import export_run
+
+    print(export_run(options.run, options.to, options.out, options.level, options.licence))
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    from rigsa.experiments import merge
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    wishes = merge.Wishes(options.level, options.base, dtype, options.dequantize)
+    print(merge.run_merge(options.source, options.out, wishes))
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    from rigsa.experiments import inspect_tickets
+
+    print(inspect_tickets.run_inspect(options.sources, options.out))
+    print(f"\nfigure: {options.out}")
 
 
 def quiet_libraries() -> None:

@@ -14,12 +14,9 @@ time; and only then is the model touched.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import re
-import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,14 +26,15 @@ from typing import Any
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from rigsa import peft_format
 from rigsa.base import base_differences, base_name, fingerprint
 from rigsa.encoding import Layout, choose_encoding, decode, digest, encode, layout
 from rigsa.errors import RigsaError
-from rigsa.files import write_atomically, write_json
-from rigsa.placing import Place, build_layers, places_of, trained_beside
+from rigsa.files import content_hash, write_json
+from rigsa.placing import Place, build_layers, parameters_by_name, places_of, trained_beside
+from rigsa.processes import is_main, is_sharded, wait_for_all, whole
 from rigsa.record import (
     GATES,
     MOST_BYTES,
@@ -51,7 +49,8 @@ from rigsa.record import (
     record_from,
     to_bytes,
 )
-from rigsa.state import LayerState, adapted_layers, put_state, ticket_of, unwrap
+from rigsa.state import LayerState, adapted_layers, layers_by_name, put_state, ticket_of, unwrap
+from rigsa.tensor_files import differing, open_regular, read_header, write_tensors
 from rigsa_kernels import __version__
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
@@ -61,8 +60,6 @@ CONFIG_FILE = "rigsa_config.json"
 _ADAPTER_FILE = re.compile(r"rigsa_adapter-[0-9a-f]{16}\.safetensors")
 MODEL_FILE = "model.safetensors"
 """What transformers calls a file of weights; a Trainer's checkpoint has its adapter there (`rigsa.checkpoints`)."""
-_DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16", "uint8": "U8", "uint16": "U16"}
-"""PyTorch's names and those of safetensors."""
 Read = Callable[[str], Tensor]
 
 
@@ -73,13 +70,24 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: with gated sparse layers; what is wrapped in DistributedDataParallel or ``torch.compile`` is looked into.
+            Of several processes one has to call this, the main one. Where the layers are in shards (FSDP2), all of them
+            have to, and the main one writes.
         folder: made where it is missing.
 
     Raises:
         RigsaError: a value or a gate is not finite, or the folder cannot be written.
-        ValueError: `model` has no gated layer, or its layers are in shards.
+        ValueError: `model` has no gated layer.
     """
-    folder = Path(folder)
+    if not is_sharded(model):
+        _replace_adapter(model, Path(folder))
+        return
+    with whole(unwrap(model)):
+        if is_main():
+            _replace_adapter(model, Path(folder))
+    wait_for_all()
+
+
+def _replace_adapter(model: nn.Module, folder: Path) -> None:
     write_adapter(model, folder, None)
     wanted = json.loads((folder / CONFIG_FILE).read_text())["file"]
     for path in folder.iterdir():
@@ -101,23 +109,13 @@ def write_adapter(model: nn.Module, folder: Path, name: str | None) -> None:
             tensors[f"{layer_name}.{part}"] = tensor
     for parameter_name, parameter in beside.items():
         tensors[PARAMETER + parameter_name] = parameter.detach().cpu().contiguous()
-    written: dict[str, Any] = {}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, {"format": "pt"})
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
-        written.update(bytes=temporary.stat().st_size, sha256=_sha256(temporary))
-
+    path = folder / (name or ".rigsa_adapter.new")
+    write_tensors(path, tensors, {"format": "pt"})
+    size, hashed = path.stat().st_size, content_hash(path)
     if name is None:  # the name is known once the bytes are
-        temporary = folder / ".rigsa_adapter.new"
-        write_atomically(temporary, write)
-        name = f"rigsa_adapter-{written['sha256'][:16]}.safetensors"
-        os.replace(temporary, folder / name)
-    else:
-        write_atomically(folder / name, write)
-    write_json(folder / CONFIG_FILE, record.to_json() | {"file": name, **written})
+        name = f"rigsa_adapter-{hashed[:16]}.safetensors"
+        os.replace(path, folder / name)
+    write_json(folder / CONFIG_FILE, record.to_json() | {"file": name, "bytes": size, "sha256": hashed})
 
 
 def _check_finite(layers: Mapping[str, GatedSparseLinear], beside: Mapping[str, Tensor]) -> None:
@@ -133,7 +131,7 @@ def _record_of(
 ) -> Record:
     return Record(
         base=base_name(model),
-        model_class=type(model).__name__,
+        model_class=type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__,  # type: ignore[operator]
         made_with={"rigsa": __version__, "torch": torch.__version__},
         gates=len(gates),
         layers={
@@ -161,47 +159,44 @@ def _record_of(
     )
 
 
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
-
-
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, strict: bool = False) -> None:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, strict: bool = False, replace: bool = False
+) -> None:
     """Put the adapter that `save_adapter` wrote onto `model`, in place.
 
-    On a bare base model the layers are built and everything else is frozen. On a model that carries an adapter on the
-    same layers, patterns, values, gates and seeds are replaced by the saved ones, in place where shapes allow: an
-    optimiser stays valid then, and what was frozen stays frozen.
+    On a bare base model the layers are built and everything else is frozen. On a model that carries an adapter with the
+    same free entries and initial values, values and gates are read. An adapter with others takes its place if asked to:
+    patterns, values, gates and seeds, in place where shapes allow. An optimiser stays valid then, and what was frozen
+    stays frozen.
 
     Args:
         model: the base model, in any dtype or with layers in NF4, bare or adapted.
         folder: what `save_adapter` wrote, or a checkpoint of a Trainer (`rigsa.checkpoints`).
         strict: refuse a base model that is not the one the adapter was trained on, instead of warning. It is told by
             its name and by a sample of the weights that carry the adapter (`rigsa.base`).
+        replace: whether the saved adapter may take the place of one with other free entries or another seed.
 
     Raises:
         RigsaError: a file is missing, damaged or not what the record says; `model` does not have the adapter's layers,
-            or carries an adapter on others; under `strict`, another base. The model is unchanged.
+            or carries an adapter on others, or, without `replace`, one with other entries or another seed (a layer is
+            named); under `strict`, another base. The model is unchanged.
     """
     folder = Path(folder)
-    with _naming(folder):
+    with naming(folder):
         record, path = _read_folder(folder, unwrap(model))
         with safe_open(path, framework="pt", device="cpu") as file:
             if bytes(file.get_tensor(RECORD).numpy()) != bytes(to_bytes(record).numpy()):
                 raise ValueError(f"{CONFIG_FILE} does not describe this {path.name}")
-            _load(unwrap(model), record, file.get_tensor, strict)
+            _load(unwrap(model), record, file.get_tensor, strict, replace)
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = False) -> None:
-    """`load_adapter` from the tensors of an adapter's file.
+    """`load_adapter` with ``replace=True``, from the tensors of an adapter's file.
 
     Raises:
         RigsaError: as in `load_adapter`.
     """
-    with _naming("the adapter in this state"):
+    with naming("the adapter in this state"):
         if RECORD not in tensors or tensors[RECORD].dtype != torch.uint8:
             raise ValueError(f"it has no {RECORD}, which says what the tensors are")
         record = parse_record(bytes(tensors[RECORD].contiguous().cpu().numpy()))
@@ -209,7 +204,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: boo
         expected = record.layout()
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name != RECORD}
         _compare_layouts(expected, found)
-        _load(unwrap(model), record, lambda name: tensors[name].cpu(), strict)
+        _load(unwrap(model), record, lambda name: tensors[name].cpu(), strict, replace=True)
 
 
 def read_record(folder: str | os.PathLike[str]) -> Record:
@@ -218,13 +213,13 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
     Raises:
         RigsaError: the file is missing or damaged.
     """
-    with _naming(folder):
+    with naming(folder):
         return _read_config(Path(folder))[0]
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """Raises RigsaError where the files of a saved adapter are missing, or have changed since they were saved."""
-    with _naming(folder):
+    with naming(folder):
         _read_folder(Path(folder), None)
 
 
@@ -234,7 +229,7 @@ def read_patterns(folder: str | os.PathLike[str]) -> dict[str, SparsePattern]:
     Raises:
         RigsaError: a file is missing, damaged or not what the record says.
     """
-    with _naming(folder):
+    with naming(folder):
         record, path = _read_folder(Path(folder), None)
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: _read_pattern(name, layer, file.get_tensor) for name, layer in record.layers.items()}
@@ -253,7 +248,7 @@ def read_states(
     Raises:
         RigsaError: a file is missing, damaged or not what the record says, or it does not fit `model`.
     """
-    with _naming(folder):
+    with naming(folder):
         record, path = _read_folder(Path(folder), None if model is None else unwrap(model))
         if model is not None:
             _check_base(unwrap(model), record, places_of(record, unwrap(model)), strict)
@@ -267,7 +262,7 @@ def read_states(
 
 
 @contextmanager
-def _naming(where: object) -> Iterator[None]:
+def naming(where: object) -> Iterator[None]:
     """What goes wrong while a file is read is one error that begins with its place."""
     try:
         yield
@@ -276,25 +271,14 @@ def _naming(where: object) -> Iterator[None]:
         raise RigsaError(f"{where}: this is not an adapter that can be loaded here: {reason}") from error
 
 
-def _open_regular(path: Path, most: int | None = None) -> Any:
-    """The file, opened for reading. Raises ValueError where it is not a plain file, or longer than `most` bytes."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for somebody to write
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(descriptor)
-        raise ValueError(f"{path.name} is not a file")
-    if most is not None and found.st_size > most:
-        os.close(descriptor)
-        raise ValueError(f"{path.name} has {found.st_size} bytes, more than any of its kind")
-    return os.fdopen(descriptor, "rb")
-
-
 def _read_config(folder: Path) -> tuple[Record, dict[str, Any]]:
     """The record, and what ``rigsa_config.json`` says of the other file."""
     path = folder / CONFIG_FILE
     if not path.exists():
+        if (folder / peft_format.CONFIG_FILE).exists():
+            raise ValueError(f"PEFT saved it ({peft_format.CONFIG_FILE}); write rigsa.import_adapter(model, folder)")
         raise ValueError(f"it has no {CONFIG_FILE}, which save_adapter(model, folder) writes")
-    with _open_regular(path, MOST_BYTES) as file:
+    with open_regular(path, MOST_BYTES) as file:
         config = from_json(file.read())
     where: dict[str, Any] = {name: config.pop(name) for name in ("file", "bytes", "sha256") if name in config}
     expect_fields(CONFIG_FILE, where, {"file": str, "bytes": int, "sha256": str})
@@ -312,40 +296,18 @@ def _read_folder(folder: Path, model: nn.Module | None) -> tuple[Record, Path]:
     if not path.exists():
         raise ValueError(f"{path.name} is missing")
     expected = record.layout() | {RECORD: (torch.uint8, (to_bytes(record).numel(),))}
-    with _open_regular(path) as file:
-        _compare_layouts(expected, _read_header(file, expected))
-    if path.stat().st_size != where["bytes"] or _sha256(path) != where["sha256"]:
+    _compare_layouts(expected, read_header(path, expected)[1])
+    if path.stat().st_size != where["bytes"] or content_hash(path) != where["sha256"]:
         raise ValueError(f"{path.name} has changed since it was saved (its bytes have another hash)")
     return record, path
 
 
-def _read_header(file: Any, expected: Layout) -> Layout:
-    """The names, dtypes and shapes in a safetensors file, whose size is what they need."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    most = 1024 + sum(256 + 6 * len(name) for name in expected)
-    data = sum(dtype.itemsize * math.prod(shape) for dtype, shape in expected.values())
-    if length > most or size != 8 + length + data:
-        raise ValueError(f"expected {data} bytes of tensors, got a file of {size} with a header of {length}")
-    header = from_json(file.read(length))
-    header.pop("__metadata__", None)
-    dtypes = {tag: getattr(torch, name) for name, tag in _DTYPES.items()}
-    found: Layout = {}
-    for name, entry in header.items():
-        expect_fields(name, entry, {"dtype": str, "shape": list, "data_offsets": list})
-        if entry["dtype"] not in dtypes:
-            raise ValueError(f"{name}: expected one of {', '.join(dtypes)}, got {entry['dtype']!r}")
-        found[name] = dtypes[entry["dtype"]], tuple(entry["shape"])
-    return found
-
-
 def _compare_layouts(expected: Layout, found: Layout) -> None:
-    for name in {**expected, **found}:
-        if expected.get(name) != found.get(name):
-            raise ValueError(f"{name}: expected {expected.get(name, 'no such tensor')}, got {found.get(name, 'none')}")
+    if name := differing(expected, found):
+        raise ValueError(f"{name}: expected {expected.get(name, 'no such tensor')}, got {found.get(name, 'none')}")
 
 
-def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
+def _load(model: nn.Module, record: Record, read: Read, strict: bool, replace: bool) -> None:
     """Check every tensor, one at a time, then change `model`."""
     _check_base(model, record, places_of(record, model), strict)
     gates = _read_finite(GATES, read)
@@ -354,14 +316,37 @@ def _load(model: nn.Module, record: Record, read: Read, strict: bool) -> None:
         _read_finite(name, read)
     if not gated_linears(model):
         build_layers(model, record, patterns)
-    layers = gated_linears(model)
+    elif not replace:
+        _check_same_adapter(record, layers_by_name(model))
+    layers = layers_by_name(model)
     shared = [gates[number : number + 1] for number in range(len(gates))]
     for name, layer in record.layers.items():
         put_state(layers[name], _layer_state(name, layer, patterns.pop(name), shared, read))
+    here = parameters_by_name(model)
     with torch.no_grad():
         for name in record.parameters:
-            model.get_parameter(name).copy_(read(PARAMETER + name))
+            here[name].copy_(read(PARAMETER + name))
     model._rigsa_trained = set(record.parameters)  # type: ignore[assignment]
+
+
+def _check_same_adapter(record: Record, layers: Mapping[str, GatedSparseLinear]) -> None:
+    """Raises ValueError where a layer has other free entries or other initial values than the adapter of `record`."""
+    for name, layer in layers.items():
+        saved = record.layers[name]
+        differs = ""
+        if digest(layer.pattern) != saved.pattern:
+            differs = f"{saved.entries:,} free entries in it, and {layer.pattern.nnz:,} others on the model"
+            differs = differs if layer.pattern.nnz != saved.entries else f"other free entries in it ({saved.entries:,})"
+        elif (layer.seed, layer.key, layer.bound) != (saved.seed, saved.key, saved.bound):
+            differs = (
+                f"initial values of seed {saved.seed} within {saved.bound:.3g} in it, and of seed {layer.seed} within "
+                f"{layer.bound:.3g} on the model"
+            )
+        if differs:
+            raise ValueError(
+                f"the model carries another adapter: {name} has {differs}; load_adapter(model, folder, replace=True) "
+                "puts this one in its place"
+            )
 
 
 def _check_base(model: nn.Module, record: Record, places: Mapping[str, Place], strict: bool) -> None:

@@ -1,7 +1,9 @@
-"""Scores of entries from gradients at the pretrained model: SIFT, FISH masks, SAM and RoSA.
+"""Scores of entries from gradients before training: SIFT, FISH masks, SAM, RoSA, SNIP and GraSP.
 
-A layer that is dense, with zeros for a difference and a gate of 1, is the pretrained layer, and the gradient of its
-difference is that of the weight. With g_i the gradient of batch i:
+The first four are taken at the pretrained model. A layer that is dense, with zeros for a difference and a gate of 1, is
+the pretrained layer, and the gradient of its difference is that of the weight. The last two are taken where an adapter
+with random initial values d starts, as SparseAdapter prunes adapters (He et al., "SparseAdapter: An Easy Approach for
+Improving the Parameter-Efficiency of Adapters", 2022). With g_i the gradient of batch i, and H_i that batch's Hessian:
 
 ======  ========================  =====================================================================================
 sift    |mean g_i|                Song et al., "Sparse is Enough in Fine-tuning", 2024
@@ -11,6 +13,10 @@ sam     (mean g_i)^2/(h+mean h)   the gain of a second-order model of the loss (
                                   Parameter-Efficient Fine-Tuning", 2023, who leave the curvature h open); h is mean
                                   g_i^2 here, damped by its mean over the layer
 rosa    mean g_i^2                of batches as training makes them (Nikdan et al., "RoSA", 2024)
+snip    |d mean g_i|              the change of the loss without the entry (Lee et al., "SNIP", 2019)
+grasp   d (mean H_i) (mean g_i)   the fall of the squared gradient norm without the entry, to first order: what training
+                                  would lose (Wang et al., "Picking Winning Tickets Before Training by Preserving
+                                  Gradient Flow", 2020, whose score has the other sign, and who prune the highest)
 ======  ========================  =====================================================================================
 """
 
@@ -24,6 +30,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rigsa_kernels import GatedSparseLinear, gated_linears
+from rigsa_kernels.parametrized import GatedSparseWeight
 
 Batch = TypeVar("Batch")
 
@@ -35,28 +45,50 @@ class GradientScore:
     Attributes:
         by_example: meant for batches of one example, each with a gradient of its own.
         functions: elementwise; for each the mean of ``function(gradient)`` is taken, in float32.
-        combine: these means of one layer, each ``[N, K]``, to its scores. It may overwrite them.
+        combine: the values of one layer and these means, each ``[N, K]``, to its scores. It may overwrite the means.
+        at_start: taken where the adapter starts, at its initial values. Otherwise at the pretrained model.
+        curved: the Hessian times the mean gradient takes the means' place.
     """
 
     by_example: bool
     functions: tuple[Callable[[Tensor], Tensor], ...]
     combine: Callable[..., Tensor]
+    at_start: bool = False
+    curved: bool = False
 
 
 def _same(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _gain(mean: Tensor, curvature: Tensor) -> Tensor:
+def _mean(values: Tensor, mean: Tensor) -> Tensor:
+    return mean
+
+
+def _magnitude(values: Tensor, mean: Tensor) -> Tensor:
+    return mean.abs_()
+
+
+def _times_values(values: Tensor, mean: Tensor) -> Tensor:
+    return mean.mul_(values)
+
+
+def _sensitivity(values: Tensor, mean: Tensor) -> Tensor:
+    return mean.mul_(values).abs_()
+
+
+def _gain(values: Tensor, mean: Tensor, curvature: Tensor) -> Tensor:
     damping = curvature.mean()
     return mean.square_().div_(curvature.add_(damping))
 
 
 SCORES = {
-    "sift": GradientScore(by_example=False, functions=(_same,), combine=torch.abs_),
-    "fisher": GradientScore(by_example=True, functions=(torch.square,), combine=_same),
+    "sift": GradientScore(by_example=False, functions=(_same,), combine=_magnitude),
+    "fisher": GradientScore(by_example=True, functions=(torch.square,), combine=_mean),
     "sam": GradientScore(by_example=True, functions=(_same, torch.square), combine=_gain),
-    "rosa": GradientScore(by_example=False, functions=(torch.square,), combine=_same),
+    "rosa": GradientScore(by_example=False, functions=(torch.square,), combine=_mean),
+    "snip": GradientScore(by_example=False, functions=(_same,), combine=_sensitivity, at_start=True),
+    "grasp": GradientScore(by_example=False, functions=(), combine=_times_values, at_start=True, curved=True),
 }
 
 
@@ -70,13 +102,15 @@ def gradient_scores(
     """Every entry's score.
 
     A gradient is used and freed as soon as it is complete, so memory holds that of one layer, beside one float32 matrix
-    a layer for each of the score's functions.
+    a layer for each of the score's functions. A `curved` score goes over the batches twice, the second time with all
+    that a backward pass of a backward pass needs: the gradients of all layers, and the activations of both passes.
 
     Args:
         model: whose loss it is.
-        values: name to a parameter of `model`, ``[N, K]``. Nothing else gathers gradients meanwhile.
-        loss_fn: ``(model, batch)`` to a scalar.
-        batches: at least one.
+        values: name to a parameter of `model`, ``[N, K]``: all those of its gated layers. Nothing else gathers
+            gradients meanwhile.
+        loss_fn: ``(model, batch)`` to a scalar. For a `curved` score it is differentiated twice.
+        batches: at least one; a `curved` score keeps them.
         score: what is made of the gradients.
 
     Returns:
@@ -85,14 +119,29 @@ def gradient_scores(
     Raises:
         ValueError: there is no batch, a loss is no scalar, or a parameter has no part in it.
     """
-    sums = {
-        name: [torch.zeros_like(value, dtype=torch.float32) for _ in score.functions] for name, value in values.items()
-    }
+    if score.curved:
+        kept = list(batches)
+        gradients = {name: mean for name, [mean] in _gradient_means(model, values, loss_fn, kept, (_same,)).items()}
+        means = {name: [mean] for name, mean in _hessian_times(model, values, loss_fn, kept, gradients).items()}
+    else:
+        means = _gradient_means(model, values, loss_fn, batches, score.functions)
+    return {name: score.combine(value.detach(), *means.pop(name)) for name, value in values.items()}
+
+
+def _gradient_means(
+    model: nn.Module,
+    values: Mapping[str, nn.Parameter],
+    loss_fn: Callable[[nn.Module, Batch], Tensor],
+    batches: Iterable[Batch],
+    functions: tuple[Callable[[Tensor], Tensor], ...],
+) -> dict[str, list[Tensor]]:
+    """For each parameter the mean over the batches of each function of its gradient. Raises as `gradient_scores`."""
+    sums = {name: [torch.zeros_like(value, dtype=torch.float32) for _ in functions] for name, value in values.items()}
     reached: set[str] = set()
 
     def take(name: str, value: Tensor) -> None:
         assert value.grad is not None
-        for function, total in zip(score.functions, sums[name], strict=True):
+        for function, total in zip(functions, sums[name], strict=True):
             total += function(value.grad.float())
         value.grad = None
         reached.add(name)
@@ -111,7 +160,58 @@ def gradient_scores(
         raise ValueError("batches: expected at least one, got none")
     if idle := [name for name in values if name not in reached]:
         raise ValueError(f"loss_fn: {len(idle)} layers have no part in the loss ({idle[0]}, ...)")
-    return {name: score.combine(*(total.div_(count) for total in sums.pop(name))) for name in values}
+    return {name: [total.div_(count) for total in totals] for name, totals in sums.items()}
+
+
+def _hessian_times(
+    model: nn.Module,
+    values: Mapping[str, nn.Parameter],
+    loss_fn: Callable[[nn.Module, Batch], Tensor],
+    batches: list[Batch],
+    vector: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The Hessian of the mean loss times `vector`, float32: the gradient of ``sum(gradient * vector)``, exactly.
+
+    Attention is computed step by step, as the backward passes of fused attention have no derivative.
+    """
+    parameters, totals = list(values.values()), [torch.zeros_like(part) for part in vector.values()]
+    with training_only(parameters, model), torch.enable_grad(), _plain_products(model), sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            gradients = torch.autograd.grad(_scalar(loss_fn(model, batch)), parameters, create_graph=True)
+            directed = [(g.float() * vector[name]).sum() for g, name in zip(gradients, values, strict=True)]
+            for total, product in zip(totals, torch.autograd.grad(sum(directed), parameters), strict=True):  # type: ignore[arg-type]
+                total += product.float()
+    return {name: total.div_(len(batches)) for name, total in zip(values, totals, strict=True)}
+
+
+@contextlib.contextmanager
+def _plain_products(model: nn.Module) -> Iterator[None]:
+    """Inside, gated layers that are dense compute in plain PyTorch, which can be differentiated any number of times.
+
+    The sum ``W0 + alpha * D`` is rounded to the weight's dtype. Its derivatives are those of the sum, so rounding takes
+    nothing away from them.
+    """
+    layers = gated_linears(model).values()
+    for layer in layers:
+        is_read = isinstance(layer, GatedSparseWeight)
+        layer.forward = partial(_plain_weight if is_read else _plain_linear, layer)  # type: ignore
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _plain_linear(layer: GatedSparseLinear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x.to(layer.dtype), _plain_sum(layer), layer.bias)
+
+
+def _plain_weight(layer: GatedSparseWeight) -> Tensor:
+    return _plain_sum(layer).view(layer.weight_shape)
+
+
+def _plain_sum(layer: GatedSparseLinear) -> Tensor:
+    return layer.frozen_matrix() + (layer.rigsa_alpha * layer.rigsa_values).to(layer.dtype)
 
 
 def _scalar(loss: object) -> Tensor:

@@ -75,13 +75,22 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+PEFT_MODEL = "base_model.model."
+"""Before the names in a model that PEFT is put around."""
+
+
+def layers_by_name(model: nn.Module) -> dict[str, GatedSparseLinear]:
+    """The gated layers by their names in the base model; under PEFT those of the active adapter."""
+    return {getattr(layer, "name_in_base", name): layer for name, layer in gated_linears(model).items()}
+
+
 def adapted_layers(model: nn.Module) -> dict[str, GatedSparseLinear]:
-    """The gated layers of `model`.
+    """The gated layers of `model` by their names in the base model.
 
     Raises:
         ValueError: there are none, or they are in shards.
     """
-    layers = gated_linears(unwrap(model))
+    layers = layers_by_name(unwrap(model))
     if not layers:
         raise ValueError(
             f"model: expected gated sparse layers, found none in {type(model).__name__}; "

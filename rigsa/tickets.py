@@ -16,14 +16,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from rigsa.criteria import CRITERIA, TREATMENTS, treated_values
-from rigsa.masks import Ranking, TrainedLayer, check_ranking, largest_patterns, prune_by_layer, random_patterns
+from rigsa.masks import (
+    Ranking,
+    TrainedLayer,
+    check_ranking,
+    erk_counts,
+    largest_patterns,
+    prune_by_layer,
+    random_patterns,
+)
 from rigsa.scores import SCORES, gradient_scores
 from rigsa.state import (
     Snapshot,
@@ -45,6 +53,8 @@ from rigsa_kernels.tiles import Tile, grid_of
 Batch = TypeVar("Batch")
 TileSize = str | int | Tile | None
 """As `rigsa_kernels.tiles.tile_size` takes it; None for single entries."""
+Densities = Literal["equal", "erk"]
+"""How a random ticket's entries are shared out among the layers."""
 _NEEDS_NO_START = ("large_final", "small_final", "random")
 """Criteria that do not ask what the values started from."""
 
@@ -191,7 +201,12 @@ def set_ticket(
 
 
 def random_ticket(
-    model: nn.Module, density: float | Mapping[str, int], *, tile: TileSize = None, seed: int = 0
+    model: nn.Module,
+    density: float | Mapping[str, int],
+    *,
+    tile: TileSize = None,
+    seed: int = 0,
+    layer_densities: Densities = "equal",
 ) -> TicketReport:
     """Free entries that are drawn at random, each layer by itself, and rewind to the initial values.
 
@@ -202,22 +217,42 @@ def random_ticket(
         tile: draw whole tiles, as in `prune`: `density` is then the share of a layer's tiles, and a number of entries
             is rounded to tiles.
         seed: of the draw, 0 to 2**64 - 1. Seeds and layers draw independently of each other and of the initial values.
+        layer_densities: ``equal`` keeps that share of every layer. ``erk`` keeps it of all layers together, and makes
+            narrow ones denser (`rigsa.masks.erk_counts`, the Erdős-Rényi rule).
 
     Returns:
         The counts.
 
     Raises:
-        ValueError: no gated layer, `density` or `seed` out of range, or a layer that would be left empty (named);
-            `model` is unchanged.
+        ValueError: no gated layer, an argument out of range, ``erk`` beside numbers of entries, or a layer that would
+            be left empty (named); `model` is unchanged.
     """
     layers = adapted_layers(model)
-    counts = _counts(layers, density, tile)
+    counts = _drawn_counts(layers, density, layer_densities, tile)
     patterns: dict[str, SparsePattern] = {}
     for name, layer in layers.items():
         shapes, kept, device = {name: layer.pattern.shape}, {name: counts[name]}, layer.rigsa_values.device
         patterns |= random_patterns(shapes, kept, seed=seed, device=device, tile=tile)
     share = density if isinstance(density, (int, float)) else "by layer"
-    return _take("random", "random", layers, patterns, f"random_ticket(density={share}, seed={seed}{_and_tile(tile)}")
+    apart = "" if layer_densities == "equal" else f", layer_densities={layer_densities!r}"
+    what = f"random_ticket(density={share}, seed={seed}{apart}{_and_tile(tile)}"
+    return _take("random", "random", layers, patterns, what)
+
+
+def _drawn_counts(
+    layers: Mapping[str, GatedSparseLinear],
+    density: float | Mapping[str, int],
+    layer_densities: Densities,
+    tile: TileSize,
+) -> dict[str, int]:
+    if layer_densities not in get_args(Densities):
+        expected = ", ".join(get_args(Densities))
+        raise ValueError(f"layer_densities: expected one of {expected}, got {layer_densities!r}")
+    if layer_densities == "equal":
+        return _counts(layers, density, tile)
+    if not isinstance(density, (int, float)):
+        raise ValueError("layer_densities: 'erk' shares out a density; expected a number for density, got a mapping")
+    return erk_counts({name: grid_of(layer.pattern.shape, tile) for name, layer in layers.items()}, density)
 
 
 def magnitude_ticket(
@@ -265,18 +300,20 @@ def gradient_ticket(
     ranking: Ranking = "layer",
     tile: TileSize = None,
 ) -> TicketReport:
-    """Free the entries that matter most to a loss at the pretrained model, and rewind to the initial values.
+    """Free the entries that matter most to a loss before training, and rewind to the initial values.
 
-    What the adapter has learned is dropped: gradients are those of the pretrained weights. While they are gathered
-    every layer is dense: 4 bytes a weight for the difference, and 4 or 8 for the scores.
+    What the adapter has learned is dropped: gradients are those of the pretrained weights or, for ``snip`` and
+    ``grasp``, of the dense adapter at its start, whose initial values have a part in the score. While they are gathered
+    every layer is dense: 4 bytes a weight for the difference, and 4 or 8 for the scores. ``grasp`` differentiates twice
+    and holds the gradients of all layers and the activations of two backward passes.
 
     Args:
         model: with gated sparse layers; it stays in training or evaluation mode, as it is.
         loss_fn: ``(model, batch)`` to a scalar loss.
         batches: what it is called with. For ``fisher`` and ``sam`` give batches of one example: they square the
-            gradient of each.
+            gradient of each. ``grasp`` keeps them all, for its second round.
         density: share of the entries, in (0, 1].
-        score: ``sift``, ``fisher``, ``sam`` or ``rosa`` (`rigsa.scores`).
+        score: ``sift``, ``fisher``, ``sam``, ``rosa``, ``snip`` or ``grasp`` (`rigsa.scores`).
         ranking: ``layer`` compares scores within each layer, ``global`` over the whole model.
         tile: free whole tiles, as in `prune`, by the norm of their scores; `density` is then the share of the tiles.
 
@@ -284,8 +321,9 @@ def gradient_ticket(
         The counts.
 
     Raises:
-        ValueError: no gated layer, an argument out of range, no batch, a loss that is no scalar, or scores that are not
-            finite. The model has the adapter that it had before, then and whatever else `loss_fn` raises.
+        ValueError: no gated layer, an argument out of range, no batch, a loss that is no scalar, scores that are not
+            finite, or ``snip`` or ``grasp`` where initial values or gates are all zero, and so would be the scores.
+            The model has the adapter that it had before, then and whatever else `loss_fn` raises.
     """
     layers = adapted_layers(model)
     if score not in SCORES:
@@ -293,10 +331,12 @@ def gradient_ticket(
     check_ranking(ranking)
     if ranking == "layer" or not 0 < density <= 1:
         _counts(layers, density, tile)
+    if SCORES[score].at_start:
+        _check_start(layers, score)
     taken = snapshot(model)
     try:
         for layer in layers.values():
-            _be_the_pretrained_layer(layer)
+            (_be_at_the_start if SCORES[score].at_start else _be_the_pretrained_layer)(layer)
         values = {name: layer.rigsa_values for name, layer in layers.items()}
         scores = gradient_scores(unwrap(model), values, loss_fn, batches, SCORES[score])
         patterns = largest_patterns(scores, density=density, ranking=ranking, tile=tile)
@@ -315,6 +355,22 @@ def _be_the_pretrained_layer(layer: GatedSparseLinear) -> None:
     zeros = torch.zeros(dense.values_shape, dtype=layer.rigsa_values.dtype, device=layer.rigsa_values.device)
     adopt(layer, dense, zeros)
     layer.rigsa_alpha.fill_(1.0)
+
+
+@torch.no_grad()
+def _be_at_the_start(layer: GatedSparseLinear) -> None:
+    """Dense, at its initial values, with its gate as it was first."""
+    adopt(layer, SparsePattern.dense(*layer.pattern.shape), None)
+    layer.rigsa_alpha.fill_(layer.alpha_init)
+
+
+def _check_start(layers: Mapping[str, GatedSparseLinear], score: str) -> None:
+    for name, layer in layers.items():
+        if layer.bound == 0 or layer.alpha_init == 0:
+            what = "init_scale" if layer.bound == 0 else "alpha_init"
+            raise ValueError(
+                f"score: {score!r} is a product with the start of {name}, whose {what} is 0; it would be 0"
+            )
 
 
 def _rankable(values: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ class Peers:
 
     def __init__(self) -> None:
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.may_be_composed = False
         _all_peers.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -154,6 +155,7 @@ class Peers:
 
     def compose(self, layer: Any) -> None:
         """Compose `layer`, and with it all that were composed before and have fallen back to W0 or gone stale."""
+        self.may_be_composed = True
         chosen = [layer, *(other for other in self._layers if other is not layer and other.awaits_composing())]
         compose(
             [other.in_place_weight for other in chosen],
@@ -163,16 +165,28 @@ class Peers:
 
     def restore(self, stepped: set[int]) -> None:
         """Restore the layers among whose parameters are `stepped`, by identity."""
-        restore(
-            layer.in_place_weight
-            for layer in self._layers
-            if layer.in_place_weight is not None
-            and layer.in_place_weight.is_composed
-            and (id(layer.rigsa_values) in stepped or id(layer.rigsa_alpha) in stepped)
-        )
+        composed = [
+            layer for layer in self._layers if layer.in_place_weight is not None and layer.in_place_weight.is_composed
+        ]
+        others = [
+            layer
+            for layer in composed
+            if id(layer.rigsa_values) not in stepped and id(layer.rigsa_alpha) not in stepped
+        ]
+        left = {id(layer) for layer in others}
+        restore(layer.in_place_weight for layer in composed if id(layer) not in left)
+        self.may_be_composed = bool(others)
 
 
 _all_peers: weakref.WeakSet[Peers] = weakref.WeakSet()
+
+
+def living_layers() -> Iterator[Any]:
+    """Every gated layer that there is, in whatever model."""
+    for peers in tuple(_all_peers):
+        yield from tuple(peers._layers)
+
+
 _optimizer_steps = 0
 
 
@@ -185,9 +199,10 @@ def after_step(stepped: Iterable[Tensor]) -> None:
     """Count a step, and bring W0 back into the weights of the layers whose parameters it has changed."""
     global _optimizer_steps
     _optimizer_steps += 1
-    if _all_peers:
+    composed = [peers for peers in _all_peers if peers.may_be_composed]
+    if composed:
         numbers = {id(parameter) for parameter in stepped}
-        for peers in tuple(_all_peers):
+        for peers in composed:
             peers.restore(numbers)
 
 

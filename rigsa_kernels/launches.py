@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from bisect import bisect_right
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -100,7 +100,7 @@ class Checked:
     Attributes:
         numbers: as in `Launch`.
         shapes: of the parameters.
-        devices: of the parameters.
+        numels, devices: of the parameters; a device by its number, -1 for the CPU.
         kinds: (device, dtype, dtype of the first moment): members of one launch agree.
         same_kind: whether all do.
         starts, ends: of each piece of memory that an update writes, in order; empty where there is no memory.
@@ -119,23 +119,42 @@ class Checked:
             check_parameter(members.name(at), param)
             check_state(members.name(at), param, exp_avgs[at], exp_avg_sqs[at], scales[at] if scales else None)
         self.objects, self.addresses, self.numbers = objects, addresses, members.numbers()
-        self.shapes, self.devices = [param.shape for param in params], [param.device for param in params]
+        self.shapes, self.devices = [param.shape for param in params], [param.get_device() for param in params]
         self.kinds = [(param.device, param.dtype, moment.dtype) for param, moment in zip(params, exp_avgs, strict=True)]
         self.same_kind = len(set(self.kinds)) == 1
         self.starts, self.ends = self._written(members, columns, addresses)
+        self.numels = [param.numel() for param in params]
+        if addresses is not None:  # fake tensors have none, and in their mode no tensor holds numbers
+            self._begin, self._end, self._sizes = map(_int64, (self.starts, self.ends, self.numels))
         self._apart: list[int] | None = None
         self.held: dict[str, Any] = {}
+        self.are_plain = addresses is not None and members.params is members.owned
+        self._states: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None
 
-    def covers(self, objects: list[list[Any]], params: list[Tensor], addresses: list[list[int]] | None) -> bool:
-        """Whether these are the objects that have passed, where they were and as large."""
+    def states(self, members: Members, state: dict[Tensor, dict[str, Any]]) -> list[dict[str, Any]] | None:
+        """Of these members, as the step before found them; None where the optimiser's `state` holds others now.
+
+        To look a tensor up takes Python's hash of it, which is most of the time of asking for hundreds.
+        """
+        if self._states is None:
+            return None
+        found, every = self._states
+        return found if _same(members.owned, self.objects[0]) and _same(list(state.values()), every) else None
+
+    def note_states(self, found: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+        """Have `states` return `found` as long as the optimiser's `state` holds what it holds now."""
+        self._states = (found, list(state.values()))
+
+    def covers(
+        self, known: bool, objects: list[list[Any]], params: list[Tensor], addresses: list[list[int]] | None
+    ) -> bool:
+        """Whether these are the objects that have passed (`known` says that it was found so), where they were and as
+        large."""
         return (
             addresses is not None
             and addresses == self.addresses
-            and [param.shape for param in params] == self.shapes
-            and all(
-                len(now) == len(then) and all(map(operator.is_, now, then))
-                for now, then in zip(objects, self.objects, strict=True)
-            )
+            and list(map(Tensor.numel, params)) == self.numels
+            and (known or all(map(_same, objects, self.objects)))
         )
 
     def _written(
@@ -158,20 +177,20 @@ class Checked:
                 )
         return [start for start, _, _ in pieces], [end for _, end, _ in pieces]
 
-    def overlapping(self, starts: list[int], grads: list[Tensor]) -> list[int]:
-        """Which of `grads` lie in memory that the update writes to."""
-        if starts == self._apart:
+    def overlapping(self, starts: list[int], dtypes: list[torch.dtype]) -> list[int]:
+        """Which of the gradients that begin at `starts` lie in memory that the update writes to."""
+        if starts == self._apart or not self.ends:
             return []
-        sizes = [grad.nbytes for grad in grads]
-        last = len(self.ends)
-        found = [
-            at
-            for at, (start, size) in enumerate(zip(starts, sizes, strict=True))
-            # The first piece that ends beyond the gradient's start is the only one to look at: pieces do not overlap.
-            if size and (piece := bisect_right(self.ends, start)) < last and self.starts[piece] < start + size
-        ]
+        begins, kinds = _int64(starts), set(dtypes)
+        bytes_each = kinds.pop().itemsize if len(kinds) == 1 else _int64([dtype.itemsize for dtype in dtypes])
+        sizes = self._sizes * bytes_each
+        # The first piece that ends beyond the gradient's start is the only one to look at: pieces do not overlap.
+        piece = torch.searchsorted(self._end, begins, right=True)
+        lies_before_an_end = piece < len(self.ends)
+        following = self._begin[piece.clamp_(max=len(self.ends) - 1)]
+        found = (lies_before_an_end & (following < begins + sizes) & (sizes > 0)).nonzero().flatten().tolist()
         self._apart = None if found else starts
-        return found
+        return cast(list[int], found)
 
 
 def launches_of(members: Members, state: dict[Tensor, dict[str, Any]], remembered: Remembered) -> list[Launch]:
@@ -187,25 +206,28 @@ def launches_of(members: Members, state: dict[Tensor, dict[str, Any]], remembere
     """
     if not members.owned:
         return []
-    states = _states(members, state)
+    key = (members.index, members.positions[0], len(members.positions))
+    checked = remembered.get(key)
+    states = (checked and checked.states(members, state)) or _states(members, state)
     objects = [
         members.owned,
         [one["exp_avg"] for one in states],
         [one["exp_avg_sq"] for one in states],
         [one.get("scales") for one in states],
     ]
-    columns = [members.params, *map(_local, objects[1:3]), _local_scales(members, objects[3])]
-    addresses = [_addresses(column) for column in columns] if _are_in_memory(columns) else None
-    key = (members.index, members.positions[0], len(members.positions))
-    checked = remembered.get(key)
-    if checked is None or not checked.covers(objects, members.params, addresses):
+    known = checked is not None and checked.are_plain and all(map(_same, objects, checked.objects))
+    moments = objects[1:3] if known else map(_local, objects[1:3])
+    columns = [members.params, *moments, _local_scales(members, objects[3])]
+    addresses = [_addresses(column) for column in columns] if known or _are_in_memory(columns) else None
+    if checked is None or not checked.covers(known, objects, members.params, addresses):
         checked = Checked(members, objects, columns, addresses)
         if len(remembered) >= _MOST_REMEMBERED:
             remembered.clear()
         remembered[key] = checked
-    grads, grad_addresses = _gradients(members, checked, in_memory=addresses is not None)
+    checked.note_states(states, state)
+    grads, dtypes, grad_addresses = _gradients(members, checked, in_memory=addresses is not None)
     params, exp_avgs, exp_avg_sqs, scales = columns
-    steps, dtypes = [one.get("step", 0) + 1 for one in states], [grad.dtype for grad in grads]
+    steps = [one.get("step", 0) + 1 for one in states]
     launches = []
     for part in _parts(checked, steps, dtypes):
         first = part[0]
@@ -255,29 +277,44 @@ def _states(members: Members, state: dict[Tensor, dict[str, Any]]) -> list[dict[
     return cast(list[dict[str, Any]], states)
 
 
-def _gradients(members: Members, checked: Checked, *, in_memory: bool) -> tuple[list[Tensor], list[int]]:
-    """Contiguous gradients that no update writes to, and where they lie."""
+def _gradients(
+    members: Members, checked: Checked, *, in_memory: bool
+) -> tuple[list[Tensor], list[torch.dtype], list[int]]:
+    """Contiguous gradients that no update writes to, their dtypes, and where they lie."""
     grads = members.grads
+    dtypes = [grad.dtype for grad in grads]
     if (
-        {grad.layout for grad in grads} != {torch.strided}
-        or not {grad.dtype for grad in grads} <= _NARROW
+        not _NARROW.issuperset(dtypes)
         or [grad.shape for grad in grads] != checked.shapes
-        or [grad.device for grad in grads] != checked.devices
+        or list(map(Tensor.get_device, grads)) != checked.devices
+        or {grad.layout for grad in grads} != {torch.strided}
     ):
         for at, grad in enumerate(grads):
             check_gradient(members.name(at), members.params[at], grad)
     if not all(map(Tensor.is_contiguous, grads)):
         grads = [grad.contiguous() for grad in grads]
     if not in_memory:
-        return grads, []
+        return grads, dtypes, []
     addresses = _addresses(grads)
-    overlapping = checked.overlapping(addresses, grads)
+    overlapping = checked.overlapping(addresses, dtypes)
     if overlapping:
         grads = list(grads)
         for at in overlapping:
             grads[at] = grads[at].clone()
         addresses = _addresses(grads)
-    return grads, addresses
+    return grads, dtypes, addresses
+
+
+def _int64(numbers: list[int]) -> Tensor:
+    """On the CPU. An array is read at once, where ``torch.tensor`` looks at every number."""
+    if not numbers:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
+
+
+def _same(now: list[Any], then: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def new_state(param: Any, state_dtype: StateDtype) -> dict[str, Any]:
@@ -414,5 +451,7 @@ def _local_scales(members: Members, scales: list[Any]) -> list[Any]:
 
 
 def _addresses(column: list[Any]) -> list[int]:
-    """Of each tensor; 0 where there is none."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in column]
+    """Of each tensor; 0 where there is none, as scales beside some moments only."""
+    if type(None) in set(map(type, column)):
+        return [0 if tensor is None else tensor.data_ptr() for tensor in column]
+    return list(map(Tensor.data_ptr, column))

@@ -35,6 +35,14 @@ _claims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """A weight, and a weak reference to the layer that composes it in place."""
 
 
+_starts = 0
+
+
+def layer_starts() -> int:
+    """How often any layer was made, moved or loaded, or took another pattern: what is known of layers holds between."""
+    return _starts
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """An ``nn.Linear`` that computes what it says: no packed weight, no other forward, no weight made of others."""
     return (
@@ -140,9 +148,12 @@ class GatedSparseLinear(nn.Module):
     _pattern: SparsePattern
     bias: Tensor | None
     rule_device: torch.device | None = None
-    """The device by whose rule a path is chosen; None for the operands'. For plans of a device that is not there."""
+    """The device by whose rule a path is chosen; None for the operands'. For plans of a device that is not there: set
+    it before an optimiser is made."""
     pattern_note: object = None
     """What somebody wrote down about the present pattern. A new pattern clears it."""
+    waiting: bool = False
+    """Whether another adapter of the same weight is in use. `gated_linears` passes a layer that waits over."""
     exact_in_training: bool = True
     """What `auto` goes by in training on a GPU, where the host must not ask. `MaskedAdamW` sets it."""
 
@@ -176,9 +187,7 @@ class GatedSparseLinear(nn.Module):
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.seed, self.key, self.numerics, self.force, self.in_place = seed, key, numerics, force, in_place
         self.alpha_init, self.bound = alpha_init, init_scale / math.sqrt(linear.in_features)
-        self.weight = linear.weight.requires_grad_(False)
-        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
-        self._origin = (linear,)  # in a tuple, or it would be a submodule
+        self._hold(linear)
         self._start()
         self.join(Peers())
         combine_dtype = torch.promote_types(self.dtype, torch.float32)
@@ -188,8 +197,16 @@ class GatedSparseLinear(nn.Module):
         self.rigsa_alpha = alpha
         self.set_pattern(pattern or SparsePattern.dense(self.out_features, self.in_features))
 
+    def _hold(self, linear: nn.Linear) -> None:
+        """Freeze weight and bias, and keep them by reference."""
+        self.weight = linear.weight.requires_grad_(False)
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))  # type: ignore[arg-type]
+        self._origin = (linear,)  # in a tuple, or it would be a submodule
+
     def _start(self) -> None:
         """Nothing is composed, and no way is known."""
+        global _starts
+        _starts += 1
         self.in_place_weight: InPlaceWeight | None = None
         self._way: _Way | None = None
         self._base_kept: tuple[Snapshot, torch.dtype, list[Tensor]] | None = None
@@ -220,6 +237,14 @@ class GatedSparseLinear(nn.Module):
         (linear,) = self._origin
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
         return linear.train(self.training)
+
+    def release_origin(self) -> None:
+        """Have the layer that was adapted let go of weight and bias, which would stay whole beside shards (FSDP2).
+
+        `restored` gives it the present ones.
+        """
+        (linear,) = self._origin
+        linear.weight = linear.bias = None  # type: ignore[assignment]
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -257,6 +282,9 @@ class GatedSparseLinear(nn.Module):
         models would average them. They move with the layer, and its state dict holds what the pattern follows from:
         the bit mask, `rigsa_words`, or the numbers and the size of its tiles, `rigsa_tiles` and `rigsa_tile`.
         """
+        return self._pattern_here()
+
+    def _pattern_here(self) -> SparsePattern:
         if self._pattern.device not in (None, self.rigsa_values.device):  # FSDP and replicas move parameters alone
             self._pattern = self._pattern.to(self.rigsa_values.device)
         return self._pattern

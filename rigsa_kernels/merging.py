@@ -11,11 +11,18 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from rigsa_kernels.dequantizing import dequantize_rest, quantize_rest, rest_in_four_bits
 from rigsa_kernels.hooks import TABLES, carry_hooks
 from rigsa_kernels.linear import GatedSparseLinear
 from rigsa_kernels.parametrized import GatedSparseWeight, attach, detach
 from rigsa_kernels.reference import add_scaled
-from rigsa_kernels.replace import check_replaceable, gated_linears, restore_weights, swap_modules
+from rigsa_kernels.replace import (
+    check_replaceable,
+    gated_linears,
+    refuse_adapters_of_peft,
+    restore_weights,
+    swap_modules,
+)
 from rigsa_kernels.selection import BASE_OF_PEFT, NAMES_IN_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -86,17 +93,20 @@ def merge_linears(model: M, *, keep_adapter: bool = False, dequantize: bool = Fa
         model: with gated layers; it is changed in place.
         keep_adapter: remember what `unmerge_linears` needs: values, patterns and the weights at the free entries. A
             dense pattern, and a layer with a LoRA or in four bits, remembers its whole weight.
-        dequantize: merge layers in four bits into a weight in the dtype that they compute in, 16 or 32 bits.
+        dequantize: merge layers in four bits into a weight in the dtype that they compute in, 16 or 32 bits. Layers in
+            four bits that carry no adapter become plain ones, too, and the model's configuration forgets that it was
+            quantised: it saves and loads as any other.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: `model` has no gated layer or is one itself; a layer is in four bits, without `dequantize`, or in 16
-            bits and takes two products because rounding the sum would lose its adapter; a gate or a value is not
-            finite, or the sum exceeds the dtype; a layer has a `forward` of the instance's own or an adapter of PEFT
-            that is not a plain LoRA. `model` is unchanged.
+            bits and takes two products because rounding the sum would lose its adapter; under `dequantize`, a layer
+            is quantised in another way than NF4; a gate or a value is not finite, or the sum exceeds the dtype; a layer
+            has a `forward` of the instance's own or an adapter of PEFT that is not a plain LoRA. `model` is unchanged.
     """
+    refuse_adapters_of_peft(model)
     jobs = list(_jobs(model))
     if not jobs:
         raise ValueError(f"model: expected gated sparse layers to merge, found none in {type(model).__name__}")
@@ -114,6 +124,7 @@ def merge_linears(model: M, *, keep_adapter: bool = False, dequantize: bool = Fa
             f"model: {_names(losing, gated)} in 16 bits, and rounding W0 + alpha * D would take most of an adapter "
             "away; merge model.float()"
         )
+    rest = rest_in_four_bits(model) if dequantize else {}
     _check_finite(jobs)
     restore_weights(model)
     del gated
@@ -123,6 +134,10 @@ def merge_linears(model: M, *, keep_adapter: bool = False, dequantize: bool = Fa
             _merge_weight(job.gated, _weight(job), keep_adapter)
         else:
             swap_modules(model, {job.place: _merged(job, keep_adapter)})
+    if quantised or rest:
+        before = dequantize_rest(model, rest)
+        if keep_adapter:
+            model.__dict__["_rigsa_dequantized"] = before
     return model
 
 
@@ -148,6 +163,8 @@ def unmerge_linears(model: M) -> M:
                 carry_hooks(module, kept.layer)
                 swap_modules(model, {name: kept.layer.train(module.training)})
         del module.__dict__["_rigsa_kept"]
+    if before := model.__dict__.pop("_rigsa_dequantized", None):
+        quantize_rest(model, before)
     return model
 
 

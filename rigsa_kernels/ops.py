@@ -131,32 +131,39 @@ class _GatedLinear(torch.autograd.Function):
 
     `operand` is a matrix that outlives the step and takes the place of the fused products: the composed weight when not
     `exact`, the difference in the weight's dtype when `exact`. Without an operand, `exact` is a flag on the device for
-    the fused products, or True: then the difference is made for each product and dropped. `indices` are the base's
-    tensors, then the pattern's; the base is empty where `operand` holds all that is multiplied by. Where `columns` says
-    which columns of x the gradient at the pattern needs, those alone are saved: dx needs no x.
+    the fused products, or True: then the difference is made for each product and dropped. The base is empty where
+    `operand` holds all that is multiplied by. Autograd takes a microsecond for every argument that is a tensor, so base
+    and pattern come as lists. The base is saved nevertheless: a write to it before backward is an error. Where
+    `columns` says which columns of x the gradient at the pattern needs, those alone are saved: dx needs no x.
     """
 
     @staticmethod
-    def forward(ctx, x, bias, values, alpha, operand, exact, columns, num_base, *indices):  # type: ignore[no-untyped-def]
-        flag = exact if isinstance(exact, Tensor) else None
+    def forward(ctx, x, bias, values, alpha, operand, exact, columns, base, pattern):  # type: ignore[no-untyped-def]
         needed = x if columns is None else x.index_select(-1, columns.numbers)
-        ctx.save_for_backward(needed, values, alpha, operand, flag, *indices)
-        ctx.exact, ctx.num_base, ctx.columns = exact, num_base, columns
-        base, pattern = list(indices[:num_base]), list(indices[num_base:])
+        ctx.exact, ctx.pattern = exact, pattern
+        ctx.pattern_of_x = pattern if columns is None else columns.pattern
         if isinstance(exact, Tensor):
+            ctx.save_for_backward(needed, values, alpha, operand, exact, *base)
             return torch.ops.rigsa.linear_fwd(x, base, bias, values, alpha, pattern, exact)
+        ctx.save_for_backward(needed, values, alpha, operand, None, *base)
         if exact:
             operand = _delta(values, base[0], pattern) if operand is None else operand
-            return torch.ops.rigsa.add_scaled(F.linear(x, indices[0], bias), F.linear(x, operand), alpha)
+            return torch.ops.rigsa.add_scaled(F.linear(x, base[0], bias), F.linear(x, operand), alpha)
         return F.linear(x, operand, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, values, alpha, operand, flag, *indices = ctx.saved_tensors
-        base, pattern = indices[: ctx.num_base], indices[ctx.num_base :]
+        if torch.is_grad_enabled():  # only where a graph of the gradients is asked for
+            return _refusing_a_second_derivative(ctx, dy)
+        return _GatedLinear._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
+        x, values, alpha, operand, flag, *base = ctx.saved_tensors
+        pattern = ctx.pattern
         dx = dbias = dvalues = dalpha = None
-        if ctx.needs_input_grad[0]:
+        needs_dx, needs_dbias, needs_dvalues, needs_dalpha, *_ = ctx.needs_input_grad
+        if needs_dx:
             if flag is not None:
                 dx = torch.ops.rigsa.linear_dx(dy, base, values, alpha, pattern, flag)
             elif ctx.exact:
@@ -164,12 +171,14 @@ class _GatedLinear(torch.autograd.Function):
                 dx = torch.ops.rigsa.add_scaled(dy @ base[0], dy @ operand, alpha)
             else:
                 dx = dy @ operand
-        if ctx.needs_input_grad[1]:
+        if needs_dbias:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            narrow = pattern if ctx.columns is None else ctx.columns.pattern
-            dvalues, dalpha = _dvalues(dy, x, values, alpha, narrow)
-        return dx, dbias, dvalues, dalpha, None, None, None, None, *(None for _ in indices)
+        if needs_dvalues or needs_dalpha:
+            dvalues, dalpha = _dvalues(dy, x, values, alpha, ctx.pattern_of_x)
+        return dx, dbias, dvalues, dalpha, None, None, None, None, None
+
+
+_refusing_a_second_derivative = once_differentiable(_GatedLinear._gradients)
 
 
 def _delta(values: Tensor, like: Tensor, pattern: list[Tensor]) -> Tensor:
@@ -191,7 +200,7 @@ def apply_gated_linear(
     columns: Columns | None = None,
 ) -> Tensor:
     """`gated_linear` of arguments that a layer has checked once for many calls; `columns` are its `kept_columns`."""
-    return _GatedLinear.apply(x, bias, values, alpha, operand, exact, columns, len(base), *base, *pattern)
+    return _GatedLinear.apply(x, bias, values, alpha, operand, exact, columns, base, pattern)
 
 
 def gated_linear(

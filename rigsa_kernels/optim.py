@@ -33,7 +33,7 @@ from torch import Tensor
 
 from rigsa_kernels.adamw import check_options, hyper_parameters, move_codes, random_key
 from rigsa_kernels.format import carry
-from rigsa_kernels.in_place import after_step
+from rigsa_kernels.in_place import after_step, living_layers
 from rigsa_kernels.launches import (
     Launch,
     Members,
@@ -44,7 +44,9 @@ from rigsa_kernels.launches import (
     local_part,
 )
 from rigsa_kernels.library import on_first_use
+from rigsa_kernels.linear import GatedSparseLinear
 from rigsa_kernels.replace import gated_linears
+from rigsa_kernels.roles import GATE, VALUES, parameters_called
 from rigsa_kernels.switching import Switch
 
 _update_on_cuda = on_first_use("triton_adamw.update_")
@@ -80,14 +82,17 @@ class MaskedAdamW(torch.optim.Optimizer):
         params: a model with gated sparse layers, whose trainable parameters are sorted into groups by
             `parameter_groups`; or its named parameters, ``(name, parameter)``, sorted in the same way; or a list of
             groups as in any ``torch.optim`` class, each with its own options, where gates that stand in one group
-            with others by name get a group of their own. Parameters are float32 or bfloat16 (float64 on a CPU);
-            bfloat16 is rounded stochastically.
+            with others get a group of their own. Parameters are float32 or bfloat16 (float64 on a CPU); bfloat16 is
+            rounded stochastically.
         lr: step size.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: of the values; the paper's 1.0 (section 4.4) by default.
         alpha_lr: step size of the gates; that of the others by default.
         alpha_weight_decay: of the gates; 0 by default.
+        other_weight_decay: of what is trained beside the gated layers, such as a new head or the norms, which the
+            paper's 1.0 would pull to zero: 0 by default. None gives them that of the values. It does not apply to a
+            list of groups, which have their own.
         state_dtype: of the moments: ``"float32"`` (float64 beside float64 parameters), ``"bfloat16"`` (rounded
             stochastically) or ``"int8"`` (codes with a scale for every 256 values: Dettmers et al. 2022). 8, 4 and 2
             bytes a value. Gates keep float32: they are one value each.
@@ -98,8 +103,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     Under ``transformers.Trainer`` pass ``optimizers=(MaskedAdamW(model, ...), None)``, or
     ``optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, ...})``, which makes it when training begins. Without
-    ``"model"`` the Trainer passes groups of nameless parameters, in which gates cannot be told from values, and
-    whose weight decay is that of the ``TrainingArguments``.
+    ``"model"`` the Trainer passes groups of nameless parameters: gates are told there, too, but the weight decay of all
+    else is that of the ``TrainingArguments``.
     """
 
     def __init__(
@@ -112,23 +117,30 @@ class MaskedAdamW(torch.optim.Optimizer):
         *,
         alpha_lr: float | None = None,
         alpha_weight_decay: float | None = None,
+        other_weight_decay: float | None = 0.0,
         state_dtype: StateDtype = "float32",
         seed: int = 0,
     ) -> None:
-        groups = _groups(params, lr, alpha_lr, alpha_weight_decay)
+        groups = _groups(params, lr, alpha_lr, alpha_weight_decay, other_weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(groups, defaults | {"state_dtype": state_dtype, "seed": seed})
         self._remembered: Remembered = {}
         self._model: Callable[[], nn.Module | None] = lambda: None
         if isinstance(params, nn.Module):
-            self._model, self._places = weakref.ref(params), _places(params, self.param_groups)
-        self._switch = Switch(gated_linears(params).values() if isinstance(params, nn.Module) else [])
+            self._model, self._places = weakref.ref(params), _places(params.named_modules(), self.param_groups)
+            layers = list(gated_linears(params).values())
+        else:
+            layers = _layers_of(self.param_groups)
+            names = [(f"a {layer.out_features} x {layer.in_features} layer", layer) for layer in layers]
+            self._places = _places(names, self.param_groups)
+        self._switch = Switch(layers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, which leave out what is only remembered."""
         super().__setstate__(state)
         self.__dict__.setdefault("_remembered", {})
         self.__dict__.setdefault("_model", lambda: None)
+        self.__dict__.setdefault("_places", [])
         self.__dict__.setdefault("_switch", Switch([]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -187,15 +199,18 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _check_places(self) -> None:
         """Raises ValueError where a layer of the model holds another parameter now than the one given to us.
 
-        Of a model that nobody else holds any more there is nothing to check.
+        Of layers that nobody else holds any more there is nothing to check.
         """
-        if self._model() is None:
-            return
+        model_lives = self._model() is not None
         groups = [group["params"] for group in self.param_groups]
         lost = [
             name
             for layer, attribute, name, index, at in self._places
-            if (module := layer()) is None or module._parameters.get(attribute) is not groups[index][at]
+            if (
+                model_lives
+                if (module := layer()) is None
+                else module._parameters.get(attribute) is not groups[index][at]
+            )
         ]
         if lost:
             raise ValueError(
@@ -416,9 +431,12 @@ def _is_for_pytorch(columns: list[list[Tensor]]) -> bool:
 
 
 def parameter_groups(
-    model: nn.Module, alpha_lr: float | None = None, alpha_weight_decay: float = 0.0
+    model: nn.Module,
+    alpha_lr: float | None = None,
+    alpha_weight_decay: float = 0.0,
+    other_weight_decay: float | None = 0.0,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of `model` in two groups: all but the gates, and the gates with their own options.
+    """The trainable parameters of `model` in groups: values, what is trained beside the layers, and gates.
 
     For any ``torch.optim`` class. Under ``transformers.Trainer``, whose own groups would decay the gates, say
     ``optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": parameter_groups(model), "lr": ..., ...})``.
@@ -427,9 +445,11 @@ def parameter_groups(
         model: with gated sparse layers.
         alpha_lr: step size of the gates; the optimiser's own by default.
         alpha_weight_decay: of the gates.
+        other_weight_decay: of what is trained beside the gated layers, such as a new head; None leaves it in one group
+            with the values, whose decay it shares, as does a model without gated layers.
 
     Returns:
-        Groups of named parameters, ``(name, parameter)``. The second is left out where the model has no gate.
+        Groups of named parameters, ``(name, parameter)``; one that would be empty is left out.
 
     Raises:
         ValueError: `model` has no trainable parameter.
@@ -437,16 +457,23 @@ def parameter_groups(
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ValueError("params: the model has no trainable parameter; call replace_linears(model) first")
-    return _gates_apart([{"params": named}], alpha_lr, alpha_weight_decay)
+    return _gates_apart(_others_apart(named, other_weight_decay), alpha_lr, alpha_weight_decay)
 
 
-def _groups(params: Any, lr: float, alpha_lr: float | None, alpha_weight_decay: float | None) -> list[dict[str, Any]]:
+def _groups(
+    params: Any,
+    lr: float,
+    alpha_lr: float | None,
+    alpha_weight_decay: float | None,
+    other_weight_decay: float | None,
+) -> list[dict[str, Any]]:
     """What `MaskedAdamW` was given, as groups with the gates apart."""
     if isinstance(params, nn.Module):
-        return parameter_groups(params, lr if alpha_lr is None else alpha_lr, alpha_weight_decay or 0.0)
+        alpha_lr = lr if alpha_lr is None else alpha_lr
+        return parameter_groups(params, alpha_lr, alpha_weight_decay or 0.0, other_weight_decay)
     params = list(params)
     if params and all(isinstance(item, tuple) for item in params):
-        params = [{"params": [item for item in params if item[1].requires_grad]}]
+        params = _others_apart([item for item in params if item[1].requires_grad], other_weight_decay)
     if not all(isinstance(item, dict) for item in params):
         raise ValueError(
             "params: expected a model or a list of groups, got bare parameters, among which gates cannot be told "
@@ -455,8 +482,8 @@ def _groups(params: Any, lr: float, alpha_lr: float | None, alpha_weight_decay: 
     groups = _gates_apart(params, alpha_lr, alpha_weight_decay or 0.0)
     if len(groups) == len(params) and not (alpha_lr is None and alpha_weight_decay is None):
         raise ValueError(
-            "alpha_lr, alpha_weight_decay: expected none beside groups in which no gate can be told from values by "
-            "its name; pass the model (under a Trainer as optimizer_cls_and_kwargs=(MaskedAdamW, {'model': model}))"
+            "alpha_lr, alpha_weight_decay: expected none beside groups without a gate among other parameters; pass the "
+            "model (under a Trainer as optimizer_cls_and_kwargs=(MaskedAdamW, {'model': model}))"
         )
     return groups
 
@@ -464,28 +491,54 @@ def _groups(params: Any, lr: float, alpha_lr: float | None, alpha_weight_decay: 
 def _gates_apart(
     groups: list[dict[str, Any]], alpha_lr: float | None, alpha_weight_decay: float
 ) -> list[dict[str, Any]]:
-    """`groups` of which each that holds gates and others, by name, has given its gates to a group of their own."""
+    """`groups` of which each that holds gates and others has given its gates to a group of their own."""
     options = {"weight_decay": alpha_weight_decay, "state_dtype": "float32"}
     options |= {} if alpha_lr is None else {"lr": alpha_lr}
-    others, apart = [], []
+    others, apart, known = [], [], parameters_called(GATE)
     for group in groups:
-        params = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
-        gates = [item for item in params if isinstance(item, tuple) and item[0].rpartition(".")[2] == "rigsa_alpha"]
-        if 0 < len(gates) < len(params):
-            kept = {id(item[1]) for item in gates}
-            others.append(group | {"params": [item for item in params if id(item[1]) not in kept]})
-            apart.append(group | {"params": gates} | options)
-        else:
+        if isinstance(group["params"], set):  # which PyTorch refuses
             others.append(group)
+            continue
+        params = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
+        is_gate = [id(_parameter(item)) in known for item in params]
+        if any(is_gate) and not all(is_gate):
+            others.append(group | {"params": [item for item, own in zip(params, is_gate, strict=True) if not own]})
+            apart.append(group | {"params": [item for item, own in zip(params, is_gate, strict=True) if own]} | options)
+        else:
+            others.append(group | {"params": params})
     return others + apart
 
 
-def _places(model: nn.Module, groups: list[dict[str, Any]]) -> list[tuple[weakref.ref[nn.Module], str, str, int, int]]:
-    """Where `model` holds each parameter of `groups`: layer, attribute, qualified name, group and position."""
+def _others_apart(named: Sequence[tuple[str, Tensor]], other_weight_decay: float | None) -> list[dict[str, Any]]:
+    """Values and gates in one group, what is trained beside them in another one, with its own decay."""
+    ours = parameters_called(GATE) | parameters_called(VALUES)
+    beside = [item for item in named if id(item[1]) not in ours]
+    if other_weight_decay is None or len(beside) in (0, len(named)):
+        return [{"params": list(named)}]
+    own = [item for item in named if id(item[1]) in ours]
+    return [{"params": own}, {"params": beside, "weight_decay": other_weight_decay}]
+
+
+def _parameter(item: Any) -> Tensor:
+    """Of a named parameter or a nameless one."""
+    return cast(Tensor, item[1] if isinstance(item, tuple) else item)
+
+
+def _layers_of(groups: list[dict[str, Any]]) -> list[GatedSparseLinear]:
+    """The gated layers whose values are in `groups`, in their order there."""
+    numbers = {id(param): number for number, param in enumerate(param for group in groups for param in group["params"])}
+    found = {numbers[values]: layer for layer in living_layers() if (values := id(layer.rigsa_values)) in numbers}
+    return [found[number] for number in sorted(found)]
+
+
+def _places(
+    modules: Iterable[tuple[str, nn.Module]], groups: list[dict[str, Any]]
+) -> list[tuple[weakref.ref[nn.Module], str, str, int, int]]:
+    """Where `modules` hold each parameter of `groups`: layer, attribute, qualified name, group and position."""
     positions = {param: (index, at) for index, group in enumerate(groups) for at, param in enumerate(group["params"])}
     return [
         (weakref.ref(module), attribute, f"{prefix}.{attribute}".lstrip("."), *positions[param])
-        for prefix, module in model.named_modules()
+        for prefix, module in modules
         for attribute, param in module._parameters.items()
         if param in positions
     ]

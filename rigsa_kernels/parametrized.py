@@ -45,7 +45,11 @@ class _ComposedWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         values, alpha = ctx.saved_tensors
-        at_pattern = ctx.pattern.gather(grad).to(alpha.dtype)
+        at_pattern = grad
+        if not ctx.pattern.is_dense:
+            at_pattern = grad.new_empty(values.numel())
+            torch.ops.rigsa.gather_free_([at_pattern], [grad.contiguous()], ctx.pattern.tensors)
+        at_pattern = at_pattern.to(alpha.dtype, copy=at_pattern is grad)
         dalpha = torch.dot(values.to(alpha.dtype).view(-1), at_pattern.view(-1)).view(1)
         return at_pattern.mul_(alpha).to(values.dtype), dalpha, None, None
 

@@ -48,6 +48,11 @@ def after_replacing(hook: Callable[[nn.Module], object]) -> None:
     _after_replacing.append(hook)
 
 
+def hooks_after_replacing() -> tuple[Callable[[nn.Module], object], ...]:
+    """What is called at the end of every `replace_linears`, in this order."""
+    return tuple(_after_replacing)
+
+
 VALUES_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES_IN_SUMMARY = 8
 
@@ -105,9 +110,9 @@ def replace_linears(
 
     Raises:
         ValueError: an option is out of range; nothing to replace, or a pattern that names nothing; `model` is itself a
-            linear layer; a `density` that leaves a layer without a free entry; a layer that is too wide for a pattern,
-            a 4-bit layer of a shape that cannot be decoded, or two layers that would draw the same initial values.
-            `model` is unchanged.
+            linear layer, or carries adapters of this method under PEFT; a `density` that leaves a layer without a free
+            entry; a layer that is too wide for a pattern, a 4-bit layer of a shape that cannot be decoded, or two
+            layers that would draw the same initial values. `model` is unchanged.
     """
     modules_to_save = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
     _check_options(seed, init_scale, values_dtype)
@@ -117,6 +122,7 @@ def replace_linears(
             "replaced inside itself; pass nn.Sequential(model)"
         )
     check_modules_to_save(model, modules_to_save)
+    refuse_adapters_of_peft(model)
     linears, skipped = select_linears(model, include, exclude, modules_to_save)
     weights, others = select_weights(model, linears, include, exclude, modules_to_save, by_weight)
     linears = {name: linear for name, linear in linears.items() if name not in {*weights, *(one for one, _ in others)}}
@@ -152,6 +158,17 @@ def replace_linears(
     for hook in _after_replacing:
         hook(model)
     return model
+
+
+def refuse_adapters_of_peft(model: nn.Module) -> None:
+    """Raises ValueError where the gated layers of `model` are adapters that PEFT holds, beside the layers."""
+    of_peft = adapters_of_peft(model)
+    name = next((name for name in gated_linears(model) if of_peft(name)), None)
+    if name is not None:
+        raise ValueError(
+            f"model: its adapters are PEFT's ({name}, ...), which adds, merges and takes them out itself: "
+            "model.add_adapter, model.merge_adapter, model.merge_and_unload(), model.unload()"
+        )
 
 
 def _check_options(seed: int, init_scale: float, values_dtype: torch.dtype | None) -> None:
@@ -293,9 +310,10 @@ def restore_linears(model: M) -> M:
     Parameters stay frozen, as `replace_linears` left them. Hooks go with the layer.
 
     Raises:
-        ValueError: `model` is itself a gated layer, or a layer has a `forward` of the instance's own. `model` is
-            unchanged.
+        ValueError: `model` is itself a gated layer or carries adapters of this method under PEFT, or a layer has a
+            `forward` of the instance's own. `model` is unchanged.
     """
+    refuse_adapters_of_peft(model)
     layers = gated_linears(model)
     check_replaceable(layers)
     linears = {}
@@ -337,13 +355,18 @@ def check_replaceable(layers: Mapping[str, nn.Module]) -> None:
 
 
 def gated_linears(model: nn.Module) -> dict[str, GatedSparseLinear]:
-    """Qualified name to layer, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GatedSparseLinear)}
+    """Qualified name to layer, in the model's order. Of several adapters of one weight it is the one in use."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GatedSparseLinear) and not module.waiting
+    }
 
 
 def adapter_summary(model: nn.Module) -> str:
     """One line: how many layers carry a difference, how many weights they have and how many of them are free, which
-    share that is of all weights in the model's matrices, and which of those are left out."""
+    share that is of all weights in the model's matrices, which of those are left out, and how many layers round their
+    difference away."""
     layers = gated_linears(model).values()
     weights = sum(layer.num_weights for layer in layers)
     free = sum(layer.rigsa_values.numel() for layer in layers)
@@ -351,7 +374,14 @@ def adapter_summary(model: nn.Module) -> str:
     others = left_out(model)
     total = weights + sum(others.values())
     summary += f"; they hold {weights / max(total, 1):.2%} of the model's {total:,} weights in matrices"
-    return f"{summary}, which leaves out {_by_kind(others)}" if others else summary
+    summary += f", which leaves out {_by_kind(others)}" if others else ""
+    read = [layer for layer in layers if isinstance(layer, GatedSparseWeight) and layer.dtype in HALF_DTYPES]
+    if read:
+        summary += (
+            f"; {len(read)} of the layers are read as weights in 16 bits, which rounds a small difference away "
+            "(rounding_losses says how much, verify_adapted names those whose gate is not open enough)"
+        )
+    return summary
 
 
 def left_out(model: nn.Module) -> dict[str, int]:

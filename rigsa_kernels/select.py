@@ -50,9 +50,8 @@ def _blocks(
         if values is None:
             yield rows, free, None
             continue
-        block = torch.zeros(free.shape)
-        block.masked_scatter_(free, values.view(-1)[stored].float())
-        yield rows, free, block
+        found = values.view(-1)[stored].float()
+        yield rows, free, torch.zeros(free.shape).masked_scatter_(free, found) if pattern else found.view(free.shape)
 
 
 def _same_sign(
@@ -97,8 +96,8 @@ def _digit_counts(
 ) -> Tensor:
     counts = candidates.new_zeros(DIGITS + 1, dtype=torch.int64)
     for _, keys, chosen, block in _keys(values, candidates, pattern, in_features, by, seed, key):
-        digits = (keys[chosen] ^ prefix) >> shift
-        counts[:DIGITS] += torch.bincount(digits[digits < DIGITS], minlength=DIGITS)
+        digits = (keys ^ prefix) >> shift
+        counts[:DIGITS] += torch.bincount(digits[chosen & (digits < DIGITS)], minlength=DIGITS)
         if block is not None:
             counts[DIGITS] += (~block.isfinite()).sum()
     return counts

@@ -103,7 +103,7 @@ def select_weights(
 
     A weight has the name of its layer, any other parameter its own.
     """
-    read = _read_by_the_parent(model)
+    read = read_by_the_parent(model)
     by_name = {name: linear for name, linear in linears.items() if name in read or matches(name, linear, by_weight)}
     selected = {
         name: Weight(linear, "weight", linear.in_features)
@@ -114,7 +114,7 @@ def select_weights(
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     of_peft, saved = adapters_of_peft(model), _below(model, modules_to_save)
     for module_name, module in model.named_modules():
-        for weight in _own_matrices(module):
+        for weight in own_matrices(module):
             name = f"{module_name}.{weight.name}".removeprefix(".").removesuffix(".weight")
             if of_peft(name) or module_name in saved:
                 continue
@@ -129,15 +129,16 @@ def select_weights(
     return selected, skipped
 
 
-def adaptable(model: nn.Module) -> dict[str, int]:
-    """Name to number of weights of every layer and parameter that `replace_linears` would adapt by itself."""
-    linears, _ = select_linears(model, "*", ())
-    weights, _ = select_weights(model, linears, "*", ())
+def adaptable(model: nn.Module, include: Selection = "*", exclude: Sequence[str] = ()) -> dict[str, int]:
+    """Name to number of weights of every layer and parameter that `replace_linears` would adapt with these patterns."""
+    linears, _ = select_linears(model, include, exclude)
+    weights, _ = select_weights(model, linears, include, exclude)
     found = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
     return found | {name: weight.parameter.numel() for name, weight in weights.items()}
 
 
-def _own_matrices(module: nn.Module) -> Iterator[Weight]:
+def own_matrices(module: nn.Module) -> Iterator[Weight]:
+    """The parameters of `module` itself that code is known to multiply by."""
     names = [name for kind, names in READ_BY_THEMSELVES.items() if isinstance(module, kind) for name in names]
     for name, parameter in module._parameters.items():
         if parameter is None:
@@ -150,7 +151,8 @@ def _own_matrices(module: nn.Module) -> Iterator[Weight]:
             yield Weight(module, name, parameter.shape[0])  # transformers' weight is [in, out]
 
 
-def _read_by_the_parent(model: nn.Module) -> set[str]:
+def read_by_the_parent(model: nn.Module) -> set[str]:
+    """Names of linear layers that are known to be read by the module around them, and not called."""
     found = set()
     for name, module in model.named_modules():
         for kind, children in READ_BY_THE_PARENT:

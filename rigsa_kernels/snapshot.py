@@ -14,12 +14,13 @@ class Snapshot:
     an exchange of ``.data`` moves the address.
     """
 
-    __slots__ = ("_aliases", "_marks", "_tensors")
+    __slots__ = ("_aliases", "_are_plain", "_marks", "_tensors")
 
     def __init__(self, *tensors: Tensor) -> None:
         self._tensors = tensors
         self._aliases = tuple(tensor.detach() for tensor in tensors)
         self._marks = tuple(_mark(tensor) for tensor in tensors)
+        self._are_plain = not any(None in mark for mark in self._marks)
 
     def same_address(self, tensor: Tensor) -> bool:
         """Whether the first tensor still lies where it lay."""
@@ -27,8 +28,11 @@ class Snapshot:
 
     def is_of(self, *tensors: Tensor) -> bool:
         """Whether these are the same tensors, and nobody has written to them since."""
-        for tensor, seen, mark in zip(tensors, self._tensors, self._marks, strict=True):
-            if tensor is not seen or _mark(tensor) != mark:
+        if not self._are_plain:
+            marks = zip(tensors, self._tensors, self._marks, strict=True)
+            return all(tensor is seen and _mark(tensor) == mark for tensor, seen, mark in marks)
+        for tensor, seen, (address, version) in zip(tensors, self._tensors, self._marks, strict=True):
+            if tensor is not seen or tensor._version != version or tensor.data_ptr() != address:  # in every pass
                 return False
         return True
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rigsa_kernels.dispatch import HALF_DTYPES
-from rigsa_kernels.linear import GatedSparseLinear
+from rigsa_kernels.linear import GatedSparseLinear, layer_starts
 
 
 class Switch:
@@ -30,6 +30,7 @@ class Switch:
             for layer in layers
             if layer.numerics == "auto" and layer.dtype in HALF_DTYPES and not layer.is_nf4
         ]
+        self._found: tuple[int, list[weakref.ref[GatedSparseLinear]]] | None = None
         self._measured: Tensor | list[bool] | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -73,8 +74,13 @@ class Switch:
             self._measured, self._copied = list(state["measured"]) or None, None
 
     def _present(self) -> list[GatedSparseLinear]:
-        layers = [layer for reference in self._layers if (layer := reference()) is not None]
-        return [layer for layer in layers if layer.decides_by_optimizer()]
+        """Those that are still there and on a device that decides. Who that is changes only where a layer starts anew,
+        so a model on a CPU costs nothing here."""
+        starts = layer_starts()
+        if self._found is None or self._found[0] != starts:
+            layers = [layer for reference in self._layers if (layer := reference()) is not None]
+            self._found = starts, [weakref.ref(layer) for layer in layers if layer.decides_by_optimizer()]
+        return [layer for reference in self._found[1] if (layer := reference()) is not None]
 
     def _resolve(self) -> list[bool] | None:
         if self._copied is not None:

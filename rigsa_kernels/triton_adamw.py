@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels import adamw
+from rigsa_kernels import adamw, triton_tables
 from rigsa_kernels.triton_tables import (
     COLUMNS,
     TYPES,
@@ -215,6 +215,10 @@ def adamw_(
     update_(columns, addresses, numbers, hyper, adamw.random_key(seed, step), {})
 
 
+MOST_KNOWN = 8
+"""Tables of one set of tensors that are kept: an allocator gives gradients a few places and comes back to them."""
+
+
 def update_(
     columns: list[list[Tensor]],
     addresses: list[list[int]],
@@ -240,8 +244,7 @@ def update_(
     if not held:
         held["rows"] = filled([*addresses, [param.numel() for param in columns[0]], numbers])
     if held.get("for") != (addresses[1], stream):
-        held["rows"][1::COLUMNS] = array("q", addresses[1])
-        held["tables"] = _on_device(held["rows"].tobytes(), device, stream)
+        held["tables"] = _tables(held, addresses[1], device, stream)
         held["for"] = (addresses[1], stream)
     for table, aligned in held["tables"]:
         with torch.cuda.device_of(table.rows):
@@ -250,6 +253,32 @@ def update_(
                 *(TYPES[column[0].dtype] for column in columns[:4]), CHUNK=CHUNK, ALIGNED=aligned,
                 num_warps=NUM_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
+
+
+def _tables(held: dict[str, Any], grads: list[int], device: torch.device, stream: int) -> list[tuple[Table, bool]]:
+    """`_on_device` with other gradients. A step of a small model waits for this, so what is known is not made again."""
+    key = (tuple(grads), stream)
+    known = held.setdefault("known", {})
+    if key in known:
+        return known[key]
+    if len(known) >= MOST_KNOWN:
+        known.clear()
+    held["rows"][1::COLUMNS] = array("q", grads)
+    usual = held.get("usual", {}).get(stream)
+    places = torch.frombuffer(held["rows"], dtype=torch.int64).view(-1, COLUMNS)[:, 1]
+    if usual is not None and not (places % ALIGNMENT).any():
+        rows = usual.rows.clone()
+        rows[:, 1] = places
+        known[key] = [(usual._replace(rows=triton_tables.sent(rows, device)), True)]
+    else:
+        content = held["rows"].tobytes()
+        known[key] = tables = _on_device(content, device, stream)
+        if len(tables) == 1 and tables[0][1] and tables[0][0].rows.shape[0] == len(grads):  # all aligned, none empty
+            rows = read(content)
+            programs = (rows[:, 5] + CHUNK - 1) // CHUNK
+            rows[:, -1] = programs.cumsum(0) - programs
+            held.setdefault("usual", {})[stream] = tables[0][0]._replace(rows=rows)
+    return known[key]
 
 
 @functools.lru_cache(maxsize=64)

@@ -106,7 +106,7 @@ def _supported(driver: Any, device: int) -> int:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """``[..., C]`` as ``[M, C]`` whose entries of a row are adjacent: a view where one exists, else a copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 

@@ -11,14 +11,20 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rigsa_kernels.dispatch import HALF_DTYPES
+from rigsa_kernels.linear import GatedSparseLinear, rms
 from rigsa_kernels.replace import gated_linears
 
 NEVER_CALLED = "its forward was never called, so something reads its weight, which is W0, or does not use it at all"
 NO_GRADIENT = "its values get no gradient"
+ROUNDED_AWAY = (
+    "its difference is added to a weight in 16 bits, and rounding takes most of it away until its gate opens further "
+    "(rounding_losses says how much): start with a larger alpha_init, or use a model in float32"
+)
 
 
 def verify_adapted(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, str]:
-    """Run `model` on the inputs and name the adapted layers that this does not reach.
+    """Run `model` on the inputs and name the adapted layers that this does not reach, or whose adapter it rounds away.
 
     Code that reads ``child.weight`` in place of calling ``child`` goes past the difference. Many such places are known
     and adapted otherwise (`GatedSparseWeight`); adapt another one with ``replace_linears(..., by_weight="*name")``.
@@ -55,7 +61,17 @@ def verify_adapted(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str,
             wrong[name] = NEVER_CALLED
         elif number in without_gradient:
             wrong[name] = NO_GRADIENT
+        elif rounds_away(layers[name]):
+            wrong[name] = ROUNDED_AWAY
     return wrong
+
+
+@torch.no_grad()
+def rounds_away(layer: GatedSparseLinear) -> bool:
+    """Whether a layer adds its difference to a 16-bit weight that loses most of it. A closed gate has none to lose."""
+    if layer.numerics != "composed" or layer.dtype not in HALF_DTYPES:
+        return False
+    return bool(layer.rigsa_alpha * rms(layer.rigsa_values)) and not layer.is_safe(layer.dtype).item()
 
 
 def _sum(outputs: list[Tensor]) -> Tensor:

@@ -462,3 +462,26 @@ class TestLossCurves:
         with pytest.raises(SystemExit, match=r"error: --out .*\.gif: expected"):
             main([str(good), "--out", str(tmp_path / "x.gif")])
         assert not out.exists()
+
+
+def test_the_host_does_little_more_for_a_gated_layer_than_its_gradient_takes():
+    """Counted, as time is noise; the floor does nothing but the products and the launch of a kernel."""
+    pytest.importorskip("triton")
+    from unittest import mock
+
+    from benchmarks import layer_host
+    from benchmarks.optimizer_host import calls, without_device
+    from rigsa_kernels import ops, triton_gather
+
+    with without_device(), mock.patch.object(ops, "_dvalues", triton_gather.checked_dvalues):
+        found = {}
+        for name, provider in layer_host.providers().items():
+            once = layer_host._pass(provider)
+            once()
+            found[name] = calls(once)
+    floor = found[layer_host.GATHERING]
+    assert found[layer_host.PLAIN] < found[layer_host.FUNCTION] < floor
+    assert max(found[layer_host.TICKET], found[layer_host.LEVEL_0]) <= floor + 25, found
+    timed = layer_host.measure(number=2, repeats=1)
+    assert timed.keys() == found.keys()
+    assert min(timed.values()) > 0

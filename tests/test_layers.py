@@ -13,9 +13,20 @@ RIG = "rigsa/experiments"
 FLOORS = {
     "kernels": ["rigsa_kernels/*"],
     "library": ["rigsa/*"],
+    "peft": ["rigsa/registration", "rigsa/peft_tuner/*", "rigsa/__init__"],
     "settings": [
         f"{RIG}/{name}"
-        for name in ("bounds", "config", "run_folder", "records", "lock", "hardware", "peak_memory", "distributed")
+        for name in (
+            "bounds",
+            "config",
+            "measures",
+            "run_folder",
+            "records",
+            "lock",
+            "hardware",
+            "peak_memory",
+            "distributed",
+        )
     ],
     "model": [f"{RIG}/{name}" for name in ("model", "attach", "adapter")],
     "tasks": [f"{RIG}/tasks/*", f"{RIG}/tasks/lm_eval_tasks/*"],

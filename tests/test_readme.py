@@ -25,8 +25,7 @@ def test_commands_are_known_to_the_parser(command):
 
 
 def test_options_it_names_exist():
-    helps = " ".join(
-        build_parser()._subparsers._group_actions[0].choices[name].format_help() for name in ("imp", "random-mask")
-    )
+    commands = build_parser()._subparsers._group_actions[0].choices
+    helps = " ".join(commands[name].format_help() for name in ("imp", "random-mask", "merge"))
     for option in set(re.findall(r"`(--[a-z-]+)", README)) - {"--no-deps"}:
         assert option in helps, option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,9 +11,10 @@ from torch import nn
 from benchmarks.gpu_proof.journal import Journal
 from benchmarks.gpu_proof.setting import Setting
 from benchmarks.gpu_proof.timing import wall_of_many
+from benchmarks.layer_host import floors
 from benchmarks.providers import ALPHA, TICKET, ticket_mask
 from rigsa.experiments.train import stepping_in_backward
-from rigsa_kernels import MaskedAdamW, SparsePattern, gated_linears, replace_linears
+from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_linears, replace_linears
 
 SIDE = 64
 """So small that the device is done before the host."""
@@ -30,6 +32,10 @@ def run(setting: Setting, journal: Journal) -> None:
         with journal.guarded(what="forward and backward of a layer", provider=name) as row:
             layer = _layers(setting, density, 1)
             row["host_us"] = wall_of_many(_pass(layer, setting), setting, count) * 1e6
+    plain, ticket = (_layers(setting, density, 1)[0] for density in (None, TICKET))
+    for name, floor in floors(cast(nn.Linear, plain), cast(GatedSparseLinear, ticket)).items():
+        with journal.guarded(what="forward and backward of a layer", provider=name) as row:
+            row["host_us"] = wall_of_many(_pass(floor, setting), setting, count) * 1e6
     model = _layers(setting, TICKET, layers)
     optimizer = MaskedAdamW(model)
     for parameter in model.parameters():
@@ -43,7 +49,7 @@ def run(setting: Setting, journal: Journal) -> None:
         row["host_us"] = wall_of_many(_pass(model, setting), setting, 5) * 1e6
 
 
-def _layers(setting: Setting, density: float | None, count: int) -> nn.Module:
+def _layers(setting: Setting, density: float | None, count: int) -> nn.Sequential:
     linears = (nn.Linear(SIDE, SIDE, bias=False, dtype=torch.bfloat16, device=setting.device) for _ in range(count))
     model = nn.Sequential(*linears)
     if density is None:
@@ -55,7 +61,7 @@ def _layers(setting: Setting, density: float | None, count: int) -> nn.Module:
     return model
 
 
-def _pass(model: nn.Module, setting: Setting) -> Callable[[], None]:
+def _pass(model: Callable[[torch.Tensor], torch.Tensor], setting: Setting) -> Callable[[], None]:
     x = torch.randn(SIDE, SIDE, dtype=torch.bfloat16, device=setting.device, requires_grad=True)
     dy = torch.randn_like(x)
 

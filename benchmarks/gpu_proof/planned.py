@@ -14,6 +14,7 @@ from rigsa.experiments.config import Config
 from rigsa.experiments.memory.plan import GIB, Target, plan_levels
 from rigsa.experiments.model import model_shape
 from rigsa.experiments.presets import PRESETS
+from rigsa.experiments.tasks.task import Size
 
 
 def run(setting: Setting, journal: Journal) -> None:
@@ -28,7 +29,8 @@ def planned_peak(setting: Setting, size: str, density: float) -> int:
     batch = step_batch(setting, size)
     shape = model_shape(f"HuggingFaceTB/SmolLM2-{size}")
     shape.num_hidden_layers = batch.layers
-    plan = plan_levels(Target(shape, _config(batch.prompts, density), torch.device("cuda"), batch.tokens), {0: density})
+    target = Target(shape, _config(batch.prompts, density), torch.device("cuda"), Size(batch.tokens))
+    plan = plan_levels(target, {0: density})
     return plan[0].peak
 
 

@@ -40,7 +40,7 @@ PARTS: dict[int, list[Stage]] = {
         [_section("environment", 25)],
         [
             _section("correct", 120),
-            _section("bits", 60),
+            _section("bits", 120),
             _section("behaviour", 90),
             _section("sanitizer", 120),
             _section("gpu_tests", 120),

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.gpu_proof.journal import Journal
 from benchmarks.gpu_proof.questions import STEPPING, Build, model_of, step_batch
@@ -21,7 +20,7 @@ from benchmarks.gpu_proof.setting import Setting
 from benchmarks.models import check_model, prompts
 from benchmarks.providers import FULL, TICKET_NAME, Trainee
 from benchmarks.shapes import Batch
-from rigsa.experiments.tasks.evaluation import answer_logits
+from rigsa.experiments.tasks.evaluation import training_loss
 
 GIB = 2**30
 REPEATS = 8
@@ -73,7 +72,7 @@ def measure(setting: Setting, batch: Batch, build: Build) -> dict[str, float]:
 
 def stepper(trainee: Trainee, ids: torch.Tensor) -> Callable[[], None]:
     def step() -> None:
-        F.cross_entropy(answer_logits(trainee.model, {"input_ids": ids}), ids[:, 0]).backward()
+        training_loss(trainee.model, {"input_ids": ids, "targets": ids[:, :1]}, len(ids)).backward()
         trainee.optimizer.step()
         trainee.optimizer.zero_grad()
 

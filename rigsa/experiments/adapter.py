@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rigsa.encoding import Layout
 from rigsa.errors import RigsaError
-from rigsa.experiments.records import PRUNING, read_record
-from rigsa.experiments.run_folder import MASK_FILE, PRUNING_FILE
-from rigsa.files import parse_json, require_regular, write_atomically
+from rigsa.experiments.records import AMOUNT, PRUNING, Fields, MapOf, read_record
+from rigsa.experiments.run_folder import ADAPTER_FILE, MASK_FILE, METRICS_FILE, PRUNING_FILE
+from rigsa.files import parse_json, require_regular
+from rigsa.tensor_files import differing, read_header, write_tensors
 from rigsa_kernels import SparsePattern, gated_linears, restore_weights
-from rigsa_kernels.format import WORD_BITS
+from rigsa_kernels.format import WORD_BITS, popcount
 
 FORMAT_VERSION = 3
 TILES = "tiles"
 """In a mask file's head: layer name to the size of its tiles, where a layer has some."""
-Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Name to shape and dtype of the tensors of a file."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -80,17 +77,11 @@ def load_masks(model: nn.Module, path: Path, content: str | None = None) -> dict
             base model.
     """
     layers = gated_linears(model)
-    expected = {name: ((-(-layer.in_features // WORD_BITS), layer.out_features), torch.int32)
+    expected: Layout = {name: (torch.int32, (-(-layer.in_features // WORD_BITS), layer.out_features))
                 for name, layer in layers.items()}  # fmt: skip
     words = _load(path, base_fingerprint(model), expected, content)
-    tiles = _head(path).get(TILES, {})
     try:
-        if not isinstance(tiles, dict) or not all(isinstance(tile, str) for tile in tiles.values()):
-            raise ValueError("tiles: expected the size of each layer's")
-        patterns = {
-            name: _in_tiles(SparsePattern.from_words(words[name], layer.in_features), tiles.get(name))
-            for name, layer in layers.items()
-        }
+        patterns = _patterns(words, {name: layer.in_features for name, layer in layers.items()}, _head(path))
     except ValueError as error:
         raise RigsaError(f"{path} is damaged: {error}") from error
     for name, pattern in patterns.items():
@@ -99,8 +90,18 @@ def load_masks(model: nn.Module, path: Path, content: str | None = None) -> dict
     return patterns
 
 
-def _in_tiles(pattern: SparsePattern, tile: str | None) -> SparsePattern:
-    return pattern if tile is None else SparsePattern.from_mask(pattern.to_mask(), tile)
+def _patterns(
+    words: Mapping[str, Tensor], columns: Mapping[str, int], head: Mapping[str, Any]
+) -> dict[str, SparsePattern]:
+    """The patterns of these bit masks, of tiles where the file's head names their size."""
+    tiles = head.get(TILES, {})
+    if not isinstance(tiles, dict) or not all(isinstance(tile, str) for tile in tiles.values()):
+        raise ValueError("tiles: expected the size of each layer's")
+    found = {name: SparsePattern.from_words(own, columns[name]) for name, own in words.items()}
+    return {
+        name: SparsePattern.from_mask(pattern.to_mask(), tiles[name]) if name in tiles else pattern
+        for name, pattern in found.items()
+    }
 
 
 def load_ticket(model: nn.Module, level: Path) -> dict[str, SparsePattern]:
@@ -118,6 +119,51 @@ def load_ticket(model: nn.Module, level: Path) -> dict[str, SparsePattern]:
             f"{level} and run again"
         )
     return patterns
+
+
+def level_patterns(level: Path) -> dict[str, SparsePattern]:
+    """Layer name to pattern, from a finished level's folder alone.
+
+    A mask does not say how many columns a layer has; they follow from the layer's density in the metrics.
+
+    Raises:
+        RigsaError: a file is missing or damaged, or the level has no gated layers.
+    """
+    densities = read_record(level / METRICS_FILE, Fields({}, {"layer_density": MapOf(AMOUNT)})).get("layer_density")
+    if not densities:
+        raise RigsaError(f"{level}: expected a level of gated layers, got one of another adapter")
+    if not (level / MASK_FILE).exists():
+        return _dense_patterns(level / ADAPTER_FILE, densities)
+    path, content = level / MASK_FILE, read_record(level / PRUNING_FILE, PRUNING)["mask"]
+    words = _load(path, None, _layout_of(path, densities), content)
+    try:
+        return _patterns(words, {name: _columns(words[name], densities[name]) for name in words}, _head(path))
+    except (ValueError, RuntimeError) as error:
+        raise RigsaError(f"{path} does not fit {METRICS_FILE} beside it: {error}") from error
+
+
+def _layout_of(path: Path, names: Iterable[str]) -> Layout:
+    """The tensors in a file that are called `names`."""
+    require_regular(path)
+    try:
+        found = read_header(path, {name: (torch.int32, ()) for name in (*names, "rigsa_alpha")})[1]
+    except (OSError, ValueError) as error:
+        raise RigsaError(f"{path} is damaged ({error}); delete its folder and run again") from error
+    missing = [name for name in names if len(found.get(name, ((), ()))[1]) != 2]
+    if missing:
+        raise RigsaError(f"{path} is damaged (expected a matrix for {missing[0]}); delete its folder and run again")
+    return found
+
+
+def _columns(words: Tensor, density: float) -> int:
+    rows, free = words.shape[1], int(popcount(words).sum())
+    return round(free / max(rows * density, 1e-9))
+
+
+def _dense_patterns(path: Path, densities: Mapping[str, float]) -> dict[str, SparsePattern]:
+    names = {f"{name}.rigsa_values": name for name in densities}
+    found = _layout_of(path, names)
+    return {name: SparsePattern.dense(*found[tensor][1]) for tensor, name in names.items()}
 
 
 def save_adapter(model: nn.Module, path: Path) -> None:
@@ -150,7 +196,7 @@ def read_adapter(model: nn.Module, path: Path, shapes: Mapping[str, tuple[int, .
             finite.
     """
     dtypes = {name: parameter.dtype for name, parameter in trained_parameters(model).items()}
-    expected = {name: (shape, dtypes[name]) for name, shape in shapes.items()}
+    expected = {name: (dtypes[name], shape) for name, shape in shapes.items()}
     tensors = _load(path, base_fingerprint(model), expected)
     for name, tensor in tensors.items():
         if not_finite := int((~tensor.isfinite()).sum()):
@@ -171,36 +217,29 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def _save(tensors: dict[str, Tensor], path: Path, base: str, more: Mapping[str, object] | None = None) -> None:
     # One entry, as safetensors orders several at random, and equal runs write equal files.
     entry = {"version": FORMAT_VERSION, "base": base, "content": tensors_hash(tensors), **(more or {})}
-    metadata = {"rigsa": json.dumps(entry)}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
-
-    write_atomically(path, write)
+    write_tensors(path, tensors, {"rigsa": json.dumps(entry)})
 
 
-def _load(path: Path, base: str, expected: Expected, content: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a file, once all of it fits: version, base, names, shapes, dtypes, hash."""
+def _load(path: Path, base: str | None, expected: Layout, content: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a file, once all of it fits: version, base (where one is given), names, shapes, dtypes, hash."""
     require_regular(path)
     try:
+        metadata, found = read_header(path, expected)
+        entry = _entry(metadata, path)
+        if base is not None and entry.get("base") != base:
+            raise RigsaError(f"{path} belongs to another base model (its weights differ from this model's)")
+        if name := differing(expected, found):
+            there, here = _difference(found.get(name), expected.get(name))
+            raise RigsaError(f"{path} does not fit: {name} is {there} there, the model expects {here}")
         with safe_open(path, framework="pt") as file:
-            entry = _entry(file.metadata(), path)
-            _check_base(entry, base, path)
-            _check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, expected, path)  # noqa: SIM118 (not a dict)
             tensors = {name: file.get_tensor(name) for name in expected}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise RigsaError(f"{path} is damaged ({error}); delete its folder and run again") from error
-    for name, (_, dtype) in expected.items():
-        if tensors[name].dtype != dtype:
-            raise RigsaError(f"{path} does not fit: {name} is {tensors[name].dtype} there, the model expects {dtype}")
-    found = tensors_hash(tensors)
-    if found != entry.get("content"):
+    hashed = tensors_hash(tensors)
+    if hashed != entry.get("content"):
         raise RigsaError(f"{path} is damaged (its content does not have the hash that it names); delete its folder "
                          "and run again")  # fmt: skip
-    if content is not None and found != content:
+    if content is not None and hashed != content:
         raise RigsaError(f"{path} is not the file that the record beside it names; delete their folder and run again")
     return tensors
 
@@ -208,55 +247,19 @@ def _load(path: Path, base: str, expected: Expected, content: str | None = None)
 def _head(path: Path) -> dict[str, Any]:
     """What a file that `_load` has read says of itself."""
     with safe_open(path, framework="pt") as file:
-        return _entry(file.metadata(), path)
+        return _entry(file.metadata() or {}, path)
 
 
-def _entry(metadata: dict[str, str] | None, path: Path) -> dict[str, Any]:
-    text = (metadata or {}).get("rigsa")
-    entry = parse_json(text, f"{path}, its metadata,") if text is not None else None
+def _difference(*tensors: tuple[torch.dtype, tuple[int, ...]] | None) -> list[object]:
+    """In what two tensors differ: their shapes, their dtypes, or that one is not there."""
+    shapes = [tensor and tensor[1] for tensor in tensors]
+    found = [tensor and tensor[0] for tensor in tensors] if shapes[0] == shapes[1] else shapes
+    return ["nothing" if one is None else one for one in found]
+
+
+def _entry(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    text = metadata.get("rigsa")
+    entry = parse_json(text, f"{path}, its metadata,") if isinstance(text, str) else None
     if not isinstance(entry, dict) or entry.get("version") != FORMAT_VERSION:
         raise RigsaError(f"{path}: expected a rigsa file of version {FORMAT_VERSION}, got {entry or 'another file'}")
     return entry
-
-
-def _check_base(entry: dict[str, Any], base: str, path: Path) -> None:
-    if entry.get("base") != base:
-        raise RigsaError(f"{path} belongs to another base model (its weights differ from this model's)")
-
-
-def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Expected, path: Path) -> None:
-    for name in {**found, **expected}:
-        there = found.get(name, "nothing")
-        here = expected[name][0] if name in expected else "nothing"
-        if there != here:
-            raise RigsaError(f"{path} does not fit: {name} is {there} there, the model expects {here}")
-
-
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes what its base model computes, bit for bit. May be nested; nothing trained changes."""
-    gated = [layer for layer in gated_linears(model).values() if layer.enabled]
-    tuners = [tuner for tuner in _tuner_layers(model) if not tuner.disable_adapters]
-    trained = [(parameter, parameter.requires_grad) for tuner in tuners for parameter in tuner.parameters()]
-    try:
-        for layer in gated:
-            layer.enabled = False
-        for tuner in tuners:
-            tuner.enable_adapters(False)
-        yield
-    finally:
-        for layer in gated:
-            layer.enabled = True
-        for tuner in tuners:
-            tuner.enable_adapters(True)
-        for parameter, flag in trained:  # PEFT freezes what it disables, and would train all that it enables
-            parameter.requires_grad_(flag)
-
-
-def _tuner_layers(model: nn.Module) -> list[Any]:
-    """PEFT's layers. It is asked only where it was imported: elsewhere there are none."""
-    if "peft" not in sys.modules:
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

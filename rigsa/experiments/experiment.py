@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from rigsa.errors import RigsaError
@@ -25,9 +25,9 @@ from rigsa.experiments.adapter import (
 )
 from rigsa.experiments.attach import attach
 from rigsa.experiments.config import Config
-from rigsa.experiments.distributed import is_sharded, main_first, wait_for_all
+from rigsa.experiments.distributed import main_first, wait_for_all
 from rigsa.experiments.layer_checks import check_layers
-from rigsa.experiments.model import load_model, resolve_device
+from rigsa.experiments.model import load_model, longest_of, resolve_device
 from rigsa.experiments.records import EARLY_BIRD, PRUNING, REPLIES, RESOURCES, metrics_of, read_record
 from rigsa.experiments.run_folder import (
     ADAPTER_FILE,
@@ -43,11 +43,13 @@ from rigsa.experiments.run_folder import (
 from rigsa.experiments.tasks import source_tasks
 from rigsa.experiments.tasks.drift import drift, replies
 from rigsa.experiments.tasks.evaluation import evaluate
-from rigsa.experiments.tasks.textual_mnist import Images, PromptDataset, Prompts, Splits, load_splits
+from rigsa.experiments.tasks.registry import load_task
+from rigsa.experiments.tasks.task import Task
 from rigsa.experiments.train import read_log, remove_checkpoints, steps_per_level, train_level
 from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
+from rigsa.processes import is_sharded
 from rigsa_kernels import SparsePattern, gated_linears
-from rigsa_kernels.selection import adaptable, select_linears
+from rigsa_kernels.selection import adaptable, check_selection, select_linears
 
 Choose = Callable[["Experiment"], tuple[dict[str, SparsePattern], dict[str, Any]]]
 """A mask strategy: a dense adapter as attached, to the patterns of its layers and what to record of the choice."""
@@ -64,6 +66,39 @@ def _mark_done(folder: Path) -> None:
     mark_done(folder, [name for name in files if not is_temporary(name)])
 
 
+def _check_numbers(config: Config, num_training: int) -> None:
+    """Raises RigsaError where a level of so many training examples has too few steps for its configuration."""
+    steps = steps_per_level(config, num_training)
+    if config.rewind_step >= steps:
+        raise RigsaError(f"--rewind-step: expected less than the {steps} steps of a level, got {config.rewind_step}")
+    if config.method.reads("mask_images") and config.mask_images > num_training:
+        raise RigsaError(f"--mask-images: there are only {num_training} training examples, got {config.mask_images}")
+    if config.logging_steps > steps - config.rewind_step:
+        raise RigsaError(
+            f"--logging-steps: expected at most the {steps - config.rewind_step} steps of a level, so that its log "
+            f"has a line, got {config.logging_steps}"
+        )
+
+
+def adopt(model: nn.Module, patterns: dict[str, SparsePattern]) -> None:
+    """Give every layer its pattern. The layer then is at its initial values, its gate closed."""
+    for name, layer in gated_linears(model).items():
+        layer.set_pattern(patterns[name])
+
+
+def restore_level(model: nn.Module, folder: Path) -> None:
+    """Put the trained adapter in a level's folder on `model`, which carries one as attached, its ticket first.
+
+    Raises:
+        RigsaError: a file is missing, damaged or does not fit.
+    """
+    if is_done(folder):
+        _check_undamaged(folder)
+    if (folder / MASK_FILE).exists():
+        adopt(model, load_ticket(model, folder))
+    load_adapter(model, folder / ADAPTER_FILE)
+
+
 @dataclass
 class Experiment:
     """A run in progress: its configuration, folder, model and data."""
@@ -71,42 +106,27 @@ class Experiment:
     config: Config
     run: Path
     model: PreTrainedModel
-    prompts: Prompts
-    splits: Splits
+    task: Task
     num_weights: int
     """In the linear layers that are adapted."""
 
     @classmethod
     def prepare(cls, config: Config, run: Path) -> Experiment:
         """Load data and model. Raises RigsaError if one of them does not fit the configuration."""
-        splits = load_splits(config.data)
-        splits = Splits(
-            splits.train.first(config.train_images), splits.validation, splits.test.first(config.test_images)
-        )
-        steps = steps_per_level(config, len(splits.train))
-        if config.rewind_step >= steps:
-            raise RigsaError(
-                f"--rewind-step: expected less than the {steps} steps of a level, got {config.rewind_step}"
-            )
-        if config.method.reads("mask_images") and config.mask_images > len(splits.train):
-            raise RigsaError(
-                f"--mask-images: there are only {len(splits.train)} training images, got {config.mask_images}"
-            )
-        if config.logging_steps > steps - config.rewind_step:
-            raise RigsaError(
-                f"--logging-steps: expected at most the {steps - config.rewind_step} steps of a level, so that its log "
-                f"has a line, got {config.logging_steps}"
-            )
-        if max(config.shots) > len(splits.train):
-            raise RigsaError(
-                f"--eval-shots: there are only {len(splits.train)} training images to show, got {config.eval_shots}"
-            )
+        task = load_task(config)
+        _check_numbers(config, task.num_training)
         model, tokenizer = load_model(config, resolve_device(config.device))
-        prompts = Prompts(tokenizer, config.system_prompt)
+        task.meet(tokenizer, longest_of(model.config))
+        _check_numbers(config, task.num_training)
         set_seed(config.seed % 2**32)
-        linears, sizes = select_linears(model, "*", ())[0], adaptable(model)
+        linears, skipped = select_linears(model, config.included, config.excluded)
+        sizes = adaptable(model, config.included, config.excluded)
+        try:
+            check_selection(config.included, list(sizes), skipped)
+        except ValueError as error:
+            raise RigsaError(f"--{error}") from error
         check_layers(config, {name: (one.out_features, one.in_features) for name, one in linears.items()}, sizes)
-        return cls(config, run, model, prompts, splits, sum(sizes.values()))
+        return cls(config, run, model, task, sum(sizes.values()))
 
     def attach(self) -> None:
         """Put what the method trains on the model."""
@@ -119,9 +139,8 @@ class Experiment:
         self.restore(level)
 
     def adopt(self, patterns: dict[str, SparsePattern]) -> None:
-        """Give every layer its pattern. The layer then is at its initial values, its gate closed."""
-        for name, layer in gated_linears(self.model).items():
-            layer.set_pattern(patterns[name])
+        """Give every layer its pattern (`adopt`)."""
+        adopt(self.model, patterns)
 
     def folder(self, level: int) -> Path:
         return level_folder(self.run, level)
@@ -131,12 +150,7 @@ class Experiment:
 
     def restore(self, level: int) -> None:
         """Put the trained adapter of a finished level on the model, its ticket first."""
-        folder = self.folder(level)
-        if is_done(folder):
-            _check_undamaged(folder)
-        if (folder / MASK_FILE).exists():
-            self.adopt(load_ticket(self.model, folder))
-        load_adapter(self.model, folder / ADAPTER_FILE)
+        restore_level(self.model, self.folder(level))
 
     def enter_ticket(self, level: int, choose: Choose) -> None:
         """Choose the ticket of `level`, unless that was done already, and put every layer at its start.
@@ -149,7 +163,7 @@ class Experiment:
                 patterns, record = choose(self)
                 write_json(folder / PRUNING_FILE, record | {"mask": masks_hash(patterns)})
                 save_masks(patterns, folder / MASK_FILE, base_fingerprint(self.model))
-        self.adopt(load_ticket(self.model, folder))
+        adopt(self.model, load_ticket(self.model, folder))
 
     def record_choice(self, level: int, record: dict[str, Any]) -> None:
         """Write down how the first mask of `level` was chosen, for a method that moves it while it trains."""
@@ -161,22 +175,23 @@ class Experiment:
     def test(self, label: str) -> dict[str, Any]:
         """Measure what was learned and what was forgotten.
 
-        Accuracy and loss on the test images per number of examples and on the validation images; the source tasks that
-        the configuration names.
+        Accuracy and loss on the test and the validation examples, the task's own scores, and the source tasks that the
+        configuration names.
         """
         self.model.eval()
-        config = self.config
+        config, size = self.config, self.config.eval_batch_size
         results: dict[str, Any] = {
             "test": {
-                f"{shots}-shot": self._evaluate(self.splits.test, shots, f"{label}: test, {shots}-shot")
-                for shots in config.shots
+                name: evaluate(self.model, samples, size, f"{label}: test, {name}")
+                for name, samples in self.task.tests().items()
             },
-            "validation": self._evaluate(self.splits.validation, config.shots[0], f"{label}: validation"),
+            "validation": evaluate(self.model, self.task.validation(), size, f"{label}: validation"),
         }
+        results["test"] |= self.task.score(self.model, size, label)
         if config.tasks:
             results["source"] = source_tasks.measure(
                 self.model,
-                self.prompts.tokenizer,
+                self.task.conversation.tokenizer,
                 config.tasks,
                 data_dir=config.data_dir,
                 limit=config.limit,
@@ -191,27 +206,15 @@ class Experiment:
         self.model.eval()
         return drift(self.model, read_record(self.run / BASE / REPLIES_FILE, REPLIES))
 
-    def _evaluate(self, images: Images, shots: int, label: str) -> dict[str, Any]:
-        dataset = PromptDataset(images, self.prompts, self._examples(shots))
-        return evaluate(self.model, dataset, self.config.eval_batch_size, label)
-
-    def _examples(self, shots: int) -> Images | None:
-        """The training images that stand as examples before every test image; None for no examples."""
-        if shots == 0:
-            return None
-        return self.splits.train.take(
-            np.random.default_rng(self.config.seed).permutation(len(self.splits.train))[:shots]
-        )
-
     def measure_base(self) -> dict[str, Any]:
         """Measure the untrained model, unless that was done already. Returns its metrics."""
         folder = self.run / BASE
         with main_first():
             if not is_done(folder):
                 if self.config.drift:
-                    spoken = replies(self.model, self.prompts.tokenizer, self.config.system_prompt)
+                    spoken = replies(self.model, self.task.conversation, count=self.config.drift_prompts)
                     write_json(folder / REPLIES_FILE, spoken)
-                metrics = {"tokenizer": self.prompts.fingerprint(), **self.test("untrained")}
+                metrics = {"tokenizer": self.task.conversation.fingerprint(), **self.test("untrained")}
                 write_json(folder / METRICS_FILE, metrics)
                 _mark_done(folder)
         _check_undamaged(folder)
@@ -224,8 +227,7 @@ class Experiment:
         """
         folder, label = self.folder(level), f"level {level}"
         wait_for_all()  # until every process has seen that this level is not done
-        dataset = PromptDataset(self.splits.train, self.prompts)
-        train_level(self.model, dataset, self.config, folder, label, callbacks, first_step)
+        train_level(self.model, self.task.training(), self.config.at_level(level), folder, label, callbacks, first_step)
         if is_sharded(self.model):
             self.reload(level)
         with main_first():

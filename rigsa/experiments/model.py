@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import (
@@ -71,6 +74,24 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def longest_of(shape: PretrainedConfig) -> int | None:
+    """The most tokens that a model takes, prompt and reply together; None if its configuration does not say."""
+    longest: int | None = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
+def load_tokenizer(config: Base) -> Any:
+    """The tokenizer of the base model. Raises RigsaError as `load_model`."""
+    source, options = _locate(config.model)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # a damaged file makes transformers and the hub's client raise dozens of unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RigsaError(
+            f"--model {config.model}: its tokenizer cannot be loaded ({reason}). {GET_EMBEDDED}"
+        ) from error
+
+
 def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """The base model of `config`, frozen and in evaluation mode, and its tokenizer.
 
@@ -78,6 +99,24 @@ def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any
         RigsaError: there is no such model here, or no network and no cached copy; a file of it is damaged; its weights
             are not those of the architecture that it names (`check_weights`); it needs code that it brings along.
     """
+    with _reading_gguf_once() if config.model == EMBEDDED else contextlib.nullcontext():
+        return _load_model(config, device)
+
+
+@contextlib.contextmanager
+def _reading_gguf_once() -> Iterator[None]:
+    """Inside, the header of a GGUF file is parsed once. transformers parses it for the tokenizer, the configuration and
+    the weights, for some seconds each, as it lists every word and merge of the vocabulary."""
+    try:
+        import gguf
+    except ImportError:  # no such file is loaded then, or that is the error
+        yield
+        return
+    with mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
+        yield
+
+
+def _load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any]:
     source, options = _locate(config.model)
     transformers_logging.disable_progress_bar()
     try:
@@ -99,7 +138,7 @@ def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any
         raise RigsaError(f"--model {config.model}: cannot be loaded ({reason}). {GET_EMBEDDED}") from error
     check_weights(config.model, type(model).__name__, found)
     if config.quantize == "nf4":
-        quantize_linears(model, device)
+        quantize_linears(model, device, config.included, config.excluded)
     model.to(device)
     spare_the_head(model)
     return model.requires_grad_(False).eval(), tokenizer
@@ -139,7 +178,9 @@ def spare_the_head(model: PreTrainedModel) -> None:
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
 
-def quantize_linears(model: PreTrainedModel, device: torch.device) -> None:
+def quantize_linears(
+    model: PreTrainedModel, device: torch.device, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> None:
     """The weights of the layers to adapt in NF4 (QLoRA, Dettmers et al. 2023), on `device`, in place.
 
     Layer by layer, so the model never stands on the device in its own dtype. The blocks' scales stay float32: the
@@ -153,7 +194,7 @@ def quantize_linears(model: PreTrainedModel, device: torch.device) -> None:
     except ImportError as error:
         raise RigsaError(f"--quantize nf4: needs bitsandbytes ({error}); pip install bitsandbytes") from error
     options: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
-    for name, linear in select_linears(model, "*", ())[0].items():
+    for name, linear in select_linears(model, include, exclude)[0].items():
         quantized = Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None,
             compute_dtype=linear.weight.dtype, device="meta", **options,

@@ -41,7 +41,7 @@ def quickstart(method: str = "imp", device: str = "auto") -> Config:
         batch_size=8,
         micro_batch_size=8,
         learning_rate=METHODS[method].quickstart_learning_rate,
-        alpha_learning_rate=2e-2,
+        alpha_learning_rate=METHODS[method].quickstart_alpha_learning_rate,
         warmup_steps=30,
         beta2=0.95,
         eval_shots="0",
@@ -52,15 +52,16 @@ def quickstart(method: str = "imp", device: str = "auto") -> Config:
 
 
 def smoke(method: str = "imp", device: str = "auto") -> Config:
-    """The same path in a minute: four steps a level, a few test images. It learns nothing and shows that all runs."""
+    """The same path in a minute: two steps a level, a few test images. It learns nothing and shows that all runs."""
     return dataclasses.replace(
         quickstart(method, device),
         prunings=1,
-        max_steps=4,
+        max_steps=2,
         batch_size=4,
         micro_batch_size=2,
         warmup_steps=1,
-        test_images=32,
+        test_images=16,
+        drift_prompts=4,
         logging_steps=1,
         checkpoint_steps=2,
     )

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config
+from rigsa.experiments.measures import tests_of
 from rigsa.files import parse_json, read_json, read_text
 
 
@@ -85,7 +86,8 @@ LOG_LINE = Fields(
 REPLIES = ListOf(Fields({"prompt": TEXT, "prompt_ids": ListOf(COUNT, 1), "reply_ids": ListOf(COUNT, 1)}, {}), 2)
 FAILURE = Fields({"message": TEXT}, {"exit_code": NUMBER})
 
-_TESTED = Fields({"accuracy": PERCENT, "loss": NUMBER, "images": COUNT}, {})
+_TESTED = Fields({"accuracy": PERCENT, "loss": NUMBER, "tokens": COUNT, "examples": COUNT, "perplexity": NUMBER}, {})
+_ANSWERED = Fields({"accuracy": PERCENT, "stderr": AMOUNT, "examples": COUNT}, {})
 _SCORE = Fields(
     {"score": NUMBER, "stderr": NUMBER},
     {"metric": TEXT, "documents": COUNT, "shots": COUNT, "others": MapOf(Fields({"score": NUMBER}, {}))},
@@ -94,7 +96,8 @@ _SCORE = Fields(
 
 def metrics_of(config: Config, base: bool = False) -> Fields:
     """``metrics.json`` of a level, or of the untrained model."""
-    tested: dict[str, Schema] = {"test": Fields({f"{number}-shot": _TESTED for number in config.shots}, {})}
+    answered: dict[str, Schema] = {config.score: _ANSWERED} if config.is_text and config.score != "none" else {}
+    tested: dict[str, Schema] = {"test": Fields({name: _TESTED for name in tests_of(config)} | answered, {})}
     measured: dict[str, Schema] = {"validation": _TESTED, "source": MapOf(_SCORE)}
     if base:
         return Fields(tested, measured | {"tokenizer": TEXT})

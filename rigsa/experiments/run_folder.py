@@ -27,6 +27,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rigsa.errors import RigsaError
 from rigsa.files import is_done
 
 CONFIG_FILE = "config.json"
@@ -58,3 +59,16 @@ def finished_levels(run: Path) -> list[int]:
         re.fullmatch("level_(0|[1-9][0-9]{0,8})", folder.name) for folder in run.glob("level_*") if is_done(folder)
     ]
     return sorted(int(match[1]) for match in found if match)
+
+
+def finished_level(run: Path, level: int | None) -> int:
+    """`level` itself, or for None the last finished one. Raises RigsaError if it is not finished."""
+    finished = finished_levels(run)
+    if not finished:
+        raise RigsaError(f"{run} has no finished level; let the run finish one first")
+    if level is None:
+        return finished[-1]
+    if level not in finished:
+        known = ", ".join(map(str, finished))
+        raise RigsaError(f"--level: expected a finished level of {run} ({known}), got {level}")
+    return level

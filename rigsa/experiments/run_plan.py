@@ -13,17 +13,15 @@ from rigsa_kernels.selection import adaptable
 
 def describe(experiment: Experiment, plans: Sequence[LevelPlan]) -> str:
     """Model, data, adapter, schedule and memory (that of the level that needs most), one line each."""
-    config, splits = experiment.config, experiment.splits
-    height, width = splits.train.levels.shape[1:]
-    tokens = len(experiment.prompts.encode(splits.train.levels[0]))
-    steps = steps_per_level(config, len(splits.train))
+    config, unit = experiment.config, "examples" if experiment.config.is_text else "prompts"
+    adapted = len(adaptable(experiment.model, config.included, config.excluded))
+    steps = steps_per_level(config, experiment.task.num_training)
     lines = {
         "model": f"{config.model}, {config.dtype} on {experiment.model.device}{_slow(experiment)}",
-        "data": f"{config.data}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
-        f"{len(splits.test):,} test images of {height}x{width}; prompts of {tokens} tokens",
+        "data": experiment.task.describe(),
         "method": f"{config.method}: {config.method.help}",
-        "adapter": f"{len(adaptable(experiment.model))} linear layers with {experiment.num_weights:,} weights",
-        "levels": f"{config.method.summary(config)}; {steps:,} steps of {config.batch_size} prompts each "
+        "adapter": f"{adapted} linear layers with {experiment.num_weights:,} weights",
+        "levels": f"{config.method.summary(config)}; {steps:,} steps of {config.batch_size} {unit} each "
         f"({config.accumulation_steps} x {config.micro_batch_size})",
         "memory": _memory(plans),
         "folder": str(experiment.run),

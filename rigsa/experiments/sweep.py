@@ -43,6 +43,7 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.config import Base, Config, Measuring, fields_of
 from rigsa.experiments.config_file import check_folder, load
 from rigsa.experiments.lock import LOCK_FILE, InUseError, folder_lock, locked
+from rigsa.experiments.measures import accuracies
 from rigsa.experiments.presets import arguments_of
 from rigsa.experiments.run_folder import BASE, CONFIG_FILE, FAILED_FILE, OUTPUT_FILE
 from rigsa.experiments.sweep_plan import WHOLE, Job, Plan, Shard
@@ -125,7 +126,7 @@ def run_sweep(
                 reason = _attempt(job, plan, extra, run, log, unfinished)
             if not reason:
                 try:
-                    print("{test accuracy} at level {level}, {seconds} s".format(**_result(plan.folder(job))))
+                    print("{headline} at level {level}, {seconds} s".format(**_result(plan.folder(job))))
                 except RigsaError as error:
                     reason = f"done, but {error}"
             if reason:
@@ -244,21 +245,22 @@ def _measured(config: Config) -> dict[str, Any]:
 
 
 def _result(folder: Path) -> dict[str, str]:
-    """What the table says of a finished run: its last level, headline test accuracy and seconds of training."""
+    """What the table says of a finished run: its last level, the headline there and the seconds of training."""
     from rigsa.experiments.report.runs import Run
 
     run = Run.read(folder)
-    last = run.levels[-1]
+    last, headline = run.levels[-1], accuracies(run.config)[0]
     return {
         "level": str(last["level"]),
-        "test accuracy": f"{last['test'][f'{run.config.shots[0]}-shot']['accuracy']:.2f} %",
+        "headline": f"{headline.of(last):.2f} %",
         "seconds": f"{sum(level['train_seconds'] for level in run.levels):.0f}",
     }
 
 
 def _table(plan: Plan, jobs: list[Job], unfinished: dict[str, str]) -> str:
     """A line a run, columns padded."""
-    rows = [["run", "level", "test accuracy", "seconds"]]
+    config = plan.jobs[0].config
+    rows = [["run", "level", accuracies(config)[0].name if config.is_text else "test accuracy", "seconds"]]
     for job in jobs:
         if job.name in unfinished:
             rows.append([job.name, unfinished[job.name].split(",")[0], "", ""])

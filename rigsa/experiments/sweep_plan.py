@@ -15,6 +15,7 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.config import OPTIONS, Config, flag
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.presets import PRESETS
+from rigsa.experiments.tasks.registry import recognise
 
 VARIABLE = {name: field for name, field in OPTIONS.items() if name not in ("seed", "match")}
 
@@ -109,7 +110,7 @@ def plan_sweep(
         RigsaError: an unknown method or field, a field that no run reads, a value that does not fit or stands twice,
             or a random mask that no imp run of the sweep has a ticket for.
     """
-    names, numbers = _methods(methods), _seeds(seeds)
+    names, numbers = method_names(methods), _seeds(seeds)
     varied = _varied(vary, names)
     _check_options(options, varied)
     jobs: list[Job] = []
@@ -119,7 +120,7 @@ def plan_sweep(
             settings = dict(zip(varied[method], values, strict=True))
             given = {name: value for name, value in options.items() if METHODS[method].reads(name)} | settings
             usual = PRESETS[preset](method, given.get("device", "auto"))
-            config = dataclasses.replace(usual, **given, seed=seed)
+            config = recognise(dataclasses.replace(usual, **given, seed=seed))
             if config.method.matches and not config.density:
                 jobs += _controls(config, settings, jobs, out)
             else:
@@ -139,15 +140,16 @@ def _controls(config: Config, settings: dict[str, Any], jobs: list[Job], out: Pa
         for job in jobs
         if job.config.method.name == config.method.matches
         and job.config.seed == config.seed
-        and job.config.prunings > 0
+        and job.config.prunings >= max(config.match_level, 1)
         and all(job.varied.get(name, value) == value for name, value in settings.items())
     ]
     if not matched:
         where = "".join(f", {flag(name)} {value}" for name, value in settings.items())
         raise RigsaError(
-            f"--methods {config.method}: no {config.method.matches} run of seed {config.seed}{where} with a ticket is "
-            f"in this sweep to be matched to; add {config.method.matches} to --methods, with the same values, or give "
-            "--density"
+            f"--methods {config.method}: no {config.method.matches} run of seed {config.seed}{where} with "
+            f"{f'a ticket {config.match_level}' if config.match_level else 'a ticket'} is in this sweep to be matched "
+            f"to; add {config.method.matches} to --methods, with the same values"
+            + (", or give --density" if config.method.reads("density") else "")
         )
     controls = []
     for job in matched:
@@ -172,7 +174,8 @@ def _label(name: str, value: Any) -> str:
     return f"{flag(name)}{value}"
 
 
-def _methods(text: str) -> list[str]:
+def method_names(text: str) -> list[str]:
+    """Comma-separated names of methods. Raises RigsaError for another, and for one that stands twice."""
     names = _list("methods", text)
     for name in names:
         if name not in METHODS:

@@ -11,17 +11,17 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer import SCHEDULER_NAME
@@ -41,21 +41,21 @@ from rigsa.experiments.config import Config, Training
 from rigsa.experiments.distributed import (
     accumulation_steps,
     is_main,
-    is_sharded,
     is_sharding,
     main_first,
     num_processes,
     wait_for_all,
-    whole,
 )
 from rigsa.experiments.hardware import hardware, versions
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
 from rigsa.experiments.records import LOG_LINE, read_lines
 from rigsa.experiments.run_folder import ADAPTER_FILE, CHECKPOINTS, LOG_FILE, MASK_FILE, RESOURCES_FILE
-from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
+from rigsa.experiments.tasks.evaluation import target_logits, training_loss
+from rigsa.experiments.tasks.task import Batch, Samples, num_targets
+from rigsa.experiments.tasks.text import TextSamples
 from rigsa.files import read_json, write_json, write_text
-from rigsa_kernels import MaskedAdamW, gated_linears
+from rigsa.processes import is_sharded, whole
+from rigsa_kernels import MaskedAdamW, gated_linears, parameter_groups
 from rigsa_kernels.launches import local_part
 from rigsa_kernels.optim import stepping_in_backward
 from rigsa_kernels.reference import NonFiniteGateError
@@ -64,20 +64,20 @@ _STATE_FILE = "trainer_state.json"
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
-def steps_per_epoch(config: Training, num_images: int) -> int:
-    """Optimiser steps of one pass over the images; a last incomplete batch is dropped.
+def steps_per_epoch(config: Training, num_examples: int) -> int:
+    """Optimiser steps of one pass over the training examples; a last incomplete batch is dropped.
 
     Raises:
-        RigsaError: there are fewer images than one batch needs.
+        RigsaError: there are fewer examples than one batch needs.
     """
-    if num_images < config.batch_size:
-        raise RigsaError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
-    return num_images // config.batch_size
+    if num_examples < config.batch_size:
+        raise RigsaError(f"--batch-size {config.batch_size}: there are only {num_examples} training examples")
+    return num_examples // config.batch_size
 
 
-def steps_per_level(config: Training, num_images: int) -> int:
+def steps_per_level(config: Training, num_examples: int) -> int:
     """Optimiser steps of one level. Raises RigsaError as `steps_per_epoch`."""
-    steps = config.epochs * steps_per_epoch(config, num_images)
+    steps = config.epochs * steps_per_epoch(config, num_examples)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
@@ -86,6 +86,18 @@ class PatternMover(TrainerCallback):
 
     It moves them in `on_step_end`, before a checkpoint of that step is written.
     """
+
+
+class AddsParameters(TrainerCallback):
+    """A callback with parameters of its own. Checkpoints hold them beside the adapter's; what is trained does not."""
+
+    def put_on(self, model: nn.Module) -> None:
+        """Add them, at their start."""
+        raise NotImplementedError
+
+    def take_off(self, model: nn.Module) -> None:
+        """Remove them, and leave what they have made of the adapter."""
+        raise NotImplementedError
 
 
 class EndsEarly(TrainerCallback):
@@ -98,7 +110,7 @@ class EndsEarly(TrainerCallback):
 
 def train_level(
     model: nn.Module,
-    dataset: PromptDataset,
+    samples: Samples,
     config: Config,
     folder: Path,
     label: str,
@@ -111,11 +123,12 @@ def train_level(
 
     Args:
         model: with the adapter at its start.
-        dataset: training images.
+        samples: of the training split.
         config: of the run.
         folder: of the level.
         label: of the progress bar.
-        callbacks: more of them; where there is a `PatternMover`, the level's mask is written before the adapter.
+        callbacks: more of them; where there is a `PatternMover`, the level's mask is written before the adapter, and
+            where one `AddsParameters`, the model has these while it trains.
         first_step: of the schedule; only the steps from there on are made.
 
     Raises:
@@ -126,12 +139,15 @@ def train_level(
         load_trained(model, folder, moving)
         return
     reset_peak_memory()
+    adding = [callback for callback in callbacks if isinstance(callback, AddsParameters)]
+    for callback in adding:
+        callback.put_on(model)
     with main_first():
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is not None:
         check_processes(checkpoint)
         load_trained(model, checkpoint, moving)
-    steps = steps_per_level(config, len(dataset)) - first_step
+    steps = steps_per_level(config, len(samples)) - first_step
     watch = ProgressAndTime(label)
     trainer = LevelTrainer(
         config=config,
@@ -139,8 +155,8 @@ def train_level(
         first_step=first_step,
         model=model,
         args=training_arguments(config, steps, folder / CHECKPOINTS),
-        train_dataset=dataset,
-        data_collator=partial(collate, pad_id=dataset.prompts.pad_id),
+        train_dataset=samples,
+        data_collator=samples.collate,
         callbacks=[watch, MarkCheckpoint(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -153,6 +169,8 @@ def train_level(
         optimizer = trainer.create_optimizer()
         with stepping_in_backward(optimizer) if config.step_in_backward else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for callback in adding:
+        callback.take_off(model)
     with whole(model), main_first():
         if not (folder / LOG_FILE).exists():
             save_trained(model, folder, moving)
@@ -189,18 +207,33 @@ def remove_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
+def is_set_by_hand(parameter: Tensor) -> bool:
+    """Whether its gradient comes from a callback, and not from backward."""
+    return getattr(parameter, "is_set_by_hand", False)
+
+
 def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
+    """The optimiser of a level. What a callback sets gradients of has the rate and the decay of gates."""
     return MaskedAdamW(
-        model,
+        _groups(model, config),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        alpha_lr=config.alpha_learning_rate,
-        alpha_weight_decay=config.alpha_weight_decay,
         state_dtype=config.state_dtype,
         seed=config.seed,
     )
+
+
+def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    rate, decay = config.alpha_learning_rate, config.alpha_weight_decay
+    groups = parameter_groups(model, rate, decay, None)  # low-rank differences beside ours decay as ours do
+    apart = [item for group in groups for item in group["params"] if is_set_by_hand(item[1])]
+    if not apart:
+        return groups
+    for group in groups:
+        group["params"] = [item for item in group["params"] if not is_set_by_hand(item[1])]
+    return [*groups, {"params": apart, "lr": rate, "weight_decay": decay, "state_dtype": "float32"}]
 
 
 def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArguments:
@@ -243,8 +276,8 @@ class LevelTrainer(Trainer):
     """A Trainer with our loss and schedule, checkpoints of the adapter alone, and a stop at non-finite numbers."""
 
     model: nn.Module
-    train_dataset: PromptDataset
-    loss_is_scaled_for_ga = False  # ours is a mean per micro-batch, for the Trainer to divide
+    train_dataset: Samples
+    loss_is_scaled_for_ga = True  # it is divided by the targets of all micro-batches of the step
 
     def __init__(self, *, config: Config, moving: bool, first_step: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -266,28 +299,41 @@ class LevelTrainer(Trainer):
             )
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Draw whole batches only. A smaller one would make a smaller step, and processes could not share it evenly."""
         count = steps_per_epoch(self.config, len(self.train_dataset)) * self.config.batch_size
+        if self.config.group_by_length and isinstance(self.train_dataset, TextSamples):
+            return LikeLengths(self.train_dataset.lengths, self.config.batch_size, self.config.seed)
         return RandomSampler(self.train_dataset, num_samples=count)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         keep_out_of_ddp(model)
         if is_sharding():
-            release_origins(model)
+            for layer in gated_linears(model).values():
+                layer.release_origin()
         return super()._wrap_model(model, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         try:
-            loss = training_loss(model, inputs, self.config.loss)
+            loss = training_loss(model, inputs, num_items_in_batch)
         except NonFiniteGateError as error:
             self._stop_at_non_finite(str(error), None)
         # Reading the loss costs nothing on a CPU; on a GPU it would stop every step: there save_model and the log tell.
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             self._stop_at_non_finite(f"the loss is {loss.item()}", inputs)
         return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """What the loss of each micro-batch is divided by: the targets of a step, as a share of them for each process.
+
+        The mean over processes, which DDP and FSDP make of the gradients, then is that over all targets.
+        """
+        learned = sum((num_targets(batch) for batch in batch_samples), torch.zeros((), dtype=torch.int64)).to(device)
+        if num_processes() == 1:
+            return learned
+        return self.accelerator.gather(learned).sum() / num_processes()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):
@@ -330,21 +376,50 @@ class LevelTrainer(Trainer):
         )
 
 
+class LikeLengths(Sampler[int]):
+    """Draws batches of examples of like length, in another order in each epoch.
+
+    In each epoch the examples are drawn in a random order, those of `CHUNK` batches are sorted by length, and the
+    batches that this makes are drawn in a random order again. What is left of the last batch is dropped.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: examples per optimiser step.
+        seed: of the order.
+    """
+
+    CHUNK = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.batch_size * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        drawn = generator.permutation(len(self.lengths))[: len(self)].tolist()
+        size = self.CHUNK * self.batch_size
+        chunks = [sorted(drawn[at : at + size], key=lambda one: self.lengths[one]) for at in range(0, len(drawn), size)]
+        ordered = [one for chunk in chunks for one in chunk]
+        for batch in generator.permutation(len(self) // self.batch_size).tolist():
+            yield from ordered[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
 def keep_out_of_ddp(model: nn.Module) -> None:
-    """Have DDP send trained parameters only: every process has loaded the frozen ones and the patterns already.
+    """Have DDP send what backward trains only: every process has loaded the frozen parameters and the patterns already,
+    and finds gradients that are set by hand from those of the others.
 
     DDP would broadcast all of them once, buffers before each forward pass, and neither gloo nor NCCL sends int16.
     """
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name for name, parameter in model.named_parameters() if not parameter.requires_grad or is_set_by_hand(parameter)
+    ]
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
-
-
-def release_origins(model: nn.Module) -> None:
-    """Forget the layers that were adapted: they would keep the frozen weights whole beside their shards."""
-    for layer in gated_linears(model).values():
-        (linear,) = layer._origin
-        linear.weight = linear.bias = None  # type: ignore[assignment]
 
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:
@@ -366,7 +441,7 @@ def first_non_finite_output(model: nn.Module, inputs: dict[str, Tensor]) -> str 
         )
         for name in layers
     ]
-    answer_logits(model, inputs)
+    target_logits(model, inputs)
     for hook in hooks:
         hook.remove()
     return found[0] if found else None

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rigsa.errors import RigsaError
 from rigsa.experiments import chat as chat_module
-from rigsa.experiments.chat import HELP, Chat, finished_level, read_image, run_chat, talk
+from rigsa.experiments.chat import HELP, Chat, read_image, run_chat, talk
 from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.tasks.textual_mnist import Prompts, image_text, load_splits
@@ -56,7 +56,7 @@ def converse(experiment: Experiment, *lines: str | type[BaseException], tokens: 
 @torch.no_grad()
 def greedy_by_hand(experiment: Experiment, turns: list[dict[str, str]], count: int) -> list[int]:
     """The reply to a conversation of the model as it is: no cache, no stream."""
-    tokenizer = experiment.prompts.tokenizer
+    tokenizer = experiment.task.conversation.tokenizer
     system = {"role": "system", "content": ""}  # of the smoke preset
     text = tokenizer.apply_chat_template([system, *turns], tokenize=False, add_generation_prompt=True)
     ids, reply = tokenizer(text)["input_ids"], []
@@ -66,7 +66,7 @@ def greedy_by_hand(experiment: Experiment, turns: list[dict[str, str]], count: i
 
 
 def spoken(experiment: Experiment, reply: list[int]) -> str:
-    return experiment.prompts.tokenizer.decode(reply, skip_special_tokens=True)
+    return experiment.task.conversation.tokenizer.decode(reply, skip_special_tokens=True)
 
 
 def test_a_run_folder_talks_from_the_command_that_made_it(run, capsys):
@@ -115,9 +115,9 @@ def test_the_adapter_can_be_switched_off_and_on(experiment):
 @torch.no_grad()
 def test_a_test_image_is_asked_as_in_training(experiment):
     images = load_splits("digits").test
-    prompts = Prompts(experiment.prompts.tokenizer, "")
+    prompts = Prompts(experiment.task.conversation.tokenizer, "")
     for index in (0, 7):
-        token = experiment.model(torch.tensor([prompts.encode(images.levels[index])])).logits[0, -1].argmax()
+        token = experiment.model(torch.tensor([prompts.image_ids(images.levels[index])])).logits[0, -1].argmax()
         answer = f"The digit is {prompts.tokenizer.decode([int(token)])}"
         shown, chat = converse(experiment, f"/digit {index}")
         text = image_text(images.levels[index])
@@ -127,19 +127,19 @@ def test_a_test_image_is_asked_as_in_training(experiment):
 
 def test_what_is_asked_mid_conversation_stands_in_it_as_an_example_would(experiment, monkeypatch):
     asked: list[list[int]] = []
-    answer_logits = chat_module.answer_logits
+    target_logits = chat_module.target_logits
 
     def listen(model, batch):  # type: ignore[no-untyped-def]
         asked.append(batch["input_ids"][0].tolist())
-        logits = answer_logits(model, batch)
-        return torch.nn.functional.one_hot(experiment.prompts.digit_ids[label], logits.shape[-1])[None]
+        logits = target_logits(model, batch)
+        return torch.nn.functional.one_hot(experiment.task.conversation.digit_ids[label], logits.shape[-1])[None, None]
 
     images = load_splits("digits").test
     label = int(images.labels[3])
-    monkeypatch.setattr(chat_module, "answer_logits", listen)
+    monkeypatch.setattr(chat_module, "target_logits", listen)
     _, chat = converse(experiment, "/digit 3", "/digit 5", "The digit")
-    assert asked[0] == experiment.prompts.encode(images.levels[3])
-    tokenizer = experiment.prompts.tokenizer
+    assert asked[0] == experiment.task.conversation.image_ids(images.levels[3])
+    tokenizer = experiment.task.conversation.tokenizer
     shown = image_text(images.levels[3])
     turns = [
         {"role": "system", "content": ""}, {"role": "user", "content": shown},
@@ -148,7 +148,7 @@ def test_what_is_asked_mid_conversation_stands_in_it_as_an_example_would(experim
     ]  # fmt: skip
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + "The digit is "
     assert asked[1] == tokenizer(text)["input_ids"]
-    assert asked[1] == experiment.prompts.encode(images.levels[5], images.take([3]))
+    assert asked[1] == experiment.task.conversation.image_ids(images.levels[5], images.take([3]))
     assert len(chat.turns) == 6
 
 
@@ -247,7 +247,7 @@ def test_ctrl_c_during_a_digit_forgets_the_question(experiment, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat_module, "answer_logits", interrupt)
+    monkeypatch.setattr(chat_module, "target_logits", interrupt)
     shown, chat = converse(experiment, "/digit 1", "The digit")
     assert "(stopped)\n" in shown
     assert len(chat.turns) == 2
@@ -262,7 +262,7 @@ def test_what_cannot_be_talked_to_is_named_before_a_model_is_loaded(run, tmp_pat
     with pytest.raises(RigsaError, match="--max-new-tokens: expected 1 to 1,000,000, got 0"):
         run_chat(run, max_new_tokens=0)
     shutil.copytree(run, tmp_path / "young", ignore=shutil.ignore_patterns("done"))
-    with pytest.raises(RigsaError, match="has no finished level to talk to; let the run finish one first"):
+    with pytest.raises(RigsaError, match="has no finished level; let the run finish one first"):
         run_chat(tmp_path / "young")
 
 
@@ -273,5 +273,7 @@ def test_the_last_level_is_the_largest_finished_number(tmp_path):
             (tmp_path / f"level_{level}" / "done").touch()
     (tmp_path / "level_x").mkdir()
     (tmp_path / "level_x" / "done").touch()
+    from rigsa.experiments.run_folder import finished_level
+
     assert finished_level(tmp_path, None) == 10
     assert finished_level(tmp_path, 2) == 2

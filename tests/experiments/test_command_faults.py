@@ -38,6 +38,14 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     return dict(found.choices)
 
 
+NEEDED = {
+    "sweep": ["--methods", "imp"],
+    "compare": ["--methods", "imp"],
+    "chat": ["RUN"],
+    "export": ["RUN", "--to", "merged"],
+    "merge": ["RUN", "--out", "FOLDER"],
+}
+"""Arguments without which a command's parser takes nothing."""
 NUMBERS = [
     (command, action)
     for command, parser in commands().items()
@@ -78,7 +86,7 @@ def inside_and_outside(kind: type, bound: Range) -> tuple[list[float], list[floa
 def test_ends_are_taken_and_what_lies_beyond_is_refused(command, action):
     """By the parser itself; there the values are checked before the command is asked."""
     parser, option = commands()[command], action.option_strings[0]
-    needed = ["--methods", "imp"] if command == "sweep" else ["RUN"] if command == "chat" else []
+    needed = NEEDED.get(command, [])
     inside, outside = inside_and_outside(action.type.kind, action.type.bound)
     for value in inside:
         assert getattr(parser.parse_args([*needed, f"{option}={value!r}"]), action.dest) == value

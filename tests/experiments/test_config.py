@@ -18,6 +18,7 @@ from rigsa.experiments.config import (
     LowRank,
     Measuring,
     Pruning,
+    Tickets,
     Training,
     fields_of,
 )
@@ -36,21 +37,25 @@ def parse(*arguments: str) -> Config:
 def test_paper_preset_is_the_papers_configuration_field_for_field():
     assert paper().record() == {
         "method": "imp", "seed": 0,
-        "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "data": "mnist", "device": "auto", "dtype": "bfloat16",
+        "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "data": "mnist", "format": "auto", "validation_share": 0.1,
+        "max_length": 0, "include": "*", "exclude": "", "device": "auto", "dtype": "bfloat16",
         "quantize": "none", "attention": "sdpa", "system_prompt": "default",
         "gate": "layer", "alpha_init": 1e-6, "init_scale": 1.0, "values_dtype": "bfloat16", "state_dtype": "bfloat16",
         "numerics": "auto",
         "prunings": 4, "keep_fraction": 0.8, "criterion": "rigsa", "rewind": "init",
         "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
-        "match": "", "density": 0.0,
+        "ticket_learning_rate": 0.0, "ticket_alpha_learning_rate": 0.0,
+        "match": "", "match_level": 0, "init_seed": -1, "density": 0.0, "gradient_share": 0.3, "l0_penalty": 1.25e-7,
         "mask_images": 64, "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
-        "loss": "answer", "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
+        "loss": "answer", "group_by_length": False,
+        "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
         "checkpointing": False, "step_in_backward": False,
         "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,
         "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
         "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
-        "drift": True, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
+        "score": "none", "answer_tokens": 256,
+        "drift": True, "drift_prompts": 24, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
         "logging_steps": 10, "checkpoint_steps": 100,
     }  # fmt: skip
 
@@ -66,18 +71,31 @@ def test_low_rank_paper_preset_is_table_4():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_every_preset_and_its_options(method, preset):
-    config = parse(method, "--preset", preset, *(["--match", "runs/x"] if method == "random-mask" else []))
+    config = parse(method, "--preset", preset, *(["--match", "runs/x"] if METHODS[method].matches else []))
     assert config.method.name == method
     for name in OPTIONS:
         if not config.method.reads(name):
             assert getattr(config, name) == getattr(PRESETS[preset](method), name)
-    from_zero = method in ("lt-sft", "sift", "fisher", "sam", "super", "rosa", "spiel", "full")
+    from_zero = method in (
+        "lt-sft",
+        "diff-pruning",
+        "sift",
+        "fisher",
+        "child-d",
+        "child-f",
+        "sam",
+        "super",
+        "rosa",
+        "spiel",
+        "full",
+    )
     assert (config.gate == "none") == (config.init_scale == 0) == from_zero
 
 
 def test_every_field_is_in_one_group_and_read_by_a_method():
     groups = [
-        set(fields_of(group)) for group in (Identity, Base, Gates, Pruning, Choosing, LowRank, Training, Measuring)
+        set(fields_of(group))
+        for group in (Identity, Base, Gates, Pruning, Tickets, Choosing, LowRank, Training, Measuring)
     ]
     assert sum(map(len, groups)) == len(set().union(*groups)) == len(OPTIONS)
     for name in OPTIONS:
@@ -144,7 +162,15 @@ def test_every_field_can_be_overridden(field):
     other = {"float32": "bfloat16", "bfloat16": "float32", "auto": "exact", "layer": "global", "answer": "all"}
     other |= {"largest": "smallest", "rigsa": "movement", "init": "random_reinit"}
     value = {str: other.get(field.default, "0,1,2"), int: 10, float: 0.5, bool: True}[type(field.default)]
-    value = {"micro_batch_size": 8, "device": "cpu", "gate": "model", "quantize": "nf4"}.get(field.name, value)
+    value = {
+        "micro_batch_size": 8,
+        "device": "cpu",
+        "gate": "model",
+        "quantize": "nf4",
+        "format": "text",
+        "validation_share": 0.2,
+        "score": "exact",
+    }.get(field.name, value)
     needs = {"step_in_backward": ["--max-grad-norm", "0", "--micro-batch-size", "16"]}.get(field.name, [])
     method = next(method.name for method in METHODS.values() if method.reads(field.name))
     option = f"--{field.name.replace('_', '-')}"
@@ -157,7 +183,7 @@ def test_every_field_can_be_overridden(field):
 def test_numbers_of_steps_are_capped_and_need_a_batch():
     assert steps_per_level(dataclasses.replace(paper(), max_steps=7), 59_400) == 7
     assert steps_per_level(dataclasses.replace(paper(), epochs=2), 40) == 4
-    with pytest.raises(RigsaError, match="--batch-size 16: there are only 15 training images"):
+    with pytest.raises(RigsaError, match="--batch-size 16: there are only 15 training examples"):
         steps_per_level(paper(), 15)
 
 
@@ -199,6 +225,13 @@ def test_values_out_of_range_are_named(arguments, message, capsys):
         ("qlora", ["--quantize", "none"], "--quantize: expected nf4 for qlora, got none"),
         ("lora", ["--quantize", "nf4"], "--quantize: expected none for lora, got nf4"),
         ("full", ["--quantize", "nf4"], "--quantize: expected none for full, got nf4"),
+        ("snip", ["--init-scale", "0"], "--init-scale 0: every score of snip would be 0"),
+        ("grasp", ["--alpha-init", "0"], "--alpha-init 0: every score of grasp would be 0"),
+        ("erk", ["--density", "0"], "--density: expected more than 0 for erk, got 0.0"),
+        ("reinit", ["--init-seed", "-2"], "--init-seed: expected -1 to 2**63 - 1, got -2"),
+        ("child-f", ["--gradient-share", "0"], "--gradient-share: expected more than 0 and at most 1, got 0.0"),
+        ("child-f", ["--step-in-backward", "--max-grad-norm", "0"], "--step-in-backward: expected no for child-f"),
+        ("diff-pruning", ["--step-in-backward", "--max-grad-norm", "0"], "--step-in-backward: expected no for diff-pr"),
         ("lora", ["--rank", "0"], "--rank: expected 1 to 65,536, got 0"),
         ("lora", ["--lora-dropout", "1"], "--lora-dropout: expected 0 or more and less than 1, got 1.0"),
         ("spiel", ["--reselect-share", "1"], "--reselect-share: expected more than 0 and less than 1, got 1.0"),
@@ -242,6 +275,23 @@ def test_folders_that_are_no_run_are_refused(tmp_path):
             RigsaError, match=r"does not fit this version of rigsa: method: expected one of imp, .*, got"
         ):
             load(tmp_path)
+
+
+def test_initial_values_of_the_control_have_another_seed():
+    assert parse("reinit", "--seed", "3").values_seed == 1_000_003
+    assert parse("reinit", "--seed", "3", "--init-seed", "0").values_seed == 0
+    assert parse("imp", "--seed", "3").values_seed == 3
+    assert parse("reinit", "--seed", "3").match == "runs/imp-quickstart-seed3"
+    with pytest.raises(RigsaError, match="--match-level and --density: give one of them"):
+        parse("random-mask", "--density", "0.1", "--match-level", "1")
+
+
+def test_a_ticket_trains_by_rates_of_its_own_where_it_has_some():
+    config = parse("imp", "--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--ticket-learning-rate", "0.3")
+    assert config.at_level(0) == config
+    assert (config.at_level(1).learning_rate, config.at_level(1).alpha_learning_rate) == (0.3, 0.2)
+    config = parse("random-mask", "--density", "0.1", "--ticket-alpha-learning-rate", "0.4")
+    assert config.at_level(1) == dataclasses.replace(config, alpha_learning_rate=0.4)
 
 
 def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():

@@ -237,7 +237,7 @@ def test_what_cannot_be_sharded_is_refused(environment, changes, message, monkey
         distributed.check(dataclasses.replace(smoke(), **changes))
 
 
-@pytest.mark.parametrize("method", ["rosa", "spiel", "lora", "qlora", "shira"])
+@pytest.mark.parametrize("method", ["rosa", "spiel", "child-f", "diff-pruning", "lora", "qlora", "shira"])
 def test_methods_that_need_whole_layers_are_not_sharded(method, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RigsaError, match=f"^{method} under FSDP: .*; use DDP"):

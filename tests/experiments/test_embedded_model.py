@@ -30,7 +30,7 @@ def test_it_speaks(loaded):
 def test_digits_are_single_tokens_and_prompts_have_one_length(loaded):
     prompts, splits = Prompts(loaded[1], quickstart().system_prompt), load_splits("digits")
     assert len(set(prompts.digit_ids.tolist())) == 10
-    assert {len(prompts.encode(levels)) for levels in splits.test.levels[:20]} == {89}
+    assert {len(prompts.image_ids(levels)) for levels in splits.test.levels[:20]} == {89}
 
 
 @pytest.mark.model

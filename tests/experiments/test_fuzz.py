@@ -15,21 +15,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 from torch import nn
 
+from rigsa import RigsaConfig, export_adapter, import_adapter
 from rigsa.errors import RigsaError
 from rigsa.experiments import records
-from rigsa.experiments.adapter import base_fingerprint, load_adapter, load_masks, save_adapter, save_masks
+from rigsa.experiments.adapter import (
+    base_fingerprint,
+    level_patterns,
+    load_adapter,
+    load_masks,
+    masks_hash,
+    save_adapter,
+    save_masks,
+)
 from rigsa.experiments.chat import read_image
 from rigsa.experiments.checkpoints import latest_checkpoint, mark_checkpoint
 from rigsa.experiments.config_file import load, save
 from rigsa.experiments.presets import quickstart
 from rigsa.experiments.report.runs import Run
+from rigsa.experiments.tasks.formats import read_examples
+from rigsa.experiments.tasks.rows import read_rows
 from rigsa.experiments.tasks.source_tasks import TASKS, _read_rows
 from rigsa.experiments.tasks.textual_mnist import load_splits
 from rigsa.experiments.train import read_log
@@ -95,6 +108,32 @@ def adapter_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
     return path, load_it
 
 
+def of_peft(name: str, method: str) -> Callable[[Path, nn.Module], tuple[Path, Load]]:
+    """A file of PEFT's names no hash, so other numbers may be read from it; what is read fits the model."""
+
+    def made(folder: Path, model: nn.Module) -> tuple[Path, Load]:
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 5, bias=False))
+        adapted = replace_linears(base, density=0.2, alpha_init=0.5)
+        if method == "supertuning":
+            export_adapter(adapted, folder, "supertuning")
+        else:
+            peft = pytest.importorskip("peft", minversion="0.21")
+            config = RigsaConfig(target_modules=["0", "1"], density=0.2, alpha_init=0.5)
+            peft.get_peft_model(nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 5, bias=False)), config).save_pretrained(
+                folder
+            )
+
+        def load_it() -> Any:
+            bare = nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 5, bias=False))
+            import_adapter(bare, folder)
+            return list(gated_linears(bare))
+
+        return folder / name, load_it
+
+    return made
+
+
 def masks_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
     path = folder / "mask.safetensors"
     generator = torch.Generator().manual_seed(0)
@@ -103,6 +142,15 @@ def masks_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
     patterns = {name: SparsePattern.from_mask(mask) for name, mask in masks.items()}
     save_masks(patterns, path, base_fingerprint(model))
     return path, lambda: [pattern.to_mask().tolist() for pattern in load_masks(model, path).values()]
+
+
+def level_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
+    path, _ = masks_of(folder, model)
+    patterns = load_masks(model, path)
+    densities = {name: pattern.density for name, pattern in patterns.items()}
+    write(folder / "metrics.json", {"layer_density": densities})
+    write(folder / "pruning.json", {"kept": 1, "mask": masks_hash(patterns)})
+    return path, lambda: [pattern.to_mask().tolist() for pattern in level_patterns(folder).values()]
 
 
 def checkpoint_of(folder: Path, _: nn.Module, name: str = "optimizer.pt") -> tuple[Path, Load]:
@@ -211,12 +259,40 @@ def rows_of(folder: Path, _: nn.Module) -> tuple[Path, Load]:
     return path, lambda: {len(row) for row in _read_rows("piqa", folder, "validation")}
 
 
+def texts_of(kind: str) -> Callable[[Path, nn.Module], tuple[Path, Load]]:
+    """A data file of the user's own. What damage leaves of it may be other texts, but examples they are."""
+
+    def make_it(folder: Path, _: nn.Module) -> tuple[Path, Load]:
+        lines = [{"prompt": f"a {number}", "completion": "b"} for number in range(12)]
+        path = folder / f"data.{kind}"
+        if kind == "parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+        elif kind == "csv":
+            path.write_text("prompt,completion\n" + "".join(f"a {number},b\n" for number in range(12)))
+        else:
+            text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            path.write_bytes(gzip.compress(text) if kind.endswith("gz") else text)
+
+        def load_it() -> Any:
+            examples = read_examples(read_rows(path), "prompt-completion")
+            return all([turn["role"] for turn in one.turns] == ["user", "assistant"] for one in examples)
+
+        return path, load_it
+
+    return make_it
+
+
 PRUNED = {"kept": 3, "mask": "ab", "same_sign_share": 0.5, "free": 6, "eligible": 4}
 SPOKEN = [{"prompt": "a", "prompt_ids": [1, 2], "reply_ids": [3]}] * 2
 SETTLED = {"ended_at": None, "steps_saved": 0, "distances": {"4": None, "8": 0.1}}
 LOADERS: dict[str, Callable[..., tuple[Path, Load]]] = {
     "adapter": adapter_of,
+    "adapter_config.json of Super-Tuning": of_peft("adapter_config.json", "supertuning"),
+    "adapter_model.safetensors of Super-Tuning": of_peft("adapter_model.safetensors", "supertuning"),
+    "adapter_config.json of RIGSA": of_peft("adapter_config.json", "rigsa"),
+    "adapter_model.safetensors of RIGSA": of_peft("adapter_model.safetensors", "rigsa"),
     "masks": masks_of,
+    "masks of a finished level": level_of,
     "checkpoint": checkpoint_of,
     "marker of a checkpoint": lambda folder, model: checkpoint_of(folder, model, "done"),
     "marker": marker_of,
@@ -236,6 +312,7 @@ LOADERS: dict[str, Callable[..., tuple[Path, Load]]] = {
     "GIF": picture_of("GIF"),
     "BMP": picture_of("BMP"),
     "rows of a source task": rows_of,
+    **{f"texts, .{kind}": texts_of(kind) for kind in ("jsonl", "jsonl.gz", "csv", "parquet")},
 }
 
 

@@ -103,7 +103,7 @@ def test_log_and_metrics_are_complete(finished):
     )
     metrics = json.loads((finished / "level_1" / "metrics.json").read_text())
     assert metrics["test"].keys() == {"0-shot", "2-shot"}
-    assert metrics["test"]["0-shot"]["images"] == 20
+    assert metrics["test"]["0-shot"]["examples"] == 20
     assert metrics["train_loss"] == lines[-1]["loss"]
 
 
@@ -236,6 +236,50 @@ def test_random_mask_matches_every_layer_of_the_last_ticket(finished, options, t
     assert main(["report", str(finished), str(runs[0]), "--out", str(tmp_path / "both")]) == 0
     assert (tmp_path / "both" / "figure.png").stat().st_size > 10_000
     assert "random-mask" in capsys.readouterr().out
+
+
+def without_prunings(options: list[str]) -> list[str]:
+    at = options.index("--prunings")
+    return options[:at] + options[at + 2 :]
+
+
+def test_a_ticket_is_trained_again_to_the_same_bits_and_from_other_initial_values(finished, options, tmp_path):
+    again, other = tmp_path / "again", tmp_path / "other"
+    command = ["reinit", *without_prunings(options), "--match", str(finished)]
+    assert main([*command, "--init-seed", "0", "--out", str(again)]) == 0
+    assert main([*command, "--out", str(other)]) == 0
+    for name in ("mask.safetensors", "adapter.safetensors", "log.jsonl"):
+        wanted = (finished / "level_2" / name).read_bytes()
+        assert (again / "level_2" / name).read_bytes() == wanted
+        assert ((other / "level_2" / name).read_bytes() == wanted) == (name == "mask.safetensors")
+    assert main([*command, "--match-level", "1", "--out", str(tmp_path / "first")]) == 0
+    assert (tmp_path / "first" / "level_1" / "mask.safetensors").read_bytes() == (
+        finished / "level_1" / "mask.safetensors"
+    ).read_bytes()
+
+
+def test_the_rates_of_tickets_are_those_of_level_1_and_not_of_level_0(finished, options, tmp_path):
+    rates = ["--ticket-learning-rate", "0.5", "--ticket-alpha-learning-rate", "0.25"]
+    run = tmp_path / "run"
+    assert main(["imp", *without_prunings(options), "--prunings", "1", *rates, "--out", str(run)]) == 0
+    for name in ("adapter.safetensors", "log.jsonl"):
+        assert (run / "level_0" / name).read_bytes() == (finished / "level_0" / name).read_bytes()
+    for number, factor in ((0, 1), (1, 0.5 / PRESETS["smoke"]("imp").learning_rate)):
+        logs = [(folder / f"level_{number}" / "log.jsonl").read_text().splitlines() for folder in (run, finished)]
+        ours, usual = ([json.loads(line)["learning_rate"] for line in log] for log in logs)
+        assert ours == pytest.approx([factor * rate for rate in usual])
+    moved = [
+        json.loads((folder / "level_1" / "metrics.json").read_text())["mean_abs_alpha"] for folder in (run, finished)
+    ]
+    assert moved[0] > 1.5 * moved[1]
+
+
+@pytest.mark.parametrize("method", ["reinit", "random-mask"])
+def test_a_level_that_is_not_there_cannot_be_matched(method, finished, options, tmp_path, capsys):
+    command = [method, *without_prunings(options), "--match", str(finished), "--out", str(tmp_path / "run")]
+    message = failure([*command, "--match-level", "3"], capsys)
+    assert f"--match-level: expected a finished ticket of {finished} (1, 2), got 3" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_random_mask_of_a_given_density(options, tmp_path):

@@ -27,6 +27,8 @@ from rigsa.experiments.sweep_plan import VARIABLE, Job, Plan, Shard, plan_sweep
 from rigsa.files import mark_done, read_json, write_json
 from rigsa.run import build_parser, main, resolve
 
+COUNTS = {"tokens": 300, "examples": 300, "perplexity": 1.5}
+
 
 def planned(out, methods="imp", seeds="0", vary=(), preset="smoke", **options):  # type: ignore[no-untyped-def]
     return plan_sweep(methods, seeds, vary, preset=preset, options=options, out=Path(out))
@@ -57,7 +59,7 @@ class FakeRuns:
         code = self.codes.get(folder.name, 0)
         os.write(log.fileno(), b"level 0:  33%|###       | 2/6rigsa: one\ntwo\nlevel 0:  50%|####      | 3/6\n")
         if code == 0:
-            test = {f"{shots}-shot": {"accuracy": 10 + config.seed, "loss": 1.0, "images": 9} for shots in config.shots}
+            test = {f"{shots}-shot": {"accuracy": 10 + config.seed, "loss": 1.0} | COUNTS for shots in config.shots}
             for level in ("base", "level_0", "level_1"):
                 metrics = {"level": int(level[-1]) if level != "base" else -1, "density": 0.5, "free": 1, "test": test}
                 write_json(folder / level / "metrics.json", metrics | {"pruning": {}})
@@ -116,6 +118,9 @@ def test_a_random_mask_takes_the_settings_of_its_imp_run(tmp_path):
     assert control.depends_on == "imp-init-scale2.0-prunings2-eps1e-06-seed0"
     assert (control.config.init_scale, control.config.eps) == (2, 1e-6)
     assert control.config.prunings == PRESETS["smoke"]("random-mask").prunings  # which it does not read
+    levels = planned(tmp_path, "imp,reinit", vary=["reinit:match_level=1,2"], prunings=2).jobs
+    assert [(job.name, job.config.match_level, job.depends_on) for job in levels[1:]] == [
+        ("reinit-match-level1-seed0", 1, "imp-seed0"), ("reinit-match-level2-seed0", 2, "imp-seed0")]  # fmt: skip
     alone = planned(tmp_path, "random-mask", density=0.25).jobs
     assert [(job.name, job.config.match, job.depends_on) for job in alone] == [("random-mask-seed0", "", None)]
 
@@ -142,7 +147,7 @@ def test_a_random_mask_takes_the_settings_of_its_imp_run(tmp_path):
         ({"vary": ["epochs=1", "imp:epochs=2"]}, "--vary imp:epochs: epochs of imp is varied twice"),
         ({"vary": ["epochs=0"]}, "--epochs: expected 1 to 1,000,000,000, got 0"),
         ({"vary": ["gate=round"]}, "--gate: expected one of layer, model"),
-        ({"vary": ["data=a/b,a_b"]}, "2 runs would have the folder .*imp-data-a_b-seed0"),
+        ({"vary": ["data=a%b,a_b"]}, "2 runs would have the folder .*imp-data-a_b-seed0"),
         ({"rank": 4}, "--rank: no run of this sweep would use it"),
         ({"epochs": 4, "vary": ["epochs=1,2"]}, "--epochs: no run of this sweep would use it"),
         ({"methods": "random-mask,lora"}, "no imp run of seed 0 with a ticket"),
@@ -207,7 +212,7 @@ def test_arguments_give_the_configuration_back(method, preset):
                 varied = dataclasses.replace(config, seed=3, **{name: value})
             except RigsaError:  # one value alone does not fit, such as --quantize
                 continue
-            if method == "random-mask" and not varied.density:
+            if METHODS[method].matches and not varied.density:
                 varied = dataclasses.replace(varied, match="runs/imp")
             job = Job("name", varied, {})
             plan = Plan(Path("out"), preset, [], [], {}, {}, [job])

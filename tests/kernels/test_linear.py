@@ -328,3 +328,30 @@ def test_a_layer_that_is_not_what_it_says_is_refused():
 
     with pytest.raises(ValueError, match=r"expected an nn\.Linear with a floating-point or NF4 weight"):
         GatedSparseLinear(Packed(4, 4), seed=0, key=0)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "composed"])
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_a_write_to_the_frozen_weight_before_backward_is_an_error(numerics, density):
+    """As for any layer: its products would be those of another weight."""
+    torch.manual_seed(0)
+    layer = GatedSparseLinear(nn.Linear(12, 8), seed=0, key=1, alpha_init=0.5, numerics=numerics, in_place=False)
+    if density < 1:
+        layer.set_pattern(SparsePattern.from_mask(torch.rand(8, 12) < density))
+    x = torch.randn(3, 12, requires_grad=True)
+    y = layer(x)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    if numerics == "exact":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    else:  # a composed matrix is one of its own
+        y.sum().backward()
+
+
+def test_second_derivatives_are_refused():
+    layer = GatedSparseLinear(nn.Linear(12, 8), seed=0, key=1, alpha_init=0.5)
+    x = torch.randn(3, 12, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

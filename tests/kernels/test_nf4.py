@@ -6,7 +6,9 @@ import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import quantize_nf4
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from conftest import make_llama
 from rigsa_kernels import SparsePattern, gated_linears, merge_linears, replace_linears, restore_linears, unmerge_linears
 from rigsa_kernels.nf4 import dequantize, is_nf4_linear, load_scales, nf4_base, num_weights, scales_of
 
@@ -91,6 +93,52 @@ def test_a_dequantised_merge_is_a_plain_layer_in_the_dtype_of_the_products(packe
     torch.testing.assert_close(model(x), want)
     assert unmerge_linears(model)[0] is gated
     assert torch.equal(model(x), want)
+
+
+NOTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit")
+
+
+def in_four_bits(folder, **options):
+    make_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("include", ["*", "*q_proj"])
+def test_a_dequantised_model_saves_and_loads_as_any_other(include, tmp_path):
+    """Also where some of its layers in four bits carry no adapter."""
+    model, ids = in_four_bits(tmp_path / "base").eval(), torch.arange(20)[None]
+    replace_linears(model, include, density=0.3, alpha_init=0.5)
+    with torch.no_grad():
+        merge_linears(model, dequantize=True)
+        want = model(ids).logits
+    assert not [name for name in NOTES if getattr(model, name, None)]
+    assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert all(type(layer) is nn.Linear for layer in loaded.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, want)
+
+
+def test_a_dequantised_merge_is_taken_out_again(tmp_path):
+    model, ids = in_four_bits(tmp_path / "base").eval(), torch.arange(20)[None]
+    replace_linears(model, "*q_proj", density=0.3, alpha_init=0.5)
+    with torch.no_grad():
+        want, types = model(ids).logits, [type(module) for module in model.modules()]
+        merge_linears(model, dequantize=True, keep_adapter=True)
+        unmerge_linears(model)
+        assert torch.equal(model(ids).logits, want)
+    assert [type(module) for module in model.modules()] == types
+    assert all(getattr(model, name) for name in NOTES)
+    assert model.config.quantization_config.load_in_4bit
+
+
+def test_what_is_quantised_otherwise_is_not_dequantised():
+    model = replace_linears(nn.Sequential(quantized(), quantized(48, 48, quant_type="fp4")), alpha_init=0.5)
+    with pytest.raises(ValueError, match="expected layers in NF4 to dequantise, got 1, a Linear4bit"):
+        merge_linears(model, dequantize=True)
+    assert len(gated_linears(model)) == 1
 
 
 def test_what_is_not_nf4_is_left_alone():

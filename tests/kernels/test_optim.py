@@ -4,6 +4,7 @@ import gc
 import io
 import itertools
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -208,8 +209,8 @@ def test_saved_and_loaded_it_goes_on_with_the_same_bits(values_dtype, state_dtyp
 
 def test_a_state_of_pytorchs_adamw_can_be_loaded():
     model, other = make_model(), make_model()
-    reference = torch.optim.AdamW(trainable(model), lr=0.05, weight_decay=1.0, fused=True)
-    optimizer = MaskedAdamW([{"params": trainable(other)}])
+    reference = torch.optim.AdamW(parameter_groups(model), lr=0.05, weight_decay=1.0, fused=True)
+    optimizer = MaskedAdamW(other)
     train(model, reference, 3)
     optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
     other.load_state_dict(model.state_dict())
@@ -773,6 +774,8 @@ def test_gates_among_named_parameters_get_a_group_of_their_own():
         model.named_parameters(),
         [{"params": named}],
         [{"params": named[:2]}, {"params": named[2:]}],
+        [{"params": trainable(model)}],
+        [{"params": (parameter for parameter in trainable(model))}],
     ):
         optimizer = MaskedAdamW(params, **options)
         assert by_role(optimizer, model) == wanted
@@ -784,9 +787,20 @@ def test_gates_among_named_parameters_get_a_group_of_their_own():
     assert by_role(MaskedAdamW(apart, lr=0.1), model)["rigsa_alpha"] == {(0.1, 0.3)}  # as it was arranged
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), nn.Module.double])
+def test_gates_are_told_without_names_wherever_the_model_came_from(copied):
+    model = copied(make_model())
+    optimizer = MaskedAdamW([{"params": trainable(model)}], lr=0.1, alpha_lr=0.5)
+    assert by_role(optimizer, model) == {"rigsa_values": {(0.1, 1.0)}, "rigsa_alpha": {(0.5, 0.0)}}
+    model[0].set_pattern(SparsePattern.from_mask(torch.arange(40 * 24).view(24, 40) % 7 == 0))
+    fill_gradients(trainable(model))
+    with pytest.raises(ValueError, match=r"1 of 4 parameters are no longer those .* \(a 24 x 40 layer\.rigsa_values\)"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("options", [{"alpha_lr": 0.1}, {"alpha_weight_decay": 0.1}])
-def test_options_of_gates_that_cannot_be_told_are_refused(options):
-    groups = [{"params": trainable(make_model()), "weight_decay": 0.1}]
+def test_options_of_gates_that_are_not_there_are_refused(options):
+    groups = [{"params": [layer.rigsa_values for layer in gated_linears(make_model()).values()], "weight_decay": 0.1}]
     with pytest.raises(ValueError, match="alpha_lr, alpha_weight_decay: expected none beside groups"):
         MaskedAdamW(groups, **options)
 
@@ -823,13 +837,15 @@ UNDER_TRAINER = {
             {"params": parameter_groups(model, alpha_lr=0.02), "lr": 0.01, "weight_decay": 1.0},
         )
     },
+    "nameless": lambda model: {"optimizer_cls_and_kwargs": (MaskedAdamW, {"lr": 0.01, "alpha_lr": 0.02})},
 }
 
 
 @pytest.mark.parametrize("way", UNDER_TRAINER)
 def test_under_a_trainer_gates_have_their_rate_and_no_decay(way, tmp_path):
     """Without a subclass of it. The first steps of AdamW are as long as the rate, so the gates tell theirs."""
-    model, before, optimizer = trained_by(UNDER_TRAINER[way], tmp_path)
+    decay = 1.0 if way == "nameless" else 0.0  # the groups that the Trainer makes carry its own
+    model, before, optimizer = trained_by(UNDER_TRAINER[way], tmp_path, weight_decay=decay)
     assert by_role(optimizer, model) == {"rigsa_values": {(0.01, 1.0)}, "rigsa_alpha": {(0.02, 0.0)}}
     assert {int(optimizer.state[layer.rigsa_values]["step"]) for layer in gated_linears(model).values()} == {2}
     moved = [
@@ -838,16 +854,49 @@ def test_under_a_trainer_gates_have_their_rate_and_no_decay(way, tmp_path):
     assert max(moved) == pytest.approx(0.04, rel=0.05)
 
 
-def test_the_trainers_own_groups_decay_packed_values(tmp_path):
-    """They are not taken for biases because they have one dimension, nor for norms by their names."""
-    model, _, optimizer = trained_by(lambda model: {}, tmp_path, weight_decay=0.3, learning_rate=0.01)
+def test_the_trainers_own_groups_decay_packed_values_and_say_that_they_decay_gates(tmp_path):
+    """Values are not taken for biases because they have one dimension, nor for norms by their names."""
+    with pytest.warns(
+        UserWarning, match=r"weight_decay: 0\.3 of group 0 would pull the gates .*parameter_groups\(model"
+    ):
+        model, _, optimizer = trained_by(lambda model: {}, tmp_path, weight_decay=0.3, learning_rate=0.01)
     assert {layer.rigsa_values.dim() for layer in gated_linears(model).values()} == {1}
     assert by_role(optimizer, model)["rigsa_values"] == {(0.01, 0.3)}
 
 
-def test_nameless_groups_of_the_trainer_are_refused_beside_a_rate_for_gates(tmp_path):
-    with pytest.raises(ValueError, match=r"pass the model \(under a Trainer as optimizer_cls_and_kwargs="):
-        trained_by(lambda model: {"optimizer_cls_and_kwargs": (MaskedAdamW, RATES)}, tmp_path)
+@pytest.mark.parametrize(
+    ("groups", "warned"),
+    [
+        (lambda model: trainable(model), True),
+        (lambda model: [{"params": trainable(model), "weight_decay": 0.0}], False),
+        (lambda model: parameter_groups(model), False),
+        (lambda model: [{"params": [layer.rigsa_alpha for layer in gated_linears(model).values()]}], False),
+        (lambda model: [nn.Parameter(torch.ones(3, requires_grad=True)) for _ in range(2)], False),
+    ],
+)
+def test_an_optimiser_of_another_kind_says_once_that_it_decays_gates(groups, warned):
+    model = make_model()
+    optimizer = torch.optim.AdamW(groups(model))
+    for again in (False, True):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert len([one for one in seen if "would pull the gates" in str(one.message)]) == (warned and not again)
+
+
+def test_a_new_head_does_not_decay_as_values_do():
+    model = nn.Sequential(*make_model(), nn.Linear(8, 4))
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    wanted = {"rigsa_values": {(0.1, 1.0)}, "rigsa_alpha": {(0.1, 0.0)}}
+    for params in (model, named):
+        assert by_role(MaskedAdamW(params, lr=0.1), model) == wanted | {"weight": {(0.1, 0.0)}, "bias": {(0.1, 0.0)}}
+        for decay in (0.2, 1.0, None):
+            optimizer = MaskedAdamW(params, lr=0.1, other_weight_decay=decay)
+            assert by_role(optimizer, model)["weight"] == {(0.1, 1.0 if decay is None else decay)}
+    groups = parameter_groups(model, other_weight_decay=0.3)
+    assert by_role(torch.optim.AdamW(groups, lr=0.1, weight_decay=0.7), model)["bias"] == {(0.1, 0.3)}
+    plain = nn.Linear(3, 3)  # without gated layers nothing stands beside them
+    assert by_role(MaskedAdamW(plain, lr=0.1), plain) == {"weight": {(0.1, 1.0)}, "bias": {(0.1, 1.0)}}
 
 
 # Launches.

@@ -332,3 +332,27 @@ def test_what_is_said_to_be_adaptable_is_adapted(family):
 
 def test_a_read_layer_in_a_list_of_all_is_a_gated_layer_like_any_other():
     assert all(isinstance(layer, GatedSparseLinear) for layer in gated_linears(replace_linears(mixtral())).values())
+
+
+@pytest.mark.parametrize("make", [gpt2, mixtral])
+def test_where_16_bits_round_a_read_weights_adapter_away_that_is_said(make):
+    model = make().bfloat16()
+    replace_linears(model, alpha_init=1e-6)
+    read = weights(model)
+    assert f"{len(read)} of the layers are read as weights in 16 bits" in adapter_summary(model)
+    wrong = verify_adapted(model, IDS)
+    assert wrong.keys() == read.keys()
+    assert all("rounding takes most of it away" in reason for reason in wrong.values())
+    base = logits(restore_linears(copy.deepcopy(model)))
+    with torch.no_grad():
+        for layer in gated_linears(model).values():
+            layer.rigsa_alpha.fill_(0.5 if isinstance(layer, GatedSparseWeight) else 0.0)
+    assert verify_adapted(model, IDS) == {}
+    assert not torch.equal(logits(model), base)
+    with torch.no_grad():
+        for layer in gated_linears(model).values():
+            layer.rigsa_alpha.zero_()  # a closed gate has nothing to lose
+    assert verify_adapted(model, IDS) == {}
+    wide = replace_linears(make(), alpha_init=1e-6)
+    assert "in 16 bits" not in adapter_summary(wide)
+    assert verify_adapted(wide, IDS) == {}

@@ -107,3 +107,28 @@ def test_there_is_nothing_to_decide_in_float32_or_where_numerics_are_given(caplo
     for model in (make_model().float(), make_model(numerics="exact")):
         with caplog.at_level(logging.INFO):
             assert "numerics" not in MaskedAdamW(model).state_dict()
+
+
+def test_where_nothing_is_decided_a_step_asks_no_layer():
+    """Counted, as time is noise: a small model waits for the host."""
+    pytest.importorskip("triton")
+    from benchmarks.optimizer_host import calls
+
+    counts = []
+    for layers in (2, 40):
+        model = replace_linears(nn.Sequential(*(nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(layers))))
+        switch = Switch(gated_linears(model).values())
+        switch.before_step()
+        counts.append(calls(switch.before_step))
+    assert counts[0] == counts[1] < 30
+
+
+def test_a_model_that_comes_to_a_device_later_is_decided_for():
+    model = replace_linears(nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16)))
+    switch = Switch(gated_linears(model).values())
+    switch.before_step()
+    assert switch.state() is None
+    model[0].rule_device = torch.device("cuda")
+    model.to(torch.float64).to(torch.bfloat16)
+    switch.before_step()
+    assert switch.state() is not None

@@ -1,9 +1,11 @@
 """Several adapters on one base: each is itself again in its turn, and combinations are what they are said to be."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -261,3 +263,79 @@ def test_random_tickets_share_what_chance_gives():
     random_ticket(one, 0.3, seed=1)
     random_ticket(other, 0.3, seed=2)
     assert overlap(one, other).share == pytest.approx(0.09 / 0.51, abs=0.02)
+
+
+# Several in one batch.
+
+NAMES = ["0", None, "1", "0", "dense", "1"]
+ROWS = torch.randint(0, 20, (len(NAMES), 7), generator=torch.Generator().manual_seed(3))
+
+
+def outputs(model, ids):
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def with_three(folders, dtype=torch.float32, **options):
+    """A model with a dense adapter, which is active, and two tickets that wait."""
+    model = replace_linears(make_llama().to(dtype), **({"alpha_init": 0.3, "seed": 8} | options))
+    adapters = Adapters(model, "dense")
+    for number in (0, 1):
+        adapters.add(str(number), folders[number])
+    return adapters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numerics", ["auto", "exact"])
+def test_each_row_of_a_batch_has_its_own_adapter(folders, dtype, numerics):
+    """The bits of a batch of its adapter's rows alone."""
+    adapters = with_three(folders, dtype, numerics=numerics)
+    before = state(adapters.model)
+    with adapters.rows(NAMES):
+        found = outputs(adapters.model, ROWS)
+        assert torch.equal(found, outputs(adapters.model, ROWS))
+    assert_equal(before, state(adapters.model))
+    for name in dict.fromkeys(NAMES):
+        rows = [row for row, other in enumerate(NAMES) if other == name]
+        if name is not None:
+            adapters.use(name)
+        with adapters.off() if name is None else contextlib.nullcontext():
+            assert torch.equal(found[rows], outputs(adapters.model, ROWS[rows])), name
+    assert len({tuple(row.flatten().tolist()) for row in found}) == len(NAMES)
+
+
+def test_rows_generate_as_alone(folders):
+    adapters = with_three(folders)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with adapters.rows(NAMES):
+        found = adapters.model.generate(ROWS, **options)
+    for name in ("0", "1", "dense"):
+        rows = [row for row, other in enumerate(NAMES) if other == name]
+        adapters.use(name)
+        assert torch.equal(found[rows], adapters.model.generate(ROWS[rows], **options))
+
+
+def test_after_the_block_the_model_is_what_it_was_and_errors_name_what_is_wrong(folders):
+    adapters = with_three(folders)
+    model, before = adapters.model, outputs(adapters.model, ROWS)
+    match = r"x: expected a batch of 6 rows, one for each name, got \[2, 7, 32\]"
+    with pytest.raises(ValueError, match=match), adapters.rows(NAMES):
+        outputs(model, ROWS[:2])
+    assert torch.equal(outputs(model, ROWS), before)
+    for names, match in (
+        ([], "names: expected one for each row"),
+        (["0", "nobody"], "expected one of dense, 0, 1, got 'nobody'"),
+    ):
+        with pytest.raises(ValueError, match=match), adapters.rows(names):
+            pass
+    with pytest.raises(ValueError, match="expected one for each row of a batch and an adapter"):
+        Adapters(make_llama()).rows([None])
+    layer = next(iter(gated_linears(model).values()))
+    layer.forward = layer.forward
+    with pytest.raises(ValueError, match="q_proj has a forward of its own"), adapters.rows(NAMES):
+        pass
+    del layer.forward
+    assert torch.equal(outputs(model, ROWS), before)
+    read = replace_linears(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2)))
+    with pytest.raises(ValueError, match="is a weight that code reads"), Adapters(read).rows(["default"]):
+        pass

@@ -366,3 +366,16 @@ def test_a_four_bit_base_trains_under_a_trainer(tmp_path):
         assert torch.equal(one.rigsa_values, other.rigsa_values)
         assert torch.equal(one.rigsa_alpha, other.rigsa_alpha)
     assert Path(tmp_path / "run" / "checkpoint-8" / "rigsa_config.json").exists()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_trainers_own_optimiser_may_not_decay_gates(tmp_path, decay):
+    """Its error has the line to write, and nothing is trained before."""
+    trainer = make_trainer(adapted(), tmp_path, weight_decay=decay, max_steps=1)
+    before = state(trainer.model)
+    if decay:
+        with pytest.raises(ValueError, match=r"weight_decay: 0\.1 of group 0 .*rigsa\.parameter_groups\(model\)"):
+            trainer.train()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    else:
+        trainer.train()

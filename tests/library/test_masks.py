@@ -10,6 +10,7 @@ from rigsa.experiments.presets import paper
 from rigsa.masks import (
     TrainedLayer,
     drop_and_grow,
+    erk_counts,
     hamming_distance,
     largest_patterns,
     prune,
@@ -318,3 +319,42 @@ def test_drop_and_grow_names_what_is_wrong():
         drop_and_grow(values, pattern, gradient, number=1)
     dense = SparsePattern.dense(2, 3)
     assert drop_and_grow(torch.ones(2, 3), dense, torch.ones(2, 3), number=0).nnz == 6
+
+
+def test_erk_counts_of_layers_by_hand():
+    """sides 20, 60 and 120 of 200 entries: epsilon is 1, but the first layer would exceed its size at density 0.5."""
+    shapes = {"small": (10, 10), "middle": (20, 40), "large": (60, 60)}
+    assert erk_counts(shapes, 200 / 4500) == {"small": 20, "middle": 60, "large": 120}
+    assert erk_counts(shapes, 1.0) == {"small": 100, "middle": 800, "large": 3600}
+    # At 1,000 entries the small layer would have 100 of its 100; without it 900 are shared 1 to 2.
+    assert erk_counts(shapes, 1000 / 4500) == {"small": 100, "middle": 300, "large": 600}
+    # Five entries on sides 20, 60 and 120: 0.5, 1.5 and 3, and the first of two equal rests is rounded up.
+    assert erk_counts(shapes, 5 / 4500) == {"small": 1, "middle": 1, "large": 3}
+    with pytest.raises(ValueError, match=r"density: 0.0004.* leaves small empty \(100 weights\); keep more"):
+        erk_counts(shapes, 2 / 4500)
+    for density in (0, 1.01, float("nan")):
+        with pytest.raises(ValueError, match="density: expected more than 0 and at most 1"):
+            erk_counts(shapes, density)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=8),
+    st.floats(0.001, 1, exclude_min=True),
+)
+def test_erk_counts_are_exact_and_as_the_rule_says(sides, density):
+    shapes = {str(number): side for number, side in enumerate(sides)}
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    total, sums = sum(sizes.values()), sum(map(sum, sides))
+    if any(round(density * total) * sum(side) < sums for side in sides):
+        return  # a layer may be left empty, which the other test has
+    counts = erk_counts(shapes, density)
+    assert sum(counts.values()) == round(density * sum(sizes.values()))
+    assert all(0 < counts[name] <= sizes[name] for name in shapes)
+    sparse = [name for name in shapes if counts[name] < sizes[name]]
+    dense = [name for name in shapes if counts[name] == sizes[name]]
+    for one in sparse:
+        for other in sparse:
+            shared = counts[one] * sum(shapes[other]) / sum(shapes[one])
+            assert abs(shared - counts[other]) < 1 + sum(shapes[other]) / sum(shapes[one])
+        for other in dense:  # it would have as many, or more, by the same epsilon
+            assert sizes[other] <= (counts[one] + 1) * sum(shapes[other]) / sum(shapes[one]) + 1

@@ -23,7 +23,7 @@ from rigsa import (
     snapshot,
 )
 from rigsa.criteria import CRITERIA, TREATMENTS, treated_values
-from rigsa.masks import TrainedLayer
+from rigsa.masks import TrainedLayer, erk_counts
 from rigsa.masks import prune as prune_layers
 from rigsa.state import ticket_of
 from rigsa_kernels.init import initial_values
@@ -204,7 +204,7 @@ REFUSED = {
     "magnitude: a density": (lambda m: magnitude_ticket(m, 2), "density: expected more than 0"),
     "magnitude: a ranking": (lambda m: magnitude_ticket(m, 0.5, ranking="x"), "ranking: expected one of"),
     "magnitude: nothing left": (lambda m: magnitude_ticket(m, 1e-5), "density: 1e-05 leaves"),
-    "gradient: a score": (lambda m: gradient_ticket(m, loss, [IDS], 0.1, "snip"), "score: expected one of sift"),
+    "gradient: a score": (lambda m: gradient_ticket(m, loss, [IDS], 0.1, "magic"), "score: expected one of sift"),
     "gradient: a density": (lambda m: gradient_ticket(m, loss, [IDS], 0), "density: expected more than 0"),
     "gradient: a ranking": (lambda m: gradient_ticket(m, loss, [IDS], 0.1, ranking="x"), "ranking"),
     "gradient: no batch": (lambda m: gradient_ticket(m, loss, [], 0.1), "batches: expected at least one"),
@@ -342,6 +342,62 @@ def test_gradient_tickets_take_the_gradients_of_the_pretrained_weights():
             assert layer.rigsa_alpha.item() == pytest.approx(layer.alpha_init)
             assert layer.rigsa_alpha.grad is None
             assert layer.rigsa_values.grad is None
+
+
+def test_tickets_of_the_start_by_hand():
+    """Of half the squared output for one x, whose gradient is (Wx)x^T and whose Hessian is xx^T in every row."""
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 8, bias=False)
+    model = replace_linears(nn.Sequential(linear), alpha_init=0.5, seed=3)
+    x = torch.randn(1, 16)
+    values = initial(model[0])
+    output = x @ (model[0].frozen_matrix() + 0.5 * values).t()
+    gradient = 0.5 * output.t() @ x
+    wanted = {"snip": (values * gradient).abs(), "grasp": values * (0.25 * x.square().sum() * gradient)}
+    for score, expected in wanted.items():
+        gradient_ticket(model, lambda model, batch: model(batch).square().sum() / 2, iter([x]), 0.25, score)
+        kept = model[0].pattern.to_mask()
+        assert kept.sum() == 32
+        assert expected[kept].min() >= expected[~kept].max()
+        assert torch.equal(model[0].rigsa_values, values[kept])
+        assert model[0].rigsa_alpha.item() == 0.5
+
+
+@pytest.mark.parametrize("start", [{"alpha_init": 0.0}, {"init_scale": 0.0}])
+@pytest.mark.parametrize("score", ["snip", "grasp"])
+def test_a_score_that_would_be_zero_everywhere_is_refused(score, start):
+    model = replace_linears(make_llama(), density=0.5, **start)
+    before = state(model)
+    with pytest.raises(ValueError, match=f"score: '{score}' is a product with the start of {UP[:14]}.*is 0; it would"):
+        gradient_ticket(model, loss, [IDS], 0.1, score)
+    assert_unchanged(before, model)
+
+
+def test_tickets_of_a_parameter_that_code_reads():
+    """A second derivative through a weight that no layer is called for."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = replace_linears(nn.Sequential(attention), alpha_init=0.5)
+    x = torch.randn(2, 3, 8)
+    for score in ("snip", "grasp"):
+        gradient_ticket(model, lambda model, batch: model[0](batch, batch, batch)[0].square().sum(), [x], 0.25, score)
+        assert {layer.pattern.nnz / layer.num_weights for layer in gated_linears(model).values()} == {0.25}
+
+
+def test_a_random_ticket_by_the_erdos_renyi_rule():
+    model, base = trained(), make_llama()
+    report = random_ticket(model, 0.1, layer_densities="erk")
+    assert report.total.kept == 1536
+    shapes = {name: tuple(base.get_submodule(name).weight.shape) for name in report.layers}
+    assert report.kept == erk_counts(shapes, 0.1)
+    assert "layer_densities='erk'" in report.what
+    before = state(model)
+    for wrong, match in (("even", "expected one of equal, erk, got 'even'"), ("erk", "expected a number for density")):
+        with pytest.raises(ValueError, match=f"layer_densities: .*{match}"):
+            random_ticket(model, report.kept, layer_densities=wrong)
+    with pytest.raises(ValueError, match=r"density: 0.0001 leaves .* empty"):
+        random_ticket(model, 0.0001, layer_densities="erk")
+    assert_unchanged(before, model)
 
 
 def test_gradient_tickets_in_four_bits():

@@ -20,6 +20,7 @@ from rigsa.experiments.config import QUANTIZATIONS, Config
 from rigsa.experiments.memory.live_memory import Growth
 from rigsa.experiments.memory.simulate import SimulatedModel, nf4_holds
 from rigsa.experiments.methods.gradient_masks import GradientMask
+from rigsa.experiments.tasks.task import Size
 from rigsa_kernels.optim import StateDtype
 
 GIB = 2**30
@@ -67,13 +68,13 @@ class Target:
         shape: the base model's configuration (`rigsa.experiments.model.model_shape`).
         config: of the run.
         device: where it trains.
-        tokens: of a prompt.
+        size: of the largest row of a training batch.
     """
 
     shape: PretrainedConfig
     config: Config
     device: torch.device
-    tokens: int
+    size: Size
 
     def model(self, density: float, **options: object) -> SimulatedModel:
         """The simulated model at one density, with some fields of the configuration replaced."""
@@ -107,21 +108,22 @@ def plan_levels(target: Target, densities: Mapping[int, float]) -> list[LevelPla
     micro_batch, accumulates = target.config.micro_batch_size, target.config.accumulation_steps > 1
     plans = []
     for level, density in densities.items():
-        usage = target.model(density).training_step(target.tokens, micro_batch, accumulates=accumulates)
+        usage = target.model(density).training_step(target.size, micro_batch, accumulates=accumulates)
         plans.append(LevelPlan(level, density, usage.by_part))
     return plans
 
 
 def plan_test(target: Target, density: float) -> int:
     """Bytes of the largest test batch, prompts with all their examples, through an adapter of that density."""
-    tokens = target.tokens * (1 + max(target.config.shots))
-    return target.model(density).test_pass(tokens, target.config.eval_batch_size).peak
+    shown = 0 if target.config.is_text else max(target.config.shots)
+    size = dataclasses.replace(target.size, tokens=target.size.tokens * (1 + shown))
+    return target.model(density).test_pass(size, target.config.eval_batch_size).peak
 
 
 def plan_choosing(target: Target) -> int:
     """The peak in bytes while a mask is chosen from the gradients of all entries; 0 for methods that do not do that."""
     method = target.config.method
-    return target.model(1.0).scoring_pass(method.score, target.tokens).peak if isinstance(method, GradientMask) else 0
+    return target.model(1.0).scoring_pass(method.score, target.size).peak if isinstance(method, GradientMask) else 0
 
 
 def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
@@ -134,7 +136,7 @@ def choices(target: Target, densities: Mapping[int, float]) -> Iterator[Choice]:
         moments: dict[int, dict[StateDtype, int]] = {}
         for level, density in densities.items():
             model = target.model(density, quantize=quantize, checkpointing=checkpointing)
-            growth[level] = _growth(model, target.tokens)
+            growth[level] = _growth(model, target.size)
             moments[level] = {state_dtype: model.moment_bytes(state_dtype) for state_dtype in STATE_DTYPES}
         for state_dtype in STATE_DTYPES:
             held = {level: growth[level].holding("optimiser", moments[level][state_dtype]) for level in densities}
@@ -147,9 +149,9 @@ def _bases(target: Target) -> list[str]:
     return [base for base in target.config.method.quantizations if base != "nf4" or holds]
 
 
-def _growth(model: SimulatedModel, tokens: int) -> Growth:
+def _growth(model: SimulatedModel, size: Size) -> Growth:
     accumulates = not model.config.step_in_backward
-    return Growth.between(*(model.training_step(tokens, prompts, accumulates=accumulates) for prompts in (2, 3)))
+    return Growth.between(*(model.training_step(size, prompts, accumulates=accumulates) for prompts in (2, 3)))
 
 
 def require_fit(target: Target, densities: Mapping[int, float], memory: float) -> list[LevelPlan]:

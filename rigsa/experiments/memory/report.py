@@ -40,7 +40,7 @@ def memory_report(target: Target, densities: Mapping[int, float], memory: float)
     record = {
         "model": target.config.model,
         "device": target.device.type,
-        "tokens": target.tokens,
+        "tokens": target.size.tokens,
         "memory_bytes": round(memory),
         "usable_bytes": round(limit),
         "levels": [_level_record(target, plan, limit) for plan in levels],
@@ -62,7 +62,7 @@ def memory_report(target: Target, densities: Mapping[int, float], memory: float)
         ),
         _test_line(target, test_peak, limit),
         "",
-        f"Largest micro-batch that fits, and the GiB it takes ({target.tokens} tokens a prompt):",
+        f"Largest micro-batch that fits, and the GiB it takes ({target.size.tokens} tokens a prompt):",
         *_table([_choice_columns(ends), *(_choice_row(choice, limit) for choice in found)]),
     ]
     return "\n".join(lines), record
@@ -104,7 +104,8 @@ def _level_record(target: Target, plan: LevelPlan, limit: float) -> dict[str, An
 
 def _test_line(target: Target, peak: int, limit: float) -> str:
     config = target.config
-    prompts = f"{config.eval_batch_size} prompts of about {target.tokens * (1 + max(config.shots)):,} tokens"
+    shown = 0 if config.is_text else max(config.shots)
+    prompts = f"{config.eval_batch_size} prompts of about {target.size.tokens * (1 + shown):,} tokens"
     return f"Testing, {prompts} at a time: {_gib(peak)} GiB; fits: {_yes(peak <= limit)}"
 
 

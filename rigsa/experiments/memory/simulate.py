@@ -25,17 +25,19 @@ from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_act
 from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
 from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
+from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.model import spare_the_head
-from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
-from rigsa.experiments.train import make_optimizer, stepping_in_backward
+from rigsa.experiments.tasks.evaluation import target_logits, training_loss
+from rigsa.experiments.tasks.task import Batch, Size
+from rigsa.experiments.train import is_set_by_hand, make_optimizer, stepping_in_backward
 from rigsa.scores import GradientScore
-from rigsa_kernels import GatedSparseLinear, MaskedAdamW, gated_linears
+from rigsa_kernels import GatedSparseLinear, GatedSparseWeight, MaskedAdamW, gated_linears
 from rigsa_kernels.dispatch import kernels_win, multiplies_tiles
 from rigsa_kernels.format import WORD_BITS, SparsePattern
 from rigsa_kernels.nf4 import RUN, nf4_base
 from rigsa_kernels.optim import StateDtype
 from rigsa_kernels.reference import sampled_grad_bytes, samples, tiled_grad_bytes
-from rigsa_kernels.selection import select_linears
+from rigsa_kernels.selection import adaptable, select_linears
 from rigsa_kernels.tiles import Tile, assume_columns, grid_shape, is_tiled, is_whole_lines, tile_size
 
 NF4_BLOCK = 64
@@ -74,8 +76,8 @@ class SimulatedModel:
         self.config, self.device = config, device
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         model = _on_meta(shape, config)
-        layers = select_linears(model, "*", ())[0].values()
-        self.num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+        layers = select_linears(model, config.included, config.excluded)[0].values()
+        self.num_weights = sum(adaptable(model, config.included, config.excluded).values())
         model.requires_grad_(False)
         if config.method.peft:
             attach_peft(model, config)  # here, as PEFT moves modules, which fake tensors do not allow
@@ -87,30 +89,35 @@ class SimulatedModel:
                 for linear in layers:
                     _quantize(linear)
             if config.method.gated:
-                # "composed" would ask the values whether it is wise
-                attach_adapter(self.model, dataclasses.replace(config, numerics="exact"))
+                # "composed", and weights that code reads, would ask the values whether it is wise: zeros are not asked
+                attach_adapter(self.model, config, numerics="auto", init_scale=0.0)
             checkpoint_activations(self.model, config)
             self._lists: list[Tensor] = []
             for layer in gated_linears(self.model).values():
                 _simulate(layer, config, device, density)
                 self._lists += _position_lists(layer, device)
+            if density == 1 and config.method.reads("l0_penalty"):
+                DiffGates(config).put_on(self.model)
+                # w, while the values are the difference of a step
+                self._lists += [torch.empty_like(layer.rigsa_values) for layer in gated_linears(self.model).values()]
 
     def trained_share(self) -> float:
         """Numbers that are trained, as a share of the weights of the layers that have an adapter."""
         return sum(parameter.numel() for parameter in trained_parameters(self.model).values()) / self.num_weights
 
-    def training_step(self, tokens: int, micro_batch: int, *, accumulates: bool) -> Usage:
+    def training_step(self, size: Size, micro_batch: int, *, accumulates: bool) -> Usage:
         """The last micro-batch of a step after the first: forward, backward, clipping, update.
 
         Args:
-            tokens: of a prompt.
-            micro_batch: prompts.
+            size: of a row of the batch.
+            micro_batch: rows.
             accumulates: the step has micro-batches before this one, so gradients are there from the start.
         """
         model, config = self.model.train(), self.config
         with self._fake:
             optimizer = self._optimizer(config)
-            parameters = _parameters(optimizer)
+            by_hand = [p for p in _parameters(optimizer) if is_set_by_hand(p)]
+            parameters = [p for p in _parameters(optimizer) if not is_set_by_hand(p)]
             if accumulates:
                 _fill_gradients(parameters)
             memory = self._hold(optimizer)
@@ -119,34 +126,39 @@ class SimulatedModel:
                 for parameter in parameters
             ]
             stepping = stepping_in_backward(optimizer) if config.step_in_backward else nullcontext()
-            with memory, stepping, _prompts_of_one_length():
-                loss = training_loss(model, _batch(tokens, micro_batch), config.loss)
+            batch = _batch(size, micro_batch)
+            with memory, stepping, _no_questions_of_masks(batch):
+                loss = training_loss(model, batch, micro_batch)
                 self._hold_kept(memory)
                 memory.hold_rest("activations")
                 loss.backward()
                 if config.max_grad_norm:
                     nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                _fill_gradients(by_hand)
+                memory.hold("gradients", [p.grad for p in by_hand if p.grad is not None])
                 optimizer.step()
             for hook in hooks:
                 hook.remove()
             optimizer.zero_grad()
         return memory.usage()
 
-    def scoring_pass(self, score: GradientScore, tokens: int) -> Usage:
-        """One gradient of as many images as the score takes at a time, and the scores of entries from it."""
+    def scoring_pass(self, score: GradientScore, size: Size) -> Usage:
+        """One gradient of as many examples as the score takes at a time, and the scores of entries from it."""
         with self._fake:
             memory = self._hold(None)
-            with memory, _prompts_of_one_length():
-                images = images_at_a_time(score, self.config)
-                score_entries(self.model, score, [_batch(tokens, images)], self.config.loss)
+            number = images_at_a_time(score, self.config)
+            batch = _batch(size, number)
+            with memory, _no_questions_of_masks(batch):
+                score_entries(self.model, score, [batch], number)
         return memory.usage()
 
-    def test_pass(self, tokens: int, batch: int) -> Usage:
+    def test_pass(self, size: Size, rows: int) -> Usage:
         """One batch of prompts through the trained adapter, without gradients."""
         with self._fake, torch.no_grad():
             memory = self._hold(None)
-            with memory, _prompts_of_one_length():
-                answer_logits(self.model.eval(), _batch(tokens, batch))
+            batch = _batch(size, rows)
+            with memory, _no_questions_of_masks(batch):
+                target_logits(self.model.eval(), batch)
                 self._hold_kept(memory)
         return memory.usage()
 
@@ -188,7 +200,7 @@ class SimulatedModel:
 
 def nf4_holds(shape: PretrainedConfig, config: Base) -> bool:
     """Whether every layer to adapt has rows that NF4 kernels can decode."""
-    layers, _ = select_linears(_on_meta(shape, config), "*", ())
+    layers, _ = select_linears(_on_meta(shape, config), config.included, config.excluded)
     return all(layer.in_features % RUN == 0 for layer in layers.values())
 
 
@@ -199,16 +211,18 @@ def _on_meta(shape: PretrainedConfig, config: Base) -> PreTrainedModel:
         )
 
 
-def _prompts_of_one_length() -> AbstractContextManager[Any]:
-    """Tells transformers that prompts have no padding and are not packed, which it cannot find out of fake tensors.
+def _no_questions_of_masks(batch: Batch) -> AbstractContextManager[Any]:
+    """Tells transformers whether rows are padded, and that none are packed: it cannot find out of fake tensors.
 
-    Left to itself it would take them for the general case and make attention masks of T * T entries.
+    Left to itself it would take them for the general case and make attention masks of T * T entries, which only a
+    padded batch has.
     """
+    has_padding = "attention_mask" in batch
     return mock.patch.multiple(
         masking_utils,
         is_tracing=lambda tensor=None: False,
         find_packed_sequence_indices=lambda position_ids: None,
-        fast_all=lambda mask: True,
+        fast_all=lambda mask: not has_padding,
     )
 
 
@@ -225,9 +239,18 @@ def _fill_gradients(parameters: list[Tensor]) -> None:
         parameter.grad = torch.empty_like(parameter)
 
 
-def _batch(tokens: int, prompts: int) -> dict[str, Tensor]:
-    ids = torch.empty(prompts, tokens, dtype=torch.int64)
-    return {"input_ids": ids, "answer": torch.empty(prompts, dtype=torch.int64)}
+def _batch(size: Size, rows: int) -> Batch:
+    """Rows of that size; a lone one is never padded."""
+    batch = {name: torch.empty(rows, width, dtype=torch.int64) for name, width in _columns(size).items()}
+    if not size.padded or rows == 1:
+        return {name: batch[name] for name in ("input_ids", "targets")}
+    return batch
+
+
+def _columns(size: Size) -> dict[str, int]:
+    return {"input_ids": size.tokens, "targets": size.targets} | dict.fromkeys(
+        ("attention_mask", "position_ids"), size.tokens
+    )
 
 
 def _quantize(linear: nn.Linear) -> None:
@@ -246,7 +269,8 @@ def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, de
     """Have a dense layer of fake tensors go the way that it would go on `device`, with a pattern of that density."""
     layer.rule_device = device
     # `auto` would ask the values. Composing keeps the larger matrices.
-    layer.numerics = "composed" if config.numerics == "auto" else config.numerics
+    if not isinstance(layer, GatedSparseWeight):  # which always composes
+        layer.numerics = "composed" if config.numerics == "auto" else config.numerics
     if density < 1:
         layer.bound = 0.0  # values without data need not be drawn
         layer.set_pattern(_pattern(layer.pattern.shape, density, config))

@@ -1,4 +1,4 @@
-"""Masks from gradients at the pretrained model: SIFT, FISH masks, SAM and RoSA.
+"""Masks from gradients before training: SIFT, FISH masks, SAM, RoSA, SNIP and GraSP.
 
 `rigsa.scores` has the scores. Here a batch is what `mask_batches` draws: one image where a score is made for examples,
 else a micro-batch, as training makes them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from rigsa.experiments.config import Gates, Look, LowRank, Training, fields_of
+from rigsa.errors import RigsaError
+from rigsa.experiments.config import Config, Gates, Look, LowRank, Training, fields_of
 from rigsa.experiments.methods.baselines import OWN_DTYPE
 from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa.experiments.tasks.evaluation import training_loss
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
 from rigsa.scores import SCORES, GradientScore, gradient_scores
 from rigsa_kernels import SparsePattern, gated_linears
 
@@ -34,10 +33,21 @@ class GradientMask(TicketMethod):
 
     score: GradientScore
 
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if self.score.at_start and (config.init_scale == 0 or config.alpha_init == 0):
+            option = "init-scale" if config.init_scale == 0 else "alpha-init"
+            raise RigsaError(
+                f"--{option} 0: every score of {self.name} would be 0, as it is a product with the initial values "
+                "behind their gate; expected another number"
+            )
+
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
         config = experiment.config
         batches = tqdm(mask_batches(experiment, self.score), desc="gradients for the mask", unit="batch", leave=False)
-        patterns, record = highest(config, score_entries(experiment.model, self.score, batches, config.loss))
+        patterns, record = highest(
+            config, score_entries(experiment.model, self.score, batches, images_at_a_time(self.score, config))
+        )
         return patterns, record | {"images": config.mask_images}
 
 
@@ -48,23 +58,23 @@ def images_at_a_time(score: GradientScore, config: Training) -> int:
 
 def mask_batches(experiment: Experiment, score: GradientScore) -> DataLoader[Any]:
     """The training images that choose the mask, drawn from the run's seed, as many at a time as the score takes."""
-    config, dataset = experiment.config, PromptDataset(experiment.splits.train, experiment.prompts)
-    draw = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    chosen = Subset(dataset, draw[: config.mask_images].tolist())
-    collated = partial(collate, pad_id=experiment.prompts.pad_id)
-    return DataLoader(chosen, images_at_a_time(score, config), collate_fn=collated)
+    config, samples = experiment.config, experiment.task.training()
+    draw = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
+    chosen = Subset(samples, draw[: config.mask_images].tolist())
+    return DataLoader(chosen, images_at_a_time(score, config), collate_fn=samples.collate)
 
 
 def score_entries(
-    model: nn.Module, score: GradientScore, batches: Iterable[dict[str, Tensor]], loss: str
+    model: nn.Module, score: GradientScore, batches: Iterable[dict[str, Tensor]], divisor: int
 ) -> dict[str, Tensor]:
     """Score every entry of the gated layers by its gradients.
 
     Args:
-        model: with a dense adapter that is zero.
+        model: with a dense adapter as it starts: zero for scores of the pretrained model.
         score: what is made of the gradients.
-        batches: of training images, as many in each as `images_at_a_time` says.
-        loss: as `training_loss`.
+        batches: of training examples, as many in each as `images_at_a_time` says.
+        divisor: of the summed loss of each batch. It is one number for all of them, so that every token counts as much
+            as every other, however tokens are spread over batches.
 
     Returns:
         Layer name to ``[N, K]``, float32.
@@ -72,19 +82,19 @@ def score_entries(
     device = next(model.parameters()).device
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return training_loss(model, {name: tensor.to(device) for name, tensor in batch.items()}, loss)
+        return training_loss(model, {name: tensor.to(device) for name, tensor in batch.items()}, divisor)
 
     values = {name: layer.rigsa_values for name, layer in gated_linears(model).items()}
     return gradient_scores(model.train(), values, loss_of, batches, score)
 
 
-_OPTIONS = (*fields_of(Gates), "ranking", "density", "tile", "mask_images")
+GRADIENT_OPTIONS = (*fields_of(Gates), "ranking", "density", "tile", "mask_images")
 _USUAL = {**FROM_ZERO, "density": PAPER_DENSITY}
 
 SIFT = GradientMask(
     name="sift",
     help="train the entries with the largest gradient in the first batch (Song et al. 2024)",
-    options=_OPTIONS,
+    options=GRADIENT_OPTIONS,
     look=Look("purple", "v", (0, (5, 1, 1, 1))),
     usual={**_USUAL, "mask_images": 16},  # the first batch
     score=SCORES["sift"],
@@ -92,7 +102,7 @@ SIFT = GradientMask(
 FISHER = GradientMask(
     name="fisher",
     help="train the entries with the largest empirical Fisher information (FISH mask, Sung et al. 2021)",
-    options=_OPTIONS,
+    options=GRADIENT_OPTIONS,
     look=Look("orange", "D", (0, (3, 1, 1, 1, 1, 1))),
     usual=_USUAL,
     score=SCORES["fisher"],
@@ -100,7 +110,7 @@ FISHER = GradientMask(
 SAM = GradientMask(
     name="sam",
     help="train the entries that a second-order approximation of the loss picks (Fu et al. 2023)",
-    options=_OPTIONS,
+    options=GRADIENT_OPTIONS,
     look=Look("sky", "P", (0, (8, 2))),
     usual=_USUAL,
     score=SCORES["sam"],
@@ -108,10 +118,26 @@ SAM = GradientMask(
 ROSA = GradientMask(
     name="rosa",
     help="a low-rank and a sparse difference side by side, the mask from gradients (Nikdan et al. 2024)",
-    options=(*_OPTIONS, *fields_of(LowRank)),
+    options=(*GRADIENT_OPTIONS, *fields_of(LowRank)),
     look=Look("red", "*", (0, (8, 2, 1, 2))),
     usual=_USUAL,
     peft="lora",
     whole_because=OWN_DTYPE,
     score=SCORES["rosa"],
+)
+SNIP = GradientMask(
+    name="snip",
+    help="train the random entries without which the loss would change most (SNIP; SparseAdapter, He et al. 2022)",
+    options=GRADIENT_OPTIONS,
+    look=Look("green", "8", (0, (4, 1, 1, 1, 1, 1))),
+    usual={"density": PAPER_DENSITY},
+    score=SCORES["snip"],
+)
+GRASP = GradientMask(
+    name="grasp",
+    help="train the random entries that carry the gradient's flow (GraSP; SparseAdapter, He et al. 2022)",
+    options=GRADIENT_OPTIONS,
+    look=Look("orange", "H", (0, (6, 1, 2, 1))),
+    usual={"density": PAPER_DENSITY},
+    score=SCORES["grasp"],
 )

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config, Gates, Look, Method, Pruning, fields_of
+from rigsa.experiments.config import Config, Gates, Look, Method, Pruning, Tickets, fields_of
 from rigsa.masks import PruneCounts, TrainedLayer, prune
 from rigsa_kernels import SparsePattern, gated_linears
 
@@ -47,7 +47,7 @@ class Imp(Method):
 
     def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
         """If `rigsa plan` was given a density, the plan is for one ticket of it, however many prunings led there."""
-        return {1: config.density} if config.density else ticket_densities(config, same_sign_share)
+        return {1: config.density} if config.density else ticket_densities(config, same_sign_share, config.prunings)
 
     def run(self, experiment: Experiment) -> None:
         from rigsa.experiments.methods.rewinding import rewind  # here: reports import this file, and no transformers
@@ -65,9 +65,9 @@ class Imp(Method):
             experiment.run_level(level, list(watchers(experiment, level)), first_step)
 
 
-def ticket_densities(config: Config, same_sign_share: float) -> dict[int, float]:
-    """Level to density, as pruning will make it if that share of the entries keeps its sign."""
-    return {level: (config.keep_fraction * same_sign_share) ** level for level in range(config.prunings + 1)}
+def ticket_densities(config: Config, same_sign_share: float, last: int) -> dict[int, float]:
+    """Levels 0 to `last` to their density, as pruning will make it if that share of the entries keeps its sign."""
+    return {level: (config.keep_fraction * same_sign_share) ** level for level in range(last + 1)}
 
 
 def watchers(experiment: Experiment, level: int) -> Iterator[TrainerCallback]:
@@ -115,7 +115,7 @@ def choose(experiment: Experiment, level: int) -> tuple[dict[str, SparsePattern]
 IMP = Imp(
     name="imp",
     help="iterative magnitude pruning: train the dense adapter, prune it to tickets, train each (RIGSA)",
-    options=(*fields_of(Gates), *fields_of(Pruning), "ranking", "tile"),
+    options=(*fields_of(Gates), *fields_of(Pruning), *fields_of(Tickets), "ranking", "tile"),
     look=Look("blue", "o", "solid", by_level=True),
     is_reference=True,
 )

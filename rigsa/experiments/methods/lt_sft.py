@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rigsa.experiments.config import Config, Gates, Look, fields_of
+from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of
 from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa_kernels import SparsePattern, gated_linears
 
@@ -46,7 +46,7 @@ class LtSft(TicketMethod):
 LT_SFT = LtSft(
     name="lt-sft",
     help="train all entries from zero, keep those that changed most, train these again (Ansell et al. 2022)",
-    options=(*fields_of(Gates), "ranking", "density", "tile"),
+    options=(*fields_of(Gates), *fields_of(Tickets), "ranking", "density", "tile"),
     look=Look("green", "^", (0, (1, 1))),
     usual={**FROM_ZERO, "density": PAPER_DENSITY},
     quickstart_learning_rate=2e-4,

@@ -40,7 +40,7 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.tasks.evaluation import training_loss
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
+from rigsa.experiments.tasks.task import Samples
 from rigsa.experiments.train import PatternMover, first_non_finite_parameter, steps_per_level
 from rigsa.masks import drop_and_grow
 from rigsa.scores import training_only
@@ -49,7 +49,7 @@ from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_l
 
 def planned_exchanges(experiment: Experiment, patterns: dict[str, SparsePattern]) -> dict[str, int]:
     """``rounds``, and ``exchanged``: the number of entries that all rounds will move in all layers, which is exact."""
-    config, steps = experiment.config, steps_per_level(experiment.config, len(experiment.splits.train))
+    config, steps = experiment.config, steps_per_level(experiment.config, experiment.task.num_training)
     rounds = [
         sum(entries_to_move(config, step, steps, pattern) for pattern in patterns.values())
         for step in range(config.reselect_steps, steps, config.reselect_steps)
@@ -72,11 +72,11 @@ class Reselection(PatternMover):
 
     Args:
         config: of the run.
-        dataset: training images.
+        samples: of the training split.
     """
 
-    def __init__(self, config: Config, dataset: PromptDataset) -> None:
-        self.config, self.dataset = config, dataset
+    def __init__(self, config: Config, samples: Samples) -> None:
+        self.config, self.samples = config, samples
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step, steps = state.global_step, state.max_steps
@@ -96,7 +96,9 @@ class Reselection(PatternMover):
         """
         if diverged := first_non_finite_parameter(model):
             raise _diverged(step, "a trained value", diverged)
-        candidates = accumulated_gradients(model, self.batches(step), self.config.loss, partial(_diverged, step))
+        candidates = accumulated_gradients(
+            model, self.batches(step), self.config.micro_batch_size, partial(_diverged, step)
+        )
         for name, layer in gated_linears(model).items():
             gradient = candidates.pop(name).gradient()
             pattern = drop_and_grow(layer.rigsa_values, layer.pattern, gradient, number=numbers[name])
@@ -108,10 +110,10 @@ class Reselection(PatternMover):
 
         They are alike in all processes and after a resume, and drawing them leaves the random state of training alone.
         """
-        config, pad_id = self.config, self.dataset.prompts.pad_id
-        drawn = np.random.default_rng([config.seed, step]).choice(len(self.dataset), config.batch_size, replace=False)
+        config = self.config
+        drawn = np.random.default_rng([config.seed, step]).choice(len(self.samples), config.batch_size, replace=False)
         for part in drawn.reshape(-1, config.micro_batch_size).tolist():
-            yield collate([self.dataset[index] for index in part], pad_id)
+            yield self.samples.collate([self.samples[index] for index in part])
 
 
 def _diverged(step: int, what: str, layer: str) -> RigsaError:
@@ -165,7 +167,7 @@ class Candidates:
 def accumulated_gradients(
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
-    loss: str,
+    divisor: int,
     diverged: Callable[[str, str], RigsaError],
 ) -> dict[str, Candidates]:
     """What each layer may grow, by the gradient of its weight added up over `batches`.
@@ -175,7 +177,7 @@ def accumulated_gradients(
     Args:
         model: with packed gated layers, in training mode.
         batches: the first one names the candidates.
-        loss: as `training_loss`.
+        divisor: of the summed loss of each batch, one number for all (as in `score_entries`).
         diverged: makes the error to raise of what is not finite, and of a layer's name.
     """
     layers, found = gated_linears(model), dict[str, Candidates]()
@@ -196,7 +198,7 @@ def accumulated_gradients(
         with training_only([], model):  # nothing but the anchor
             for batch in batches:
                 on_device = {name: tensor.to(anchor.device) for name, tensor in batch.items()}
-                torch.autograd.grad(training_loss(model, on_device, loss), anchor, allow_unused=True)
+                torch.autograd.grad(training_loss(model, on_device, divisor), anchor, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()

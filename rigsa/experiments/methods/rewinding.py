@@ -7,6 +7,7 @@ the remaining steps, with the learning rate of the step it starts at.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class SaveEarly(TrainerCallback):
 
     def __init__(self, experiment: Experiment, step: int) -> None:
         self.model, self.step = experiment.model, step
-        self.path = experiment.folder(0) / EARLY_FILE
+        self.path = early_file(experiment)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == self.step:
@@ -39,7 +40,7 @@ def rewind(experiment: Experiment) -> None:
     """Put every layer, which has taken its ticket, at the start that the configuration asks for."""
     config = experiment.config
     if config.rewind_step:
-        _rewind_to_early_step(experiment)
+        start_from(experiment, early_file(experiment))
     elif config.rewind != "init":
         with torch.no_grad():
             for layer in gated_linears(experiment.model).values():
@@ -55,19 +56,24 @@ def start_of(experiment: Experiment, level: int) -> dict[str, Tensor] | None:
     if level == 0 or (config.rewind == "init" and not config.rewind_step):
         return None
     if config.rewind_step:
-        early = read_early(experiment)
+        early = read_dense(experiment, early_file(experiment))
         return {name: layer.pattern.gather(early[f"{name}.rigsa_values"]) for name, layer in layers.items()}
     return {name: treated(layer, config.rewind, config.seed) for name, layer in layers.items()}
 
 
-def read_early(experiment: Experiment) -> dict[str, Tensor]:
-    """The adapter of level 0, which is dense, after `rewind_step` steps. The layers may carry a ticket by now."""
+def early_file(experiment: Experiment) -> Path:
+    """The adapter of level 0 after `rewind_step` steps."""
+    return experiment.folder(0) / EARLY_FILE
+
+
+def read_dense(experiment: Experiment, path: Path) -> dict[str, Tensor]:
+    """An adapter of level 0, which is dense. The layers may carry a ticket by now."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in gated_linears(experiment.model).items():
         shapes |= {f"{name}.rigsa_values": layer.pattern.shape, f"{name}.rigsa_alpha": tuple(layer.rigsa_alpha.shape)}
     trained = trained_parameters(experiment.model)
     shapes = {name: shape for name, shape in shapes.items() if name in trained}  # --gate none trains no gates
-    return read_adapter(experiment.model, experiment.folder(0) / EARLY_FILE, shapes)
+    return read_adapter(experiment.model, path, shapes)
 
 
 def treated(layer: GatedSparseLinear, treatment: str, seed: int) -> Tensor:
@@ -78,8 +84,9 @@ def treated(layer: GatedSparseLinear, treatment: str, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _rewind_to_early_step(experiment: Experiment) -> None:
-    early = read_early(experiment)
+def start_from(experiment: Experiment, path: Path) -> None:
+    """Put every layer, which has taken its ticket, at the values and gates that an adapter of level 0 has."""
+    early = read_dense(experiment, path)
     for name, layer in gated_linears(experiment.model).items():
         layer.rigsa_values.copy_(layer.pattern.gather(early[f"{name}.rigsa_values"]))
         if f"{name}.rigsa_alpha" in early:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from rigsa.experiments.config import Gates, Look, fields_of
 from rigsa.experiments.methods.random_mask import draw_ticket
 from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod
-from rigsa.experiments.tasks.textual_mnist import PromptDataset
 from rigsa_kernels import SparsePattern
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ class Spiel(TicketMethod):
     """One level, which starts on a random mask; its mask is the last one, written with the values."""
 
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-        return draw_ticket(1, experiment)
+        return draw_ticket(experiment)
 
     def run(self, experiment: Experiment) -> None:
         from rigsa.experiments.methods.reselection import Reselection, planned_exchanges  # here: see `Imp.run`
@@ -31,8 +30,7 @@ class Spiel(TicketMethod):
         patterns, record = self.choose(experiment)
         experiment.record_choice(1, record | planned_exchanges(experiment, patterns) | {"mask": None})  # it moves
         experiment.adopt(patterns)
-        dataset = PromptDataset(experiment.splits.train, experiment.prompts)
-        experiment.run_level(1, [Reselection(experiment.config, dataset)])
+        experiment.run_level(1, [Reselection(experiment.config, experiment.task.training())])
 
 
 SPIEL = Spiel(

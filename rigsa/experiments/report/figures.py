@@ -15,8 +15,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rigsa.experiments.config import Colour
+from rigsa.experiments.measures import Measure, title
 from rigsa.experiments.methods.registry import METHODS
-from rigsa.experiments.report.runs import Measure, Report, Setting, trainable
+from rigsa.experiments.report.runs import Report, Setting, trainable
 from rigsa.experiments.report.statistics import Estimate, estimate, group
 from rigsa.experiments.tasks.textual_mnist import Images, image_text
 
@@ -185,6 +186,11 @@ def rank_figure(report: Report) -> Drawing | None:
     )
 
 
+def _headline(report: Report) -> str:
+    """The label of the axis of the task's headline."""
+    return f"{report.accuracies[0].name} (%)" if report.config.is_text else "test accuracy (%)"
+
+
 def size_figure(report: Report) -> Drawing:
     """Figure 4: accuracy on the target task by trained numbers."""
     series = all_series(report)
@@ -195,13 +201,13 @@ def size_figure(report: Report) -> Drawing:
         for one in series:
             _plot(axes, _by(one, measure, "trained numbers"), one.look, one.label)
         _baselines(axes, report, measure)
-        axes.set(xscale="log", xlabel="trained numbers (log scale)", ylabel="test accuracy (%)", ylim=(0, 102))
+        axes.set(xscale="log", xlabel="trained numbers (log scale)", ylabel=_headline(report), ylim=(0, 102))
         _tick(axes, [at for one in series for at, _ in _by(one, measure, "trained numbers")])
         figure.legend(loc="outside right upper")
     return Drawing(
         "figure_4.png",
         "Figure 4. Accuracy by number of trained parameters",
-        f"{measure.name} accuracy on the target task; lines join levels or ranks. {_interval_note(report)}",
+        f"{measure.name} on the target task; lines join levels or ranks. {_interval_note(report)}",
         _alt(report, "Target accuracy by trained numbers on a logarithmic axis", series, []),
         figure,
     )
@@ -222,14 +228,14 @@ def density_figure(report: Report) -> Drawing:
             _plot(by_density, _by(one, measure, "density"), one.look, one.label)
         _baselines(by_level, report, measure, labelled=False)
         _baselines(by_density, report, measure)
-        by_level.set(xlabel="level (0 is dense)", ylabel="test accuracy (%)", ylim=(0, 102))
+        by_level.set(xlabel="level (0 is dense)", ylabel=_headline(report), ylim=(0, 102))
         by_level.xaxis.set_major_locator(MaxNLocator(integer=True))
         by_density.set(xlabel="density (% of adapted weights, log scale)", xscale="log")
         _tick(by_density, [at for one in series for at, _ in _by(one, measure, "density")])
         by_density.invert_xaxis()
         figure.legend(loc="outside lower center", ncols=4)
         config = report.config
-        figure.suptitle(f"Textual MNIST, {measure.name}: {config.model} on {config.data}", fontsize=11)
+        figure.suptitle(f"{title(config)}, {measure.name}: {config.model} on {config.data}", fontsize=11)
     return Drawing(
         "figure.png",
         "Figure 5. Accuracy by level and by density",
@@ -318,7 +324,7 @@ def _panels(report: Report, width: float) -> tuple[Figure, list[Panel]]:
     panels = []
     for index, measure in enumerate(measures):
         axes = figure.add_subplot(rows, columns, index + 1)
-        name = f"Textual MNIST, {measure.name}" if index == 0 else measure.name
+        name = f"{title(report.config)}, {measure.name}" if index == 0 else measure.name
         axes.set(title=name, ylabel="accuracy (%)" if measure.unit == "%" else measure.unit)
         if index == 0:
             axes.set_ylim(0, 102)

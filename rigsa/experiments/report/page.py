@@ -14,11 +14,13 @@ from typing import TypeAlias
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.hardware import versions
+from rigsa.experiments.measures import title
 from rigsa.experiments.report.figures import Drawing, drawings
 from rigsa.experiments.report.runs import Report, command_of, read_report
 from rigsa.experiments.report.tables import Table, csv_text, escape_markdown, level_table, seeds_text, tables
 from rigsa.experiments.run_folder import CONFIG_FILE
-from rigsa.experiments.tasks.textual_mnist import Images, load_splits
+from rigsa.experiments.tasks.task import Task
+from rigsa.experiments.tasks.textual_mnist import Images, TextualMnist, load_splits
 from rigsa.files import write_atomically, write_text
 
 PAGE_FILE = "report.html"
@@ -48,13 +50,13 @@ class Section:
     blocks: list[Block]
 
 
-def write_report(paths: Sequence[Path], out: Path | None = None, images: Images | None = None) -> tuple[str, Path]:
+def write_report(paths: Sequence[Path], out: Path | None = None, task: Task | None = None) -> tuple[str, Path]:
     """Write report.html, report.md, report.csv and the figures as PNG.
 
     Args:
         paths: run folders, or folders of them.
         out: where to; default: the one folder given, else ``./report``.
-        images: whose first one Figure 1 shows; default: the test images of the runs' data, loaded here.
+        task: of the runs, if it is at hand: Figure 1 shows its first test image. Else images are loaded here.
 
     Returns:
         What to print (the table of levels, and what was left out) and the path of the page.
@@ -66,11 +68,11 @@ def write_report(paths: Sequence[Path], out: Path | None = None, images: Images 
     out = out or (paths[0] if len(paths) == 1 else DEFAULT_OUT)
     check_out(out)
     notes = [*report.notes, *(f"{folder} failed: {message}" for folder, message in report.failed)]
-    if images is None:
-        try:
-            images = load_splits(report.config.data).test
-        except RigsaError as error:
-            notes.append(f"There is no Figure 1: {error}")
+    try:
+        images = _images(report, task)
+    except RigsaError as error:
+        images = None
+        notes.append(f"There is no Figure 1: {error}")
     figures = drawings(report, images)
     command = shlex.join(["python", "-m", "rigsa.run", "report", *map(str, paths), "--out", str(out)])
     sections = make_sections(report, figures, notes)
@@ -80,6 +82,13 @@ def write_report(paths: Sequence[Path], out: Path | None = None, images: Images 
         write_atomically(out / figure.file, figure.save_png)
     write_text(out / PAGE_FILE, page(report, sections, command))
     return "\n\n".join([level_table(report).markdown(), *notes]), out / PAGE_FILE
+
+
+def _images(report: Report, task: Task | None) -> Images | None:
+    """The test images of the runs' task; None for texts. Raises RigsaError where they are not to be had."""
+    if isinstance(task, TextualMnist):
+        return task.splits.test
+    return None if report.config.is_text else load_splits(report.config.data).test
 
 
 def check_out(out: Path) -> None:
@@ -150,13 +159,13 @@ def heading(report: Report) -> tuple[str, str]:
     runs = f"{len(report.runs)} run{'s' * (len(report.runs) > 1)}"
     seeds = seeds_text(len({run.config.seed for run in report.runs}))
     many = f"{len(methods)} method{'s' * (len(methods) > 1)}"
-    return "Gated sparse adapters on Textual MNIST", f"{config.model} on {config.data}: {runs}, {many}, {seeds}."
+    return f"Gated sparse adapters on {title(config)}", f"{config.model} on {config.data}: {runs}, {many}, {seeds}."
 
 
 def markdown(report: Report, sections: Sequence[Section], command: str) -> str:
     """The report for a terminal or a repository; figures are the files beside it."""
-    title, line = map(escape_markdown, heading(report))
-    parts = [_MARK, f"# {title}", line]
+    heads, line = map(escape_markdown, heading(report))
+    parts = [_MARK, f"# {heads}", line]
     for section in sections:
         parts.append(f"## {escape_markdown(section.title)}")
         for block in section.blocks:
@@ -190,7 +199,7 @@ def _fenced(lines: Sequence[str]) -> str:
 
 def page(report: Report, sections: Sequence[Section], command: str) -> str:
     """One HTML page that needs nothing else: no script, no font, no file."""
-    title, line = map(html.escape, heading(report))
+    heads, line = map(html.escape, heading(report))
     anchors = [section.title.lower().replace(" ", "-").replace(",", "") for section in sections]
     links = "".join(f'<li><a href="#{anchor}">{html.escape(section.title)}</a></li>'
                     for anchor, section in zip(anchors, sections, strict=True))  # fmt: skip
@@ -202,8 +211,8 @@ def page(report: Report, sections: Sequence[Section], command: str) -> str:
     ]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<header>\n<h1>{title}</h1>\n<p>{line}</p>\n</header>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{heads}</title>\n'
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<header>\n<h1>{heads}</h1>\n<p>{line}</p>\n</header>\n"
         f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n<main>\n'
         + "\n".join(bodies)
         + "\n</main>\n</body>\n</html>\n"

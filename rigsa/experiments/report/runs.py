@@ -11,6 +11,7 @@ from typing import Any
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import OPTIONS, Config, flag
 from rigsa.experiments.config_file import load
+from rigsa.experiments.measures import Measure, Metrics, accuracies, test_loss, test_perplexity
 from rigsa.experiments.presets import PRESETS, arguments_of
 from rigsa.experiments.records import FAILURE, RESOURCES, metrics_of, read_record
 from rigsa.experiments.report import paper_numbers
@@ -26,10 +27,13 @@ from rigsa.experiments.run_folder import (
 )
 
 TASKS = {"piqa": "PIQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8k"}
-SAME = ("model", "data", "test_images", "eval_shots", "system_prompt")
-"""Fields in which the runs of one report agree; those that measured source tasks agree in `SAME_TASKS` too."""
+SAME = (
+    "model", "data", "format", "validation_share", "max_length", "score", "answer_tokens", "test_images", "eval_shots",
+    "system_prompt",
+)  # fmt: skip
+"""Fields in which the runs of one report agree; those that measured source tasks agree in `SAME_TASKS` too, those
+that measured drift in the number of its prompts."""
 SAME_TASKS = ("limit", "data_dir")
-Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,41 +71,6 @@ def _level(run: Path, number: int, config: Config) -> Metrics:
             "and run again"
         )
     return metrics | read_record(folder / RESOURCES_FILE, RESOURCES)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number that every level may have: where it stands in the metrics, and how it is written."""
-
-    name: str
-    keys: tuple[str, ...]
-    unit: str
-    decimals: int
-
-    def of(self, metrics: Metrics | None) -> float | None:
-        """The number in `metrics`, or None if it was not measured."""
-        value: Any = metrics
-        for key in self.keys:
-            if not isinstance(value, dict) or key not in value:
-                return None
-            value = value[key]
-        return float(value)
-
-    def before(self, run: Run) -> float | None:
-        """The untrained model's number. Its drift is 0, since drift is measured from it."""
-        return 0.0 if self.keys[0] == "drift" else self.of(run.base)
-
-    def text(self, value: Estimate | None) -> str:
-        """``93.33 ± 1.20``, or the mean alone where there is no interval."""
-        if value is None:
-            return ""
-        half = "" if value.half is None else f" ± {value.half:.{self.decimals}f}"
-        return f"{value.mean:.{self.decimals}f}{half}"
-
-
-def accuracy(shots: str) -> Measure:
-    """On the target task, with so many examples: ``0-shot``."""
-    return Measure(shots, ("test", shots, "accuracy"), "%", 2)
 
 
 DRIFT = Measure("drift", ("drift", "kl"), "nats per token", 4)
@@ -142,7 +111,7 @@ class Setting:
 
     def change(self, measure: Measure, level: int) -> Estimate | None:
         """The change from the untrained model of the same run."""
-        before = {run.config.seed: measure.before(run) for run in self.runs}
+        before = {run.config.seed: measure.before(run.base) for run in self.runs}
         changes = [value - start for seed, value in self.values(measure, level).items()
                    if (start := before[seed]) is not None]  # fmt: skip
         return estimate(changes) if changes else None
@@ -169,17 +138,25 @@ class Report:
 
     @property
     def accuracies(self) -> list[Measure]:
-        """Accuracy on the target task per number of examples; the first is the headline."""
-        return [accuracy(f"{number}-shot") for number in self.config.shots]
+        """Accuracies on the target task; the first is the headline."""
+        return accuracies(self.config)
 
     @property
     def loss(self) -> Measure:
-        return Measure("test loss", ("test", f"{self.config.shots[0]}-shot", "loss"), "nats", 3)
+        return test_loss(self.config)
+
+    @property
+    def losses(self) -> list[Measure]:
+        """The loss on the test examples and, of texts, its exponential."""
+        perplexity = test_perplexity(self.config)
+        return [self.loss] if perplexity is None else [self.loss, perplexity]
 
     @property
     def sources(self) -> list[Measure]:
         """Those source tasks that any run has measured."""
-        measures = [Measure(name, ("source", task, "score"), "%", 2) for task, name in TASKS.items()]
+        others = dict.fromkeys(task for run in self.runs for task in run.config.tasks if task not in TASKS)
+        names = TASKS | {task: task for task in others}
+        measures = [Measure(name, ("source", task, "score"), "%", 2) for task, name in names.items()]
         return [measure for measure in measures if self._measured(measure)]
 
     @property
@@ -209,8 +186,8 @@ class Report:
 
     def before(self, measure: Measure, base: str) -> Estimate | None:
         """The untrained model's value: one where all seeds agree, else the mean over seeds."""
-        runs = [run for run in self.runs if run.base_name == base and measure.before(run) is not None]
-        values = {run.config.seed: measure.before(run) for run in runs}
+        runs = [run for run in self.runs if run.base_name == base and measure.before(run.base) is not None]
+        values = {run.config.seed: measure.before(run.base) for run in runs}
         known = [value for value in values.values() if value is not None]
         if not known:
             return None
@@ -286,6 +263,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """Raises RigsaError where the runs differ in the model, its tokenizer, the data or how they were tested."""
     _check_same(runs, SAME)
     _check_same([run for run in runs if run.config.tasks], SAME_TASKS)
+    _check_same([run for run in runs if run.config.drift], ("drift_prompts",))
     known = [run for run in runs if "tokenizer" in run.base]
     for run in known[1:]:
         here, there = known[0].base["tokenizer"], run.base["tokenizer"]

@@ -16,7 +16,7 @@ from rigsa.experiments.config import OPTIONS, Config, Method
 from rigsa.experiments.methods.registry import METHODS
 
 CONFIDENCE = 0.95
-MEASURING = ("drift", "source_tasks", "data_dir", "limit")
+MEASURING = ("drift", "drift_prompts", "source_tasks", "data_dir", "limit")
 """Fields that say what is measured: they change no trained number, so they do not part settings."""
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rigsa.experiments.config import OPTIONS
+from rigsa.experiments.measures import Measure, Metrics, unit
 from rigsa.experiments.report import paper_numbers
-from rigsa.experiments.report.runs import TASKS, Measure, Metrics, Report, Run, Setting, trainable
+from rigsa.experiments.report.runs import TASKS, Report, Run, Setting, trainable
 from rigsa.experiments.report.statistics import Estimate, compare, estimate
 
 
@@ -63,13 +64,13 @@ def target_table(report: Report) -> Table:
     columns = ["setting", "level", "density", "trained numbers", "seeds"]
     for measure in report.accuracies:
         columns += [f"{measure.name} (%)", f"{measure.name}, paper (%)"]
-    columns.append("test loss")
+    columns += [measure.name for measure in report.losses]
     rows = []
     for base, runs in report.bases().items():
         row = [base, "", "", "", seeds_text(len(runs))]
         for measure in report.accuracies:
             row += [measure.text(report.before(measure, base)), _paper(report, base, measure.name)]
-        rows.append([*row, report.loss.text(report.before(report.loss, base))])
+        rows.append([*row, *(measure.text(report.before(measure, base)) for measure in report.losses)])
     for setting, level in _settings_and_levels(report):
         found = list(setting.at(level).values())
         row = [
@@ -79,9 +80,9 @@ def target_table(report: Report) -> Table:
         for measure in report.accuracies:
             value = measure.text(setting.estimate(measure, level))
             row += [value, _paper(report, _name_in_paper(report, setting, level), measure.name)]
-        rows.append([*row, report.loss.text(setting.estimate(report.loss, level))])
-    images = report.runs[0].levels[-1]["test"][report.accuracies[0].name]["images"]
-    note = f"Accuracy on {images:,} test images. {INTERVALS}"
+        rows.append([*row, *(measure.text(setting.estimate(measure, level)) for measure in report.losses)])
+    number = report.runs[0].levels[-1]["test"][report.accuracies[0].keys[1]]["examples"]
+    note = f"Accuracy on {number:,} test {unit(report.config)}. {INTERVALS}"
     return Table("Table 1. Target task", note, columns, rows).without_empty_columns()
 
 
@@ -154,7 +155,7 @@ def _level_row(report: Report, setting: Setting, run: Run, metrics: Metrics) -> 
         "same sign": cell(metrics["pruning"], "same_sign_share", "{:.1%}"),
         "eligible": cell(metrics["pruning"], "eligible", "{:,}"),
         "kept": cell(metrics, "free", "{:,}") if metrics.get("free") else "",
-        "test accuracy": f"{headline.of(metrics):.2f} %",
+        _heading(report): f"{headline.of(metrics):.2f} %",
         **{f"test, {measure.name}": f"{measure.of(metrics):.2f} %" for measure in more},
         "test loss": f"{report.loss.of(metrics):.3f}",
         "train loss": cell(metrics, "train_loss", "{:.3f}"),
@@ -162,6 +163,11 @@ def _level_row(report: Report, setting: Setting, run: Run, metrics: Metrics) -> 
         "seconds": cell(metrics, "train_seconds", "{:.0f}"),
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB" if "peak_memory_bytes" in metrics else "",
     }
+
+
+def _heading(report: Report) -> str:
+    """What the headline is called in a table that has other columns about training."""
+    return f"test, {report.accuracies[0].name}" if report.config.is_text else "test accuracy"
 
 
 CONFIGURATION = (
@@ -262,7 +268,11 @@ def _name_in_paper(report: Report, setting: Setting, level: int) -> str:
 def _paper(report: Report, what: str, measure: str) -> str:
     """The paper's number and its place there, where the runs are of its model; on the target task, of its data too."""
     number = paper_numbers.NUMBERS.get((what, measure))
-    if number is None or not report.has_paper or (measure not in TASKS and report.config.data == "digits"):
+    if (
+        number is None
+        or not report.has_paper
+        or (measure not in TASKS and (report.config.data == "digits" or report.config.is_text))
+    ):
         return ""
     return f"{number.value:g} ({number.source})"
 

@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from rigsa.experiments.adapter import adapter_off
-from rigsa.experiments.tasks.special_tokens import refuse_special_tokens
-from rigsa.experiments.tasks.textual_mnist import Prompts, positions
+from rigsa.adapters import adapter_off
+from rigsa.experiments.tasks.conversation import Conversation
+from rigsa.experiments.tasks.task import positions
 
 PROMPTS_FILE = "drift_prompts.txt"
 PROMPTS_A_PASS = 8
@@ -36,24 +36,22 @@ def drift_prompts() -> list[str]:
     return resources.files("rigsa.experiments.tasks").joinpath(PROMPTS_FILE).read_text(encoding="utf-8").splitlines()
 
 
-def replies(model: PreTrainedModel, tokenizer: Any, system_prompt: str, max_new_tokens: int = 48) -> list[Reply]:
+def replies(
+    model: PreTrainedModel, conversation: Conversation, max_new_tokens: int = 48, *, count: int | None = None
+) -> list[Reply]:
     """Greedy replies to `drift_prompts` of `model` as it is, which should be the base.
 
     Args:
         model: in evaluation mode.
-        tokenizer: with a chat template.
-        system_prompt: of the chat; ``default`` leaves it to the template.
+        conversation: of the run.
         max_new_tokens: where a reply is cut. One that ended before holds its end token.
-
-    Raises:
-        RigsaError: the tokenizer does not fit (`rigsa.experiments.tasks.textual_mnist.Prompts`).
+        count: only to so many of the prompts.
     """
-    prompts = Prompts(tokenizer, system_prompt)
-    encoded = {text: chat_ids(prompts, [{"role": "user", "content": text}]) for text in drift_prompts()}
+    encoded = {text: conversation.ids([{"role": "user", "content": text}]) for text in drift_prompts()[:count]}
     found: list[Reply] = []
     for start in range(0, len(encoded), PROMPTS_A_PASS):
         asked = dict(list(encoded.items())[start : start + PROMPTS_A_PASS])
-        answers = greedy(model, prompts, list(asked.values()), max_new_tokens)
+        answers = greedy(model, conversation, list(asked.values()), max_new_tokens)
         found += [
             {"prompt": text, "prompt_ids": ids, "reply_ids": answer}
             for (text, ids), answer in zip(asked.items(), answers, strict=True)
@@ -61,22 +59,9 @@ def replies(model: PreTrainedModel, tokenizer: Any, system_prompt: str, max_new_
     return found
 
 
-def chat_ids(prompts: Prompts, turns: Sequence[dict[str, str]], prefill: str = "") -> list[int]:
-    """Token ids of a conversation, up to and with the start of the assistant's next turn and `prefill`.
-
-    Raises:
-        RigsaError: a turn holds a special token, which would end it.
-    """
-    for turn in turns:
-        refuse_special_tokens(prompts.tokenizer, turn["content"], f"what the {turn['role']} says")
-    conversation = [*prompts.system, *turns]
-    text = prompts.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    return prompts.tokenizer(text + prefill, add_special_tokens=False)["input_ids"]
-
-
 def greedy(
     model: PreTrainedModel,
-    prompts: Prompts,
+    conversation: Conversation,
     encoded: Sequence[list[int]],
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
@@ -84,9 +69,9 @@ def greedy(
     """The likeliest continuations of token ids, each with its end token where it came to one."""
     own = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = sorted({end for end in (*ends, prompts.tokenizer.eos_token_id) if end is not None})
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=prompts.pad_id)
-    ids, mask = pad_left(encoded, prompts.pad_id, model.device)
+    ends = sorted({end for end in (*ends, conversation.tokenizer.eos_token_id) if end is not None})
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=conversation.pad_id)
+    ids, mask = pad_left(encoded, conversation.pad_id, model.device)
     generate: Any = model.generate  # which the class of all models does not declare
     # It fills what the settings leave open from the model's own, such as a penalty on repetition.
     model.generation_config = settings

@@ -1,8 +1,8 @@
-"""Accuracy and loss on Textual MNIST: one generated token, the whole vocabulary to choose from."""
+"""Loss and accuracy of a model on the samples of a task (`rigsa.experiments.tasks.task`), whatever the task."""
 
 from __future__ import annotations
 
-from functools import partial
+import math
 from typing import Any
 
 import torch
@@ -11,60 +11,64 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate, positions
-
-IGNORED = -100
+from rigsa.experiments.tasks.task import IGNORED, Batch, Samples, num_targets
 
 
-def answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """float32 ``[B, vocabulary]``: the logits of the token after each prompt. The head sees no other position."""
-    inputs: dict[str, Tensor] = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-    if "attention_mask" in batch:
-        inputs["position_ids"] = positions(batch["attention_mask"])
-    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+def target_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """float32 ``[B, K, vocabulary]``: what the model says of the targets. The head sees no position before them."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
+    kept = batch["targets"].shape[1]
+    logits: Tensor = model(**inputs, logits_to_keep=kept, use_cache=False).logits
+    return logits[:, -kept:].float()
 
 
-def training_loss(model: nn.Module, batch: dict[str, Tensor], covers: str) -> Tensor:
-    """Mean over prompts of the cross-entropy of the answer token, or of its mean over all tokens from the second on.
+def training_loss(model: nn.Module, batch: Batch, num_learned: Tensor | int | None = None) -> Tensor:
+    """Sum of the cross-entropy over the targets of a micro-batch, divided by the number of targets of the whole step.
 
-    Every prompt counts as much as every other, however long it is, so the mean over micro-batches of one size is that
-    of the whole batch.
+    Added up over the micro-batches of a step it is the mean over all of the step's targets, so it does not depend on
+    how the step was divided.
 
     Args:
         model: in training mode.
-        batch: of `rigsa.experiments.tasks.textual_mnist.collate`.
-        covers: ``answer`` or ``all``.
+        batch: of `rigsa.experiments.tasks.task.collate`.
+        num_learned: targets in all micro-batches of the step; this batch's own by default.
     """
-    if covers == "answer":
-        return F.cross_entropy(answer_logits(model, batch), batch["answer"])
-    ids = torch.cat([batch["input_ids"], batch["answer"][:, None]], dim=1)
-    present = F.pad(batch.get("attention_mask", torch.ones_like(batch["input_ids"])), (0, 1), value=1)
-    predicted = present * F.pad(present, (1, 0))[:, :-1]  # a first token has nothing before it to be predicted from
-    places = {"position_ids": positions(present)} if "attention_mask" in batch else {}
-    logits = model(input_ids=ids, attention_mask=present, use_cache=False, **places).logits.float()
-    labels = F.pad(ids.masked_fill(predicted == 0, IGNORED)[:, 1:], (0, 1), value=IGNORED)  # of the token after each
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return (losses.view(ids.shape).sum(1) / predicted.sum(1)).mean()
+    logits = target_logits(model, batch)
+    total = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum", ignore_index=IGNORED)
+    return total / (num_targets(batch) if num_learned is None else num_learned)
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, dataset: PromptDataset, batch_size: int, label: str) -> dict[str, Any]:
-    """``{"accuracy": percent, "loss": mean cross-entropy, "images": count}`` of greedy one-token answers.
+def evaluate(model: nn.Module, samples: Samples, batch_size: int, label: str) -> dict[str, Any]:
+    """``{"accuracy": ..., "loss": ..., "perplexity": ..., "tokens": ..., "examples": ...}`` on the samples.
+
+    Accuracy is the percentage of targets that are the likeliest token, loss their mean cross-entropy, perplexity its
+    exponential, tokens their number, and examples the number of samples.
 
     Args:
         model: in evaluation mode.
-        dataset: prompts and answers.
-        batch_size: prompts a pass.
+        samples: of one split.
+        batch_size: samples a pass.
         label: of the progress bar.
     """
     device = next(model.parameters()).device
-    batches = DataLoader(dataset, batch_size, collate_fn=partial(collate, pad_id=dataset.prompts.pad_id))
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in tqdm(batches, desc=label, unit="batch", leave=False):
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in tqdm(
+        DataLoader(samples, batch_size, collate_fn=samples.collate), desc=label, unit="batch", leave=False
+    ):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        logits = answer_logits(model, batch)
-        correct += (logits.argmax(-1) == batch["answer"]).sum()
-        loss += F.cross_entropy(logits, batch["answer"], reduction="sum").double()
-    count = len(dataset)
-    return {"accuracy": 100 * correct.item() / count, "loss": loss.item() / count, "images": count}
+        logits, targets = target_logits(model, batch).flatten(0, 1), batch["targets"].flatten()
+        correct += (logits.argmax(-1) == targets).sum()
+        loss += F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED).double()
+        count += num_targets(batch)
+    mean = loss.item() / count.item()
+    return {
+        "accuracy": 100 * correct.item() / count.item(),
+        "loss": mean,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "tokens": int(count.item()),
+        "examples": len(samples),
+    }

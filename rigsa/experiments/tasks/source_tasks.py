@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gzip
 import importlib.util
 import io
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Measuring
+from rigsa.experiments.config import Config, Measuring
+from rigsa.experiments.tasks.conversation import Conversation
 from rigsa.experiments.tasks.special_tokens import special_tokens
 
 TASK_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 """Textual MNIST for ``lm_eval run --include_path``."""
+SHORTEST_LEAK = 20
+"""Characters of a text that no two documents share by chance."""
 EXAMPLES_SEED = 1234
 """The seed that draws the examples: lm-eval's default and not the run's, so that every run answers the same prompts."""
 
@@ -95,6 +100,56 @@ TASKS = {
 }  # fmt: skip
 
 
+def named(name: str) -> SourceTask:
+    """What is known of a task, or of any other task of lm-eval that measures a mean, what its definition says.
+
+    Raises:
+        RigsaError: lm-eval has no such task, or it is a group of several.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    task = _defined(name)
+    filters = [one.name for one in task._filters] or ["none"]
+    metrics = [f"{metric},{filters[0]}" for metric, kind in task.aggregation().items() if _is_mean(kind)]
+    if not metrics:
+        raise RigsaError(f"--source-tasks {name}: none of its metrics is a mean, so there is no standard error")
+    return SourceTask(shots=int(task.config.num_fewshot or 0), metrics=tuple(metrics), files={}, columns={})
+
+
+def _is_mean(aggregation: Any) -> bool:
+    return getattr(aggregation, "__name__", aggregation) == "mean"
+
+
+@functools.cache
+def _manager() -> Any:
+    """lm-eval's index of all of its tasks, and of Textual MNIST, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASK_FOLDER))
+
+
+def _defined(name: str) -> Any:
+    """A task by lm-eval's own definition, with its data."""
+    manager = _manager()
+    if name not in manager.all_tasks or name not in manager.all_subtasks:
+        raise RigsaError(
+            f"--source-tasks or --score: expected some of {', '.join(TASKS)}, or another task of lm-eval (no group), "
+            f"comma-separated, got {name!r}"
+        )
+    try:
+        return manager.load([name])["tasks"][name]
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise RigsaError(
+            f"--source-tasks {name}: its data are neither cached nor to be had from the hub ({type(error).__name__})"
+        ) from error
+
+
+def scored_tasks(config: Measuring) -> list[str]:
+    """The tasks of lm-eval that a run measures: its source tasks, and the one that scores it."""
+    asked = config.score.removeprefix("lm-eval:") if config.score.startswith("lm-eval:") else ""
+    return [*config.tasks, *([asked] if asked and asked not in config.tasks else [])]
+
+
 def check(config: Measuring) -> None:
     """Refuse, before anything is trained, source tasks that could not be measured after it.
 
@@ -104,11 +159,8 @@ def check(config: Measuring) -> None:
         RigsaError: lm-eval is not installed, a task is unknown, its data are missing or not what it needs, or the limit
             leaves no standard error.
     """
-    if not config.tasks:
+    if not scored_tasks(config):
         return
-    unknown = [name for name in config.tasks if name not in TASKS]
-    if unknown:
-        raise RigsaError(f"--source-tasks: expected some of {', '.join(TASKS)}, comma-separated, got {unknown[0]!r}")
     if importlib.util.find_spec("lm_eval") is None:
         raise RigsaError(
             "--source-tasks: needs lm-eval; pip install 'lm-eval>=0.4.13', or --source-tasks '' to measure none"
@@ -117,22 +169,40 @@ def check(config: Measuring) -> None:
         raise RigsaError("--limit: expected 0 (all) or at least 2, for a standard error, got 1")
     if config.data_dir and not Path(config.data_dir).is_dir():
         raise RigsaError(f"--data-dir {config.data_dir}: not a folder; '' takes the data from the hub")
-    for name in config.tasks:
+    for name in scored_tasks(config):
+        if name not in TASKS and config.data_dir:
+            raise RigsaError(
+                f"--data-dir: files are read for {', '.join(TASKS)} only; expected '' (the hub's data) for {name}"
+            )
         with _quiet():
+            named(name)
             _load_task(name, config.data_dir)
 
 
-def check_content(config: Measuring, tokenizer: Any) -> None:
-    """Refuse documents that hold a special token of `tokenizer`, where it would end a turn of the chat.
+def check_content(config: Measuring, tokenizer: Any, asked: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Refuse documents that hold a special token of `tokenizer`, where it would end a turn of the chat, and those that
+    the model is trained on.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model.
+        asked: what training examples ask, to their places. Texts shorter than `SHORTEST_LEAK` may be equal by chance.
 
     Raises:
         RigsaError: as `check`, or there is such a document (task and number are named).
     """
     special = special_tokens(tokenizer)
-    for name in config.tasks:
+    for name in scored_tasks(config):
         with _quiet():
             task = _load_task(name, config.data_dir)
-            shown = list(task.fewshot_docs()) if TASKS[name].shots else []
+            shown = list(task.fewshot_docs()) if named(name).shots else []
+        for number, document in enumerate(task.eval_docs, 1):
+            leaked = next((text for text in _texts(document) if len(text) >= SHORTEST_LEAK and text in asked), None)
+            if leaked is not None:
+                raise RigsaError(
+                    f"--data: {asked[leaked]}: asks what document {number} of {name} asks, which is measured, too; "
+                    "expected training examples of other documents"
+                )
         for documents in (task.eval_docs, shown):
             for number, document in enumerate(documents, 1):
                 if found := next((match for text in _texts(document) if (match := special.search(text))), None):
@@ -197,13 +267,23 @@ def measure(
     return scores
 
 
+def score(model: PreTrainedModel, conversation: Conversation, config: Config, label: str) -> dict[str, Any]:
+    """The score of a run's own task where that is one of lm-eval: ``{"accuracy", "stderr", "examples"}``."""
+    name = config.score.removeprefix("lm-eval:")
+    (found,) = measure(
+        model, conversation.tokenizer, [name], data_dir=config.data_dir, limit=config.limit,
+        batch_size=config.eval_batch_size, system_prompt=config.system_prompt, label=label,
+    ).values()  # fmt: skip
+    return {"accuracy": found["score"], "stderr": found["stderr"], "examples": found["documents"]}
+
+
 def _summary(name: str, results: Any) -> dict[str, Any]:
-    headline, *others = TASKS[name].metrics
+    headline, *others = named(name).metrics
     return {
         "metric": headline.removesuffix(",none"),
         **_score(results["results"][name], headline),
         "documents": results["n-samples"][name]["effective"],
-        "shots": TASKS[name].shots,
+        "shots": named(name).shots,
         "others": {key.removesuffix(",none"): _score(results["results"][name], key) for key in others},
     }
 
@@ -258,6 +338,10 @@ def _load_task(name: str, data_dir: str) -> Any:
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
+    if name not in TASKS:
+        task = _defined(name)
+        task.set_fewshot_seed(EXAMPLES_SEED)
+        return task
     # Only the task's own folder: lm-eval would else read the definitions of all its thousands of tasks.
     manager = TaskManager(include_defaults=False, include_path=Path(lm_eval.tasks.__file__).parent / name)
     changes: dict[str, Any] = {"num_fewshot": TASKS[name].shots}

@@ -1,28 +1,27 @@
 """Textual MNIST (RIGSA, section 4.2): images of digits as text, the chat prompts around them, and the splits.
 
 A pixel becomes one digit 0-9 and a row one line. The user's turn is the image, the assistant's turn is prefilled with
-``The digit is `` and exactly one token follows.
+``The digit is `` and exactly one token follows. Where a tokenizer makes one token of a space and a digit, the answer
+begins with the space.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
-import json
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.tasks.special_tokens import refuse_special_tokens
+from rigsa.experiments.config import Config
+from rigsa.experiments.tasks.conversation import Conversation
+from rigsa.experiments.tasks.task import Sample, Samples, Size, Task
 from rigsa.files import require_regular
 
 ANSWER_PREFIX = "The digit is "
@@ -218,88 +217,130 @@ def _idx_shape(magic: bytes, read: Callable[[int], bytes], path: Path) -> tuple[
     return tuple(int(size) for size in np.frombuffer(sizes, ">u4"))
 
 
-class Prompts:
-    """Token ids of the chat prompts, for one tokenizer.
+class Prompts(Conversation):
+    """Token ids of the prompts with an image, for one tokenizer.
 
     Args:
-        tokenizer: of `transformers`, with a chat template, in which each digit after the prefilled answer is one token.
-        system_prompt: of the chat; ``default`` leaves it to the template.
+        tokenizer: of `transformers`, in which each digit after the prefilled answer is one token.
+        system_prompt: as in `Conversation`.
 
     Raises:
         RigsaError: the tokenizer does not fit.
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str = "default") -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise RigsaError("--model: its tokenizer has no chat template; Textual MNIST needs an instruct model")
-        self.tokenizer = tokenizer
-        refuse_special_tokens(tokenizer, system_prompt, "--system-prompt")
-        self.system = [] if system_prompt == "default" else [{"role": "system", "content": system_prompt}]
-        self.digit_ids = torch.tensor([self._digit_id(digit) for digit in range(10)])
-        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def fingerprint(self) -> str:
-        """A short hash of the vocabulary and the chat template: equal for prompts with equal ids."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        return hashlib.sha256(json.dumps([vocabulary, self.tokenizer.chat_template]).encode()).hexdigest()[:16]
-
-    def _digit_id(self, digit: int) -> int:
-        prefix = self._encode(ANSWER_PREFIX)
-        answered = self._encode(f"{ANSWER_PREFIX}{digit}")
-        if len(answered) != len(prefix) + 1 or answered[:-1] != prefix:
+        super().__init__(tokenizer, system_prompt)
+        self.prefix = next(filter(self._answers_with_one_token, (ANSWER_PREFIX, ANSWER_PREFIX.rstrip())), None) or ""
+        if not self.prefix:
+            got = self.tokenizer.convert_ids_to_tokens(self.encode(f"{ANSWER_PREFIX}7"))
             raise RigsaError(
-                f"--model: its tokenizer does not make the digit {digit} after {ANSWER_PREFIX!r} one token of its own "
-                f"(got {self.tokenizer.convert_ids_to_tokens(answered)}); Textual MNIST needs that"
+                f"--model: its tokenizer does not make each digit after {ANSWER_PREFIX!r} one token of its own (got "
+                f"{got}); Textual MNIST needs that"
             )
-        return answered[-1]
+        self.digit_ids = torch.tensor([self.encode(f"{ANSWER_PREFIX}{digit}")[-1] for digit in range(10)])
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _answers_with_one_token(self, prefix: str) -> bool:
+        """Whether one token more than those of `prefix` stands for each digit."""
+        before = self.encode(prefix)
+        after = [self.encode(f"{ANSWER_PREFIX}{digit}") for digit in range(10)]
+        return all(len(ids) == len(before) + 1 and ids[:-1] == before for ids in after)
 
     def text(self, levels: np.ndarray, examples: Images | None = None) -> str:
         """The prompt for one image, after `examples` as earlier turns."""
-        turns = list(self.system)
+        turns = []
         for shown, label in zip(examples.levels, examples.labels, strict=True) if examples else ():
             turns.append({"role": "user", "content": image_text(shown)})
             turns.append({"role": "assistant", "content": f"{ANSWER_PREFIX}{label}"})
         turns.append({"role": "user", "content": image_text(levels)})
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + ANSWER_PREFIX
+        return self.render(turns, asks=True) + self.prefix
 
-    def encode(self, levels: np.ndarray, examples: Images | None = None) -> list[int]:
-        return self._encode(self.text(levels, examples))
+    def image_ids(self, levels: np.ndarray, examples: Images | None = None) -> list[int]:
+        return self.encode(self.text(levels, examples))
 
 
-class PromptDataset(Dataset[dict[str, Any]]):
-    """Prompts and answer tokens of `images`: ``{"input_ids": list of ids, "answer": token id}``."""
+class PromptDataset(Samples):
+    """Prompts of `images`; the target is the answer's token, or every token from the second on.
 
-    def __init__(self, images: Images, prompts: Prompts, examples: Images | None = None) -> None:
-        self.images, self.prompts, self.examples = images, prompts, examples
+    Args:
+        images: of one split.
+        prompts: their token ids.
+        examples: images that stand before each one, as earlier turns.
+        covers: ``answer`` or ``all``.
+    """
+
+    def __init__(
+        self, images: Images, prompts: Prompts, examples: Images | None = None, covers: str = "answer"
+    ) -> None:
+        super().__init__(prompts.pad_id)
+        self.images, self.prompts, self.examples, self.covers = images, prompts, examples, covers
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        ids = self.prompts.encode(self.images.levels[index], self.examples)
-        return {"input_ids": ids, "answer": int(self.prompts.digit_ids[self.images.labels[index]])}
+    def __getitem__(self, index: int) -> Sample:
+        ids = self.prompts.image_ids(self.images.levels[index], self.examples)
+        answer = int(self.prompts.digit_ids[self.images.labels[index]])
+        return {"input_ids": ids, "targets": [answer] if self.covers == "answer" else [*ids[1:], answer]}
 
 
-def positions(mask: Tensor) -> Tensor:
-    """int64 ``[B, T]``: each token's place in its own prompt, from a mask that is 0 where a row is padded on the left.
+class TextualMnist(Task):
+    """Images of digits as a task.
 
-    A model with learned positions would else read a prompt as one that begins in the middle.
+    Args:
+        config: `data` names the source; `train_images` and `test_images` are the most that are used of a split.
+
+    Raises:
+        RigsaError: as `load_splits`, or there are not enough images for the examples of a test prompt.
     """
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
+    conversation: Prompts
 
-def collate(samples: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    """``input_ids [B, T]`` and ``answer [B]``, padded on the left so that the answer is always the next token.
+    def __init__(self, config: Config) -> None:
+        splits = load_splits(config.data)
+        self.config = config
+        self.splits = Splits(
+            splits.train.first(config.train_images), splits.validation, splits.test.first(config.test_images)
+        )
+        if max(config.shots) > len(self.splits.train):
+            raise RigsaError(
+                f"--eval-shots: there are only {len(self.splits.train)} training images to show, got "
+                f"{config.eval_shots}"
+            )
 
-    Prompts of one image size have one length, and then there is no ``attention_mask`` to pay for.
-    """
-    width = max(len(sample["input_ids"]) for sample in samples)
-    padding = [width - len(sample["input_ids"]) for sample in samples]
-    rows = [[pad_id] * missing + sample["input_ids"] for missing, sample in zip(padding, samples, strict=True)]
-    batch = {"input_ids": torch.tensor(rows), "answer": torch.tensor([sample["answer"] for sample in samples])}
-    if any(padding):
-        batch["attention_mask"] = (torch.arange(width) >= torch.tensor(padding)[:, None]).long()
-    return batch
+    @property
+    def num_training(self) -> int:
+        return len(self.splits.train)
+
+    def meet(self, tokenizer: Any, longest: int | None) -> None:
+        self.conversation = Prompts(tokenizer, self.config.system_prompt)
+
+    def describe(self) -> str:
+        splits, (height, width) = self.splits, self.splits.train.levels.shape[1:]
+        return (
+            f"{self.config.data}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
+            f"{len(splits.test):,} test images of {height}x{width}; prompts of {self.size().tokens} tokens"
+        )
+
+    def training(self) -> PromptDataset:
+        return PromptDataset(self.splits.train, self.conversation, covers=self.config.loss)
+
+    def validation(self) -> PromptDataset:
+        return PromptDataset(self.splits.validation, self.conversation, self.examples(self.config.shots[0]))
+
+    def tests(self) -> dict[str, Samples]:
+        return {
+            f"{shots}-shot": PromptDataset(self.splits.test, self.conversation, self.examples(shots))
+            for shots in self.config.shots
+        }
+
+    def examples(self, shots: int) -> Images | None:
+        """The training images that stand as examples before every test image; None for no examples."""
+        if shots == 0:
+            return None
+        order = np.random.default_rng(self.config.seed).permutation(len(self.splits.train))
+        return self.splits.train.take(order[:shots])
+
+    def size(self) -> Size:
+        """That of the first image: a source has images of one size."""
+        sample = self.training()[0]
+        return Size(len(sample["input_ids"]), len(sample["targets"]))

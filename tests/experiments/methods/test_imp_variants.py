@@ -91,7 +91,7 @@ def test_interrupted_variants_end_with_the_same_bits(options, extra, tmp_path, m
             raise KilledHere
         write(*arguments)
 
-    for module in ("files", "experiments.adapter"):
+    for module in ("files", "tensor_files"):
         monkeypatch.setattr(f"rigsa.{module}.write_atomically", dying)
     for _ in range(60):
         try:

@@ -10,22 +10,25 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 
-from rigsa.experiments.adapter import adapter_off, load_masks, trained_parameters
+from rigsa.adapters import adapter_off
+from rigsa.experiments.adapter import load_masks, trained_parameters
 from rigsa.experiments.config import Gates, Look, fields_of
 from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods.gradient_masks import GradientMask, mask_batches, score_entries
+from rigsa.experiments.methods.gradient_masks import GradientMask, images_at_a_time, mask_batches, score_entries
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.methods.ticket import FROM_ZERO, TicketMethod, highest
 from rigsa.experiments.presets import arguments_of, smoke
-from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, collate
+from rigsa.experiments.tasks.evaluation import target_logits, training_loss
 from rigsa.experiments.train import make_optimizer
 from rigsa.run import main
+from rigsa.scores import GradientScore
 from rigsa_kernels import gated_linears
 from rigsa_kernels.selection import select_linears
 from tests.conftest import make_llama
 
 DENSITY = 0.1
+APART = ("imp", "reinit", "qlora")
+"""Methods that tests/experiments/test_run.py runs, and one that needs a wider model."""
 OPTIONS = {
     "dtype": "float32", "device": "cpu", "test_images": 20, "epochs": 1, "train_images": 40, "max_steps": 4,
     "eval_shots": "0", "micro_batch_size": 2,
@@ -33,11 +36,9 @@ OPTIONS = {
 
 
 def config_of(method: str, model: Path, **options: object):
-    own = {"density": DENSITY, "mask_images": 6, "rank": 3, "reselect_steps": 2}
+    own = {"density": DENSITY, "mask_images": 6, "rank": 3, "reselect_steps": 2, "ranking": "layer"}
     base = smoke(method)
     read = set(METHODS[method].options)
-    if method == "random-mask":
-        read.discard("match")
     chosen = {name: value for name, value in own.items() if name in read}
     return dataclasses.replace(base, model=str(model), **OPTIONS | chosen | options)
 
@@ -54,10 +55,10 @@ def command(config, out: Path) -> list[str]:
 
 def images_of(prepared: Experiment, size: int) -> DataLoader:
     """The images that choose the mask, found here once more."""
-    dataset = PromptDataset(prepared.splits.train, prepared.prompts)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(prepared.config.seed))
-    chosen = Subset(dataset, order[: prepared.config.mask_images].tolist())
-    return DataLoader(chosen, size, collate_fn=lambda samples: collate(samples, prepared.prompts.pad_id))
+    samples = prepared.task.training()
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(prepared.config.seed))
+    chosen = Subset(samples, order[: prepared.config.mask_images].tolist())
+    return DataLoader(chosen, size, collate_fn=samples.collate)
 
 
 def gradients_of_plain_weights(prepared: Experiment, size: int) -> dict[str, list[torch.Tensor]]:
@@ -67,23 +68,40 @@ def gradients_of_plain_weights(prepared: Experiment, size: int) -> dict[str, lis
     found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     for batch in images_of(prepared, size):
         plain.zero_grad()
-        training_loss(plain, batch, "answer").backward()
+        training_loss(plain, batch).backward()
         for name, layer in layers.items():
             found[name].append(layer.weight.grad.clone())
     return found
 
 
+def scores_of(prepared: Experiment, score: GradientScore) -> dict[str, torch.Tensor]:
+    """As the run makes them."""
+    divisor = images_at_a_time(score, prepared.config)
+    return score_entries(prepared.model, score, mask_batches(prepared, score), divisor)
+
+
 def by_definition(method: str, gradients: list[torch.Tensor]) -> torch.Tensor:
     mean, square = torch.stack(gradients).mean(0), torch.stack(gradients).square().mean(0)
-    return {"sift": mean.abs(), "fisher": square, "rosa": square, "sam": mean**2 / (square + square.mean())}[method]
+    return {
+        "sift": mean.abs(),
+        "fisher": square,
+        "rosa": square,
+        "child-d": square,
+        "sam": mean**2 / (square + square.mean()),
+    }[method]
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if isinstance(method, GradientMask)])
+GRADIENT_MASKS = {name: method for name, method in METHODS.items() if isinstance(method, GradientMask)}
+
+
+@pytest.mark.parametrize("method", [name for name, method in GRADIENT_MASKS.items() if not method.score.at_start])
 def test_gradient_scores_are_those_of_their_definition(method, small_model_folder, tmp_path):
     prepared = experiment(method, small_model_folder, tmp_path)
     score = METHODS[method].score
-    gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "sam") else 2)
-    scores = score_entries(prepared.model, score, mask_batches(prepared, score), prepared.config.loss)
+    gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "child-d", "sam") else 2)
+    scores = score_entries(
+        prepared.model, score, mask_batches(prepared, score), images_at_a_time(score, prepared.config)
+    )
     assert {name.removesuffix(".base_layer") for name in scores} == gradients.keys()
     for name, score in scores.items():
         want = by_definition(method, gradients[name.removesuffix(".base_layer")])
@@ -91,11 +109,51 @@ def test_gradient_scores_are_those_of_their_definition(method, small_model_folde
     assert all(parameter.grad is None for parameter in prepared.model.parameters())
 
 
+def mean_gradient(prepared: Experiment, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of the mean loss of the images that choose the mask, in float64, on a plain model with these weights."""
+    plain = make_llama().double()
+    for name, weight in weights.items():
+        plain.get_submodule(name).weight.data = weight
+    batches = list(images_of(prepared, 2))
+    (sum(training_loss(plain, batch) for batch in batches) / len(batches)).backward()
+    return {name: plain.get_submodule(name).weight.grad for name in weights}
+
+
+def test_scores_of_the_start_are_those_of_their_definition(small_model_folder, tmp_path):
+    """The Hessian's product with the gradient is found here as a difference of gradients."""
+    gate, step = 0.5, 1e-4
+    prepared = experiment("snip", small_model_folder, tmp_path, alpha_init=gate)
+    start = {name: layer.delta().double() for name, layer in gated_linears(prepared.model).items()}
+    frozen = {name: prepared.model.get_submodule(name).weight.double() for name in start}
+
+    def gradient(direction: dict[str, torch.Tensor], size: float) -> dict[str, torch.Tensor]:
+        """Of the differences, `size` along a direction away from where they start."""
+        moved = {name: frozen[name] + gate * (start[name] + size * direction[name]) for name in start}
+        return {name: gate * found for name, found in mean_gradient(prepared, moved).items()}
+
+    here = gradient(start, 0)
+    ahead, behind = gradient(here, step), gradient(here, -step)
+    wanted = {
+        "snip": {name: (start[name] * here[name]).abs() for name in start},
+        "grasp": {name: start[name] * (ahead[name] - behind[name]) / (2 * step) for name in start},
+    }
+    for method, expected in wanted.items():
+        score = METHODS[method].score
+        scores = score_entries(
+            prepared.model, score, mask_batches(prepared, score), images_at_a_time(score, prepared.config)
+        )
+        for name, found in scores.items():
+            scale = expected[name].abs().max().item()
+            torch.testing.assert_close(found.double(), expected[name], rtol=1e-3, atol=1e-3 * scale)
+    assert all("forward" not in vars(layer) for layer in gated_linears(prepared.model).values())
+    assert all(parameter.grad is None for parameter in prepared.model.parameters())
+
+
 @pytest.fixture(scope="module")
 def finished(small_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of every method but imp, which tests/experiments/test_run.py has."""
+    """A run of every method but these `APART`."""
     folder = tmp_path_factory.mktemp("methods")
-    runs = {method: folder / method for method in METHODS if method not in ("imp", "qlora")}
+    runs = {method: folder / method for method in METHODS if method not in APART}
     for method, out in runs.items():
         assert main(command(config_of(method, small_model_folder), out)) == 0
     return runs
@@ -105,21 +163,29 @@ def last_level(run: Path) -> Path:
     return max(run.glob("level_*"))
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("imp", "qlora")])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in APART])
 def test_sizes_are_what_was_asked_for(method, finished):
     metrics = json.loads((last_level(finished[method]) / "metrics.json").read_text())
     layers = select_linears(make_llama(), "*", ())[0].values()
     low_rank = sum(3 * (layer.in_features + layer.out_features) for layer in layers)
     sparse = sum(round(DENSITY * layer.weight.numel()) for layer in layers)
-    gates = {"random-mask": len(layers)}.get(method, 0)
-    want = {"full": 15_360, "lora": low_rank, "shira": low_rank, "rosa": sparse + low_rank}.get(method, sparse + gates)
+    gates = len(layers) if METHODS[method].usual.get("gate") != "none" else 0
+    want = {
+        "full": 15_360,
+        "child-f": 15_360,
+        "child-d": round(DENSITY * 15_360),
+        "lora": low_rank,
+        "shira": low_rank,
+        "rosa": sparse + low_rank,
+        "erk": round(DENSITY * 15_360) + gates,
+    }.get(method, sparse + gates)
     assert metrics["trainable"] == want
     assert metrics["weights"] == 15_360
     assert metrics["steps"] == 4
     assert metrics["drift"]["kl"] > 0
 
 
-@pytest.mark.parametrize("method", ["sift", "rosa", "lora", "shira"])
+@pytest.mark.parametrize("method", ["sift", "grasp", "erk", "rosa", "lora", "shira"])
 def test_same_command_gives_the_same_bits(method, finished, small_model_folder, tmp_path):
     assert main(command(config_of(method, small_model_folder), tmp_path / "again")) == 0
     for name in ("adapter.safetensors", "metrics.json", "log.jsonl"):
@@ -147,6 +213,28 @@ def test_lottery_ticket_keeps_what_changed_most(finished, small_model_folder):
         change, mask = changes[f"{name}.rigsa_values"].abs(), pattern.to_mask()
         assert pattern.nnz == round(DENSITY * change.numel())
         assert change[mask].min() >= change[~mask].max()
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_masks_of_the_start_take_the_highest_scores(method, finished, small_model_folder):
+    level = finished[method] / "level_1"
+    prepared = experiment(method, small_model_folder, finished[method])
+    score = METHODS[method].score
+    scores = score_entries(
+        prepared.model, score, mask_batches(prepared, score), images_at_a_time(score, prepared.config)
+    )
+    for name, pattern in load_masks(prepared.model, level / "mask.safetensors").items():
+        mask = pattern.to_mask()
+        assert pattern.nnz == round(DENSITY * mask.numel())
+        assert scores[name][mask].min() >= scores[name][~mask].max()
+
+
+def test_erk_masks_are_denser_in_narrow_layers(finished, small_model_folder):
+    prepared = experiment("erk", small_model_folder, finished["erk"])
+    masks = load_masks(prepared.model, finished["erk"] / "level_1" / "mask.safetensors")
+    by_side = {name: pattern.nnz / sum(pattern.shape) for name, pattern in masks.items()}
+    assert max(by_side.values()) - min(by_side.values()) <= 2 / 48  # a rounding of a narrow layer's count
+    assert len({pattern.density for pattern in masks.values()}) > 2
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest"])
@@ -177,7 +265,7 @@ def test_full_fine_tuning_is_adamw_on_the_weights(small_model_folder, tmp_path):
     ours = make_optimizer(prepared.model, config)
     for batch in images_of(dataclasses.replace(prepared, config=config_of("sift", small_model_folder)), 2):
         for model, optimizer in ((plain, theirs), (prepared.model, ours)):
-            training_loss(model, batch, "answer").backward()
+            training_loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
     for name, layer in gated_linears(prepared.model).items():
@@ -193,21 +281,22 @@ def test_what_is_attached_changes_nothing_at_the_start_and_can_be_switched_off(m
     prepared = Experiment.prepare(config_of(method, small_model_folder), tmp_path)
     batch = next(iter(images_of(dataclasses.replace(prepared, config=config_of("sift", small_model_folder)), 3)))
     with torch.no_grad():
-        wanted = answer_logits(prepared.model, batch)
+        wanted = target_logits(prepared.model, batch)
         prepared.attach()
-        assert torch.equal(answer_logits(prepared.model, batch), wanted)
+        assert torch.equal(target_logits(prepared.model, batch), wanted)
         for parameter in trained_parameters(prepared.model).values():
             parameter.add_(0.1)
-        assert not torch.equal(answer_logits(prepared.model, batch), wanted)
+        assert not torch.equal(target_logits(prepared.model, batch), wanted)
         with adapter_off(prepared.model):
-            assert torch.equal(answer_logits(prepared.model, batch), wanted)
+            assert torch.equal(target_logits(prepared.model, batch), wanted)
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("sift", ["--mask-images", "41"], "--mask-images: there are only 40 training images, got 41"),
+        ("sift", ["--mask-images", "41"], "--mask-images: there are only 40 training examples, got 41"),
         ("sift", ["--density", "0.0001"], "--density: 0.0001 leaves"),
+        ("erk", ["--density", "0.0001"], "--density: 0.0001 leaves"),
         ("shira", ["--rank", "17"], "--rank: expected at most 16"),
     ],
 )

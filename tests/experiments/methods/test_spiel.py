@@ -60,7 +60,7 @@ def dense_gradients(model: nn.Module, batches: list[dict[str, torch.Tensor]]) ->
             weights[f"{name}.weight"] += layer.delta().float()
     found: dict[str, list[torch.Tensor]] = {name: [] for name in gated_linears(model)}
     for batch in batches:
-        grads = torch.autograd.grad(training_loss(plain, batch, "answer"), [weights[name] for name in names])
+        grads = torch.autograd.grad(training_loss(plain, batch), [weights[name] for name in names])
         for name, grad in zip(found, grads, strict=True):
             found[name].append(grad)
     return found
@@ -75,7 +75,7 @@ def trained(model: nn.Module, dataset: PromptDataset, **options: object) -> Mask
     optimizer = MaskedAdamW(model, lr=1e-3, **options)
     for step in range(3):
         for batch in Reselection(CONFIG, dataset).batches(100 + step):
-            training_loss(model, batch, "answer").backward()
+            training_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
@@ -140,7 +140,7 @@ def test_accumulated_gradients_are_those_of_the_whole_weights(dataset, checkpoin
         model.activation_checkpointing_enable({"use_reentrant": False})
     batches = list(Reselection(CONFIG, dataset).batches(3))
     expected = dense_gradients(model, batches)
-    found = accumulated_gradients(model, batches, "answer", no_divergence)
+    found = accumulated_gradients(model, batches, CONFIG.micro_batch_size, no_divergence)
     assert found.keys() == expected.keys()
     for name, layer in gated_linears(model).items():
         first, second = expected[name]
@@ -192,7 +192,7 @@ def test_one_round_equals_a_computation_by_hand(dataset, values_dtype, state_dty
     frozen = {name: p.clone() for name, p in model.named_parameters() if "rigsa_values" not in name}
     reselection = Reselection(CONFIG, dataset)
     batches = list(reselection.batches(7))
-    candidates = accumulated_gradients(model, batches, "answer", no_divergence)
+    candidates = accumulated_gradients(model, batches, CONFIG.micro_batch_size, no_divergence)
     reselection.reselect(model, optimizer, 7, moved)
     for name, layer in layers.items():
         parameter, delta, pattern = before[name]
@@ -227,7 +227,7 @@ def test_only_free_entries_move_afterwards(dataset):
     masks = {name: layer.pattern.to_mask() for name, layer in gated_linears(model).items()}
     before = {name: layer.delta() for name, layer in gated_linears(model).items()}
     for batch in Reselection(CONFIG, dataset).batches(50):
-        training_loss(model, batch, "answer").backward()
+        training_loss(model, batch).backward()
     optimizer.step()
     for name, layer in gated_linears(model).items():
         assert (layer.delta()[~masks[name]].view(torch.int32) == 0).all()
@@ -398,7 +398,7 @@ def test_updates_within_backward_see_nothing_of_a_round(config, tmp_path):
 
 
 def test_command_line(config, tmp_path, capsys):
-    options = ["--model", config.model, "--preset", "smoke", "--no-drift", "--reselect-steps", "2"]
+    options = ["--model", config.model, "--preset", "smoke", "--no-drift", "--reselect-steps", "2", "--max-steps", "4"]
     assert main(["spiel", *options, "--out", str(tmp_path)]) == 0
     assert "| spiel |" in capsys.readouterr().out
     assert json.loads((tmp_path / "level_1" / "pruning.json").read_text())["rounds"] == 1

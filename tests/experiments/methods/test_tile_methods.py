@@ -24,7 +24,7 @@ def masks(method, model, run, level):  # type: ignore[no-untyped-def]
 
 
 def test_the_methods_that_take_tiles():
-    assert {"imp", "random-mask", "sift", "fisher", "sam", "rosa", "lt-sft", "super"} == set(IN_TILES)
+    assert {"imp", "random-mask", "sift", "fisher", "sam", "rosa", "lt-sft", "super"} <= set(IN_TILES)
 
 
 @pytest.mark.parametrize(("method", "tile"), [("random-mask", "columns"), ("sift", "rows"), ("lt-sft", "4x8")])

@@ -39,6 +39,8 @@ SOURCES = {"piqa": ("acc", 67.0, 0), "hellaswag": ("acc", 42.0, 0), "gsm8k": ("e
 IMAGES = Images(np.arange(64, dtype=np.uint8).reshape(1, 8, 8) % 10, np.array([7]))
 RANKS = (1, 4, 16)
 
+COUNTS = {"tokens": 300, "examples": 300, "perplexity": 1.5}
+
 
 def write_run(folder: Path, config: Config, accuracy: float = 90.0, levels: tuple[int, ...] | None = None) -> Path:
     """A finished run whose accuracy lies within a point of `accuracy`, by seed and level, repeatably."""
@@ -72,8 +74,8 @@ def write_level(folder: Path, config: Config, level: int, accuracy: float, chanc
 
 
 def learned(config: Config, accuracy: float, loss: float) -> dict[str, Any]:
-    results = {f"{shots}-shot": {"accuracy": accuracy, "loss": loss, "images": 300} for shots in config.shots}
-    return {"test": results, "validation": {"accuracy": accuracy, "loss": loss, "images": 15}}
+    results = {f"{shots}-shot": {"accuracy": accuracy, "loss": loss} | COUNTS for shots in config.shots}
+    return {"test": results, "validation": {"accuracy": accuracy, "loss": loss} | COUNTS}
 
 
 def forgotten(config: Config, change: float) -> dict[str, Any]:
@@ -108,11 +110,11 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             values: dict[str, Any] = {"seed": seed, **measured}
             if method == "imp":
                 values["prunings"] = 3
-            if method == "random-mask":
+            if METHODS[method].matches:
                 values["match"] = f"runs/imp-quickstart-seed{seed}"
             for rank in RANKS if method in ("lora", "qlora") else (8,):
                 config = make(method, **values, rank=rank)
-                levels = (3,) if method == "random-mask" else None
+                levels = (3,) if METHODS[method].matches else None
                 write_run(folder / method / f"rank{rank}-seed{seed}", config, 80 + position, levels)
     write(folder / "broken" / "failed.json", {"exit_code": 1, "message": "rigsa: training <diverged> at step 7"})
     write(folder / "begun" / "config.json", make("imp", seed=9, **measured).record())
@@ -188,7 +190,9 @@ def test_every_figure_lies_beside_the_page_and_has_its_command(sweep, written):
 def test_csv_is_tidy(written):
     with (written / CSV_FILE).open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len({(row["run"], row["level"]) for row in rows}) == 3 * (5 + 2 + 3 + 14 * 2)
+    # imp has five rows, lt-sft and diff-pruning three, every other run two; lora and qlora have a run for each rank.
+    others = len(METHODS) - 3 + 2 * (len(RANKS) - 1)
+    assert len(rows) == len({(row["run"], row["level"]) for row in rows}) == 3 * (5 + 2 * 3 + 2 * others)
     last = next(row for row in rows if row["method"] == "imp" and row["level"] == "3" and row["seed"] == "2")
     assert float(last["density"]) == pytest.approx(0.43**3)
     assert float(last["source.piqa.stderr"]) == 2.7
@@ -264,7 +268,7 @@ def test_differences_are_paired_by_seed(tmp_path):
         for method, accuracy in (("imp", imp), ("full", full)):
             run = write_run(tmp_path / f"{method}{seed}", make(method, seed=seed))
             last = run / ("level_1" if method == "imp" else "level_0") / "metrics.json"
-            edit(last, test={"0-shot": {"accuracy": accuracy, "loss": 0.1, "images": 300}})
+            edit(last, test={"0-shot": {"accuracy": accuracy, "loss": 0.1} | COUNTS})
     table = comparison_table(read_report([tmp_path]))
     assert table.rows[0] == ["0-shot (%)", "full", "3", "+2.00", "-0.48 to +4.48", "0.074"]
     assert table.rows[1][2:] == ["3", "+0.000", "+0.000 to +0.000", "1.000"]

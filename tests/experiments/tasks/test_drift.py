@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from conftest import make_llama, make_tokenizer
-from rigsa.experiments.adapter import adapter_off
+from rigsa.adapters import adapter_off
 from rigsa.experiments.attach import attach_adapter
+from rigsa.experiments.config import OPTIONS
 from rigsa.experiments.model import load_model
 from rigsa.experiments.presets import quickstart
+from rigsa.experiments.tasks.conversation import Conversation
 from rigsa.experiments.tasks.drift import drift, drift_prompts, replies
 from rigsa_kernels import SparsePattern, gated_linears, replace_linears
 
@@ -121,8 +123,10 @@ def test_replies_are_greedy_and_hold_their_end_token():
     """Both the tokenizer's (2) and the model's."""
     model, tokenizer = make_talker(), make_tokenizer()
     model.generation_config.eos_token_id = [15, 16]
-    found = replies(model, tokenizer, "", 12)
+    found = replies(model, Conversation(tokenizer, ""), 12)
     assert [reply["prompt"] for reply in found] == drift_prompts()
+    assert replies(model, Conversation(tokenizer, ""), 12, count=8) == found[:8]
+    assert OPTIONS["drift_prompts"].default == OPTIONS["drift_prompts"].metadata["bound"].most == len(found)
     for reply in found:
         turns = [{"role": "system", "content": ""}, {"role": "user", "content": reply["prompt"]}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -131,15 +135,15 @@ def test_replies_are_greedy_and_hold_their_end_token():
     assert {reply["reply_ids"][-1] for reply in found} > {2, 15, 16}
     assert max(len(reply["reply_ids"]) for reply in found) == 12
     assert json.loads(json.dumps(found)) == found
-    assert replies(model, tokenizer, "", 12) == found
+    assert replies(model, Conversation(tokenizer, ""), 12) == found
 
 
 def test_replies_ignore_how_the_model_would_rather_generate(recwarn, caplog):
     model, tokenizer = make_talker(), make_tokenizer()
-    want = replies(model, tokenizer, "default", 6)
+    want = replies(model, Conversation(tokenizer), 6)
     own = model.generation_config
     own.do_sample, own.temperature, own.repetition_penalty, own.no_repeat_ngram_size = True, 3.0, 5.0, 1
-    assert replies(model, tokenizer, "default", 6) == want
+    assert replies(model, Conversation(tokenizer), 6) == want
     assert model.generation_config is own
     assert not recwarn.list
     assert not caplog.records
@@ -147,7 +151,7 @@ def test_replies_ignore_how_the_model_would_rather_generate(recwarn, caplog):
 
 def base_replies() -> list[dict]:
     """Of different lengths, as real ones are."""
-    found = replies(make_talker(), make_tokenizer(), "default", 7)
+    found = replies(make_talker(), Conversation(make_tokenizer()), 7)
     return [reply | {"reply_ids": reply["reply_ids"][: 1 + index % 7]} for index, reply in enumerate(found)]
 
 
@@ -224,7 +228,7 @@ def test_one_reply_has_no_standard_error():
 def test_a_real_model_moves_with_its_gates():
     config = quickstart()
     model, tokenizer = load_model(config, torch.device("cpu"))
-    found = replies(model, tokenizer, config.system_prompt, 4)[:6]
+    found = replies(model, Conversation(tokenizer, config.system_prompt), 4)[:6]
     attach_adapter(model, config)
     open_gates(model, 0.0)
     assert drift(model, found, 6)["kl"] == 0

@@ -1,69 +1,62 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from conftest import make_llama
-from rigsa.experiments.tasks.evaluation import answer_logits, training_loss
-from rigsa.experiments.tasks.textual_mnist import collate
+from rigsa.experiments.tasks.evaluation import evaluate, target_logits, training_loss
+from rigsa.experiments.tasks.task import IGNORED, collate, num_targets
+from rigsa.experiments.tasks.text import TextSamples
 
 
-def batch(padded: bool) -> dict[str, torch.Tensor]:
-    ids, answer = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor([13, 14])
-    if not padded:
-        return {"input_ids": ids, "answer": answer}
-    present = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    return {"input_ids": ids * present, "answer": answer, "attention_mask": present}
-
-
-def test_answer_logits_are_those_of_the_last_position():
-    model = make_llama()
-    torch.testing.assert_close(answer_logits(model, batch(False)), model(batch(False)["input_ids"]).logits[:, -1])
-
-
-def test_padding_on_the_left_does_not_change_the_answer():
-    model = make_llama()
-    whole = answer_logits(model, {"input_ids": torch.tensor([[6, 7, 8]])})
-    torch.testing.assert_close(answer_logits(model, batch(True))[:1], whole, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_losses_cover_what_they_say(padded):
-    model, samples = make_llama(), batch(padded)
-    log_probabilities, answers = [], []
-    for row in range(2):
-        present = samples.get("attention_mask", torch.ones(2, 4).long())[row].bool()
-        ids = torch.cat([samples["input_ids"][row][present], samples["answer"][row : row + 1]])
-        logits = model(ids[None, :-1]).logits[0].log_softmax(-1)
-        every = logits.gather(1, ids[1:, None])
-        log_probabilities.append(every.mean())
-        answers.append(every[-1])
-    torch.testing.assert_close(training_loss(model, samples, "all"), -torch.stack(log_probabilities).mean())
-    torch.testing.assert_close(training_loss(model, samples, "answer"), -torch.cat(answers).mean())
-    assert F.cross_entropy(answer_logits(model, samples), samples["answer"]) == training_loss(model, samples, "answer")
-
-
-def unequal(*lengths: int) -> list[dict[str, object]]:
+def unequal(*lengths: int, learned: int = 1) -> list[dict[str, list[int]]]:
+    """Prompts of these lengths, of which the last `learned` tokens and one more, 7, are to be predicted."""
     drawn = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(5, 15, (n,), generator=drawn).tolist(), "answer": 7} for n in lengths]
+    rows = [torch.randint(5, 15, (length,), generator=drawn).tolist() for length in lengths]
+    return [{"input_ids": row, "targets": [*row[len(row) - learned + 1 :], 7]} for row in rows]
 
 
-@pytest.mark.parametrize("covers", ["answer", "all"])
-def test_the_gradient_of_a_batch_does_not_depend_on_the_micro_batch(covers):
-    """Prompts of unequal length, as the Trainer has it: the loss is divided by the number of micro-batches."""
+def by_hand(model: torch.nn.Module, sample: dict[str, list[int]]) -> torch.Tensor:
+    """Log-probability of each target, from the sample alone."""
+    logits = model(torch.tensor([sample["input_ids"]])).logits[0].log_softmax(-1)
+    targets = torch.tensor(sample["targets"])
+    return logits[-len(targets) :].gather(1, targets.clamp(min=0)[:, None])[targets != IGNORED].flatten()
+
+
+@pytest.mark.parametrize("learned", [1, 3])
+@pytest.mark.parametrize("lengths", [(4, 4), (3, 9)])
+@torch.no_grad()
+def test_loss_and_accuracy_are_those_of_the_targets(lengths, learned):
+    model, samples = make_llama(), unequal(*lengths, learned=learned)
+    samples[0]["targets"][0] = IGNORED if learned > 1 else 7
+    found = torch.cat([by_hand(model, sample) for sample in samples])
+    batch = collate(samples, 0)
+    torch.testing.assert_close(training_loss(model, batch), -found.mean())
+    torch.testing.assert_close(training_loss(model, batch, 50), -found.sum() / 50)
+    assert num_targets(batch) == len(found)
+    got = evaluate(model, TextSamples(samples, 0), 1, "x")
+    assert got["loss"] == pytest.approx(-found.mean().item(), rel=1e-5)
+    assert got["perplexity"] == pytest.approx((-found.mean()).exp().item(), rel=1e-5)
+    assert (got["tokens"], got["examples"]) == (len(found), 2)
+
+
+@pytest.mark.parametrize("learned", [1, 3])
+def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batch(learned):
+    """Examples of unequal length, of which unequal numbers of tokens are learned."""
     gradients = []
     for micro in (4, 2, 1):
         model = make_llama().double()
-        samples = unequal(3, 30, 5, 40)
-        for start in range(0, 4, micro):
-            (training_loss(model, collate(samples[start : start + micro], 0), covers) / (4 // micro)).backward()
+        samples = unequal(3, 30, 5, 40, learned=learned)
+        samples[1]["targets"] = samples[1]["targets"][-1:]
+        batches = [collate(samples[start : start + micro], 0) for start in range(0, 4, micro)]
+        for batch in batches:
+            training_loss(model, batch, sum(map(num_targets, batches))).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(gradients[1], gradients[0])
     torch.testing.assert_close(gradients[2], gradients[0])
 
 
-@pytest.mark.parametrize("covers", ["answer", "all"])
-def test_padding_moves_no_learned_position(covers):
+@pytest.mark.parametrize("learned", [1, 3])
+def test_padding_moves_no_learned_position(learned):
     """A model with learned absolute positions says of a prompt beside a longer one what it says of it alone."""
     torch.manual_seed(0)
     config = GPTNeoConfig(
@@ -71,9 +64,9 @@ def test_padding_moves_no_learned_position(covers):
         attention_types=[[["global"], 2]], initializer_range=0.3,
     )  # fmt: skip
     model = GPTNeoForCausalLM(config).eval()
-    short, long = unequal(4, 12)
+    short, long = unequal(4, 12, learned=learned)
     with torch.no_grad():
-        alone, beside = (answer_logits(model, collate(batch, 0))[0] for batch in ([short], [short, long]))
-        losses = [training_loss(model, collate(batch, 0), covers) for batch in ([short], [long], [short, long])]
+        alone, beside = (target_logits(model, collate(batch, 0))[0] for batch in ([short], [short, long]))
+        losses = [training_loss(model, collate(batch, 0)) for batch in ([short], [long], [short, long])]
     torch.testing.assert_close(beside, alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close((losses[0] + losses[1]) / 2, losses[2])

@@ -24,10 +24,9 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.model import load_model
 from rigsa.experiments.presets import quickstart
 from rigsa.experiments.tasks import source_tasks
-from rigsa.experiments.tasks.drift import chat_ids
-from rigsa.experiments.tasks.evaluation import answer_logits, evaluate
+from rigsa.experiments.tasks.evaluation import evaluate, target_logits
 from rigsa.experiments.tasks.source_tasks import TASK_FOLDER, TASKS, check, measure
-from rigsa.experiments.tasks.textual_mnist import PromptDataset, Prompts, collate, load_splits
+from rigsa.experiments.tasks.textual_mnist import PromptDataset, Prompts, load_splits
 from rigsa_kernels import gated_linears, replace_linears
 
 NAMES = list(TASKS)
@@ -245,7 +244,7 @@ def test_without_a_folder_the_data_are_the_hubs(data, monkeypatch):
 
 
 def test_bad_settings_are_named(data, monkeypatch, tmp_path):
-    with pytest.raises(RigsaError, match=r"--source-tasks: expected some of piqa, hellaswag, gsm8k.*got 'arc'"):
+    with pytest.raises(RigsaError, match=r"--data-dir: files are read for piqa, hellaswag, gsm8k only; .* for arc"):
         check(asks(data, "piqa,arc"))
     with pytest.raises(RigsaError, match=r"--limit: expected 0 \(all\) or at least 2"):
         check(asks(data, limit=1))
@@ -343,7 +342,7 @@ def assert_same_prompts(tokenizer, records, dataset):
     for index, record in enumerate(records):
         prompt = tokenizer(record["arguments"][0][0], add_special_tokens=False)["input_ids"]
         assert prompt == dataset[index]["input_ids"]
-        assert tokenizer.convert_tokens_to_ids(record["target"]) == dataset[index]["answer"]
+        assert tokenizer.convert_tokens_to_ids(record["target"]) == dataset[index]["targets"][0]
 
 
 @pytest.mark.parametrize(
@@ -358,7 +357,7 @@ def test_textual_mnist_in_lm_eval(task, shots, seed):
     expected, dataset = ours(model, tokenizer, shots, 40, seed)
     assert accuracy == expected > 0
     assert_same_prompts(tokenizer, records[:5], dataset)
-    logits = answer_logits(model, collate([dataset[index] for index in range(40)], 0))
+    logits = target_logits(model, dataset.collate([dataset[index] for index in range(40)]))[:, 0]
     assert [record["resps"][0][0] for record in records] == tokenizer.convert_ids_to_tokens(logits.argmax(-1))
 
 
@@ -406,6 +405,6 @@ def test_every_prompt_of_a_run_begins_as_its_chat_template_says(tmp_path):
         model, tokenizer, ["piqa"], data_dir=str(tmp_path), limit=2, batch_size=1, system_prompt="default", label=""
     )
     prompts = Prompts(tokenizer)
-    begins = [seen[0][0, :2].tolist(), prompts.encode(np.zeros((2, 2), int))[:2]]
-    begins.append(chat_ids(prompts, [{"role": "user", "content": "is"}])[:2])
+    begins = [seen[0][0, :2].tolist(), prompts.image_ids(np.zeros((2, 2), int))[:2]]
+    begins.append(prompts.ids([{"role": "user", "content": "is"}])[:2])
     assert begins == [[words.index("user"), words.index(" ")]] * 3

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, make_tokenizer
 from rigsa.errors import RigsaError
+from rigsa.experiments.tasks.task import collate
 from rigsa.experiments.tasks.textual_mnist import (
     Images,
     PromptDataset,
     Prompts,
-    collate,
     image_text,
     load_splits,
     make_images,
@@ -225,27 +225,29 @@ def test_dataset_pairs_prompts_with_answer_tokens():
     images = Images(np.array([[[5]]], np.uint8), np.array([7]))
     tokenizer = make_tokenizer()
     sample = PromptDataset(images, Prompts(tokenizer))[0]
-    assert tokenizer.convert_ids_to_tokens(sample["answer"]) == "7"
+    assert tokenizer.convert_ids_to_tokens(sample["targets"][0]) == "7"
     assert tokenizer.convert_ids_to_tokens(sample["input_ids"])[-4:] == ["digit", " ", "is", " "]
 
 
 def test_tokenizers_that_do_not_fit_are_refused():
     bare = make_tokenizer()
-    bare.chat_template = None
-    with pytest.raises(RigsaError, match="its tokenizer has no chat template"):
+    bare.chat_template = bare.eos_token = None
+    with pytest.raises(RigsaError, match="its tokenizer has neither a chat template nor an end token"):
         Prompts(bare)
     from tokenizers import Tokenizer, models
 
     merged = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     fast = PreTrainedTokenizerFast(tokenizer_object=merged, unk_token="<unk>")
     fast.chat_template = CHATML
-    with pytest.raises(RigsaError, match="does not make the digit 0 after 'The digit is ' one token"):
+    with pytest.raises(RigsaError, match="does not make each digit after 'The digit is ' one token"):
         Prompts(fast)
 
 
 def test_collate_pads_on_the_left_only_where_lengths_differ():
-    same = collate([{"input_ids": [1, 2], "answer": 5}, {"input_ids": [3, 4], "answer": 6}], pad_id=0)
-    assert same.keys() == {"input_ids", "answer"}
-    mixed = collate([{"input_ids": [1], "answer": 5}, {"input_ids": [3, 4], "answer": 6}], pad_id=9)
+    same = collate([{"input_ids": [1, 2], "targets": [5]}, {"input_ids": [3, 4], "targets": [6]}], pad_id=0)
+    assert same.keys() == {"input_ids", "targets"}
+    mixed = collate([{"input_ids": [1], "targets": [5]}, {"input_ids": [3, 4], "targets": [4, 6]}], pad_id=9)
     assert mixed["input_ids"].tolist() == [[9, 1], [3, 4]]
+    assert mixed["targets"].tolist() == [[-100, 5], [4, 6]]
     assert torch.equal(mixed["attention_mask"], torch.tensor([[0, 1], [1, 1]]))
+    assert torch.equal(mixed["position_ids"], torch.tensor([[0, 0], [0, 1]]))

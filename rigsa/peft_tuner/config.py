@@ -1,0 +1,132 @@
+"""`RigsaConfig`: what PEFT is told about an adapter."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from rigsa.base import SAMPLES, Fingerprint
+from rigsa.encoding import Encoding
+from rigsa.record import expect_fields
+from rigsa_kernels.linear import ALPHA_INIT, Numerics
+
+Init = Literal["random", "magnitude"]
+VALUES_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass
+class RigsaConfig(PeftConfig):
+    """Gated sparse adapters as a method of PEFT.
+
+    Args:
+        target_modules: which linear layers, as in any configuration of PEFT; all but the head by default.
+        target_parameters: parameters that are no layers, such as the experts of a mixture: names or their endings.
+        exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`.
+        density: share of each layer's entries that is free, in (0, 1]; all of them by default. For entries where a
+            loss has the largest gradients call `rigsa.gradient_ticket` on the model that `get_peft_model` returns.
+        init: which entries: ``"random"`` draws them from the seed and the layer's name, ``"magnitude"`` takes those
+            where the pretrained weights are largest.
+        seed, alpha_init, init_scale, numerics, in_place: as in `rigsa_kernels.GatedSparseLinear`.
+        values_dtype: the name of a dtype, as there. PEFT's `autocast_adapter_dtype` does not change it.
+        layers: written when an adapter is saved: by layer its shape, the number of its free entries and how they are
+            encoded, so that a model that loads it can make room, and the fingerprint of its base (`rigsa.base`). Leave
+            it alone.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    target_modules: list[str] | str | None = "all-linear"
+    target_parameters: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    density: float | None = None
+    init: Init = "random"
+    seed: int = 0
+    alpha_init: float = ALPHA_INIT
+    init_scale: float = 1.0
+    values_dtype: str | None = None
+    numerics: Numerics = "auto"
+    in_place: bool = True
+    layers: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("RIGSA")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density: expected more than 0 and at most 1, got {self.density}")
+        if self.init not in get_args(Init):
+            raise ValueError(f"init: expected one of {', '.join(get_args(Init))}, got {self.init!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: expected 0 to 2**64 - 1, got {self.seed}")
+        if not math.isfinite(self.alpha_init):
+            raise ValueError(f"alpha_init: expected a finite number, got {self.alpha_init}")
+        if not 0 <= self.init_scale < math.inf:
+            raise ValueError(f"init_scale: expected a finite number, 0 or more, got {self.init_scale}")
+        if self.values_dtype not in VALUES_DTYPES:
+            expected = ", ".join(map(str, VALUES_DTYPES))
+            raise ValueError(f"values_dtype: expected one of {expected}, got {self.values_dtype!r}")
+        if self.numerics not in get_args(Numerics):
+            raise ValueError(f"numerics: expected one of {', '.join(get_args(Numerics))}, got {self.numerics!r}")
+        for layer, found in (self.layers or {}).items():
+            saved_layer(layer, found)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the values; None leaves it to the layer."""
+        return None if self.values_dtype is None else getattr(torch, self.values_dtype)
+
+    def note_layers(self, layers: dict[str, Any]) -> None:
+        """Have `layers` stand in the file that this configuration is saved to. In memory they would mean a load."""
+        self.__dict__["_layers_to_save"] = layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        return asdict(self) | {"layers": self.__dict__.get("_layers_to_save", self.layers)}
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """What a saved configuration says of one layer.
+
+    Attributes:
+        shape: N and K.
+        entries, encoding: how many are free, and how they are written (`rigsa.encoding`).
+        base: of the frozen weight.
+    """
+
+    shape: tuple[int, int]
+    entries: int
+    encoding: Encoding
+    base: Fingerprint
+
+
+_TYPES: dict[str, Any] = {"shape": list, "entries": int, "encoding": str, "base": dict}
+
+
+def saved_layer(layer: str, found: Any) -> SavedLayer:
+    """Raises ValueError where a field is missing, unknown or out of its range."""
+    expect_fields(f"layers: {layer}", found, _TYPES)
+    expect_fields(f"layers: {layer}: base", found["base"], {"sample": str, "nf4": bool})
+    shape, sample = found["shape"], found["base"]["sample"]
+    is_shape = len(shape) == 2 and all(type(size) is int and 0 < size < 2**31 for size in shape)
+    if (
+        not is_shape
+        or not 0 <= found["entries"] <= min(shape[0] * shape[1], 2**31 - 1)
+        or found["encoding"] not in get_args(Encoding)
+        or (found["encoding"] == "dense" and found["entries"] != shape[0] * shape[1])
+        or re.fullmatch(f"[0-9a-f]{{{4 * SAMPLES}}}", sample) is None
+    ):
+        raise ValueError(f"layers: {layer}: {str(found)[:200]} is out of range")
+    return SavedLayer((shape[0], shape[1]), found["entries"], found["encoding"], Fingerprint(**found["base"]))

@@ -1,0 +1,82 @@
+"""``rigsa export``: the adapter of a run in the formats that others load."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rigsa import import_adapter, load_adapter
+from rigsa.experiments.config_file import load
+from rigsa.run import main
+
+IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module")
+def expected(talking_run):
+    from rigsa.experiments.experiment import Experiment
+
+    experiment = Experiment.prepare(load(talking_run), talking_run)
+    experiment.attach()
+    experiment.restore(1)
+    return logits(experiment.model)
+
+
+@pytest.mark.parametrize("to", ["supertuning", "shira", "safetensors", "merged"])
+def test_the_last_level_of_a_run_is_exported(talking_run, expected, tmp_path, capsys, to):
+    folder = tmp_path / to
+    assert main(["export", str(talking_run), "--to", to, "--out", str(folder)]) == (1 if to == "shira" else 0)
+    captured = capsys.readouterr()
+    base = load(talking_run).model
+    if to == "shira":  # the ticket of the smoke preset is too dense for a rank
+        assert "use 'supertuning'" in captured.err
+        return
+    assert captured.out.strip().endswith(str(folder))
+    if to == "merged":
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        (load_adapter if to == "safetensors" else import_adapter)(model, folder)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "| accuracy on test images, 0-shot |" in card
+    assert ("Without rigsa" in card) == (to != "safetensors")
+    assert ("With rigsa" in card) == (to != "merged")
+    assert (folder / "densities.png").stat().st_size > 1000
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)  # of logits of size 5
+
+
+def test_an_earlier_level_goes_into_the_run_folder(talking_run, capsys):
+    assert main(["export", str(talking_run), "--to", "safetensors", "--level", "0"]) == 0
+    assert (talking_run / "export" / "safetensors" / "rigsa_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--level", "7"], "--level: expected a finished level of"),
+        (["--level", "-1"], "--level"),
+    ],
+)
+def test_a_level_that_is_not_there_is_one_line(talking_run, capsys, arguments, message):
+    try:
+        code = main(["export", str(talking_run), "--to", "merged", *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code != 0
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_of_lora_is_refused(tmp_path, small_model_folder, capsys):
+    run = tmp_path / "run"
+    assert main([
+        "lora", "--preset", "smoke", "--model", str(small_model_folder), "--dtype", "float32", "--device", "cpu",
+        "--test-images", "20", "--train-images", "40", "--no-drift", "--out", str(run),
+    ]) == 0  # fmt: skip
+    assert main(["export", str(run), "--to", "merged"]) == 1
+    assert "expected a run of a method with gated layers alone, got lora" in capsys.readouterr().err
