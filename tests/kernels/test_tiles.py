@@ -297,6 +297,23 @@ def test_16_bits_train_on_either_path(tile, numerics):
     torch.testing.assert_close(train(ours), train(packed), atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("tile", ["rows", "columns", 16])
+def test_a_base_in_four_bits_trains_the_same_entries(tile):
+    """A fused product there decodes the bit mask of the tiles."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    trained = []
+    for one in layer_of(tile, 0.2, (64, 64)):
+        torch.manual_seed(0)
+        linear = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+        weight = bitsandbytes.nn.Params4bit(torch.randn(64, 64), quant_type="nf4", requires_grad=False)
+        linear.weight = weight
+        layer = GatedSparseLinear(linear.to("cpu"), seed=1, key=2, pattern=one.pattern, alpha_init=0.1)
+        assert layer.is_nf4
+        train(layer)
+        trained.append(layer.rigsa_values.detach())
+    torch.testing.assert_close(*trained)
+
+
 def test_a_compiled_layer_equals_the_eager_one():
     for tile in ("rows", "columns", 16):
         ours, _ = layer_of(tile)
