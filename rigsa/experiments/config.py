@@ -223,7 +223,8 @@ class Choosing:
     )
     density: float = _field(
         0.0,
-        "share of the weights that is trained; random-mask: instead of --match",
+        "share of the weights that is trained. random-mask: in place of --match. imp: of its last ticket, to which "
+        "every pruning leads by the same factor, in place of --keep-fraction",
         SHARE_OR_0,
     )
     tile: str = _field(

@@ -154,7 +154,8 @@ def _controls(config: Config, settings: dict[str, Any], jobs: list[Job], out: Pa
     controls = []
     for job in matched:
         apart = job.varied | settings
-        own = {name: value for name, value in apart.items() if config.method.reads(name)}
+        # The ticket has the density that its own run asks for.
+        own = {name: value for name, value in apart.items() if config.method.reads(name) and name != "density"}
         own["match"] = str(out / job.name)
         name = _name(config.method.name, apart, config.seed)
         controls.append(Job(name, dataclasses.replace(config, **own), apart, job.name))

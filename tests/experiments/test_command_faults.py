@@ -39,12 +39,9 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 NEEDED = {
-    "sweep": ["--methods", "imp"],
-    "compare": ["--methods", "imp"],
-    "chat": ["RUN"],
-    "export": ["RUN", "--to", "merged"],
-    "merge": ["RUN", "--out", "FOLDER"],
-}
+    "sweep": ["--methods", "imp"], "compare": ["--methods", "imp"], "chat": ["RUN"],
+    "export": ["RUN", "--to", "merged"], "merge": ["RUN", "--out", "x"],
+}  # fmt: skip
 """Arguments without which a command's parser takes nothing."""
 NUMBERS = [
     (command, action)

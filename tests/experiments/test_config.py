@@ -225,6 +225,7 @@ def test_values_out_of_range_are_named(arguments, message, capsys):
         ("qlora", ["--quantize", "none"], "--quantize: expected nf4 for qlora, got none"),
         ("lora", ["--quantize", "nf4"], "--quantize: expected none for lora, got nf4"),
         ("full", ["--quantize", "nf4"], "--quantize: expected none for full, got nf4"),
+        ("imp", ["--density", "0.1", "--prunings", "0"], "--density: expected 0 without prunings"),
         ("snip", ["--init-scale", "0"], "--init-scale 0: every score of snip would be 0"),
         ("grasp", ["--alpha-init", "0"], "--alpha-init 0: every score of grasp would be 0"),
         ("erk", ["--density", "0"], "--density: expected more than 0 for erk, got 0.0"),

@@ -25,7 +25,7 @@ from rigsa.run import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SHARED_BY_EQUAL_RUNS = {"resources.json", "report.md", "report.html", "report.csv"}
-SMALL = {"density": "0.1", "mask-images": "8", "rank": "2", "reselect-steps": "2"}
+SMALL = {"density": "0.1", "mask-images": "8", "rank": "2", "reselect-steps": "2", "ranking": "layer"}
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +86,25 @@ def test_every_format_is_trained_tested_and_reported(format_name, models, files,
     check_run(out, "lora")
 
 
+@pytest.fixture(scope="module")
+def of_imp(models, files, tmp_path_factory) -> Path:
+    """A run that others take the ticket of."""
+    out = tmp_path_factory.mktemp("imp") / "run"
+    assert main(command("imp", models["llama"], files["prompt-completion"], out, "--score", "number")) == 0
+    return out
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_on_texts(method, models, files, tmp_path):
+def test_every_method_trains_on_texts(method, models, files, of_imp, tmp_path):
     pytest.importorskip("peft")
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
-    out = tmp_path / "run"
-    assert main(command(method, models["llama"], files["prompt-completion"], out, "--score", "number")) == 0
+    out = of_imp if method == "imp" else tmp_path / "run"
+    needs_run = METHODS[method].matches == "imp" and not METHODS[method].reads("density")
+    needed = ("--match", str(of_imp)) if needs_run else ()
+    if method != "imp":
+        asked = command(method, models["llama"], files["prompt-completion"], out, "--score", "number", *needed)
+        assert main(asked) == 0
     found = check_run(out, method)
     assert found["test"]["number"].keys() == {"accuracy", "stderr", "examples"}
     assert "right number (%)" in (out / "report.md").read_text()
@@ -113,9 +125,8 @@ class KilledError(Exception):
     """As the process would end."""
 
 
-@pytest.mark.parametrize("options", [(), ("--group-by-length",)], ids=str)
-def test_an_interrupted_run_ends_with_the_same_bits(options, models, files, tmp_path, monkeypatch):
-    asked = ("--max-steps", "6", "--checkpoint-steps", "2", *options)
+def test_an_interrupted_run_ends_with_the_same_bits(models, files, tmp_path, monkeypatch):
+    asked = ("--max-steps", "6", "--checkpoint-steps", "2", "--group-by-length")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command("imp", models["qwen3"], files["messages"], whole, *asked)) == 0
     step = LevelTrainer.training_step

@@ -258,6 +258,22 @@ def test_a_ticket_is_trained_again_to_the_same_bits_and_from_other_initial_value
     ).read_bytes()
 
 
+@pytest.mark.parametrize("criterion", ["rigsa", "large_final"])
+def test_tickets_of_a_density_that_is_asked_for(criterion, options, tmp_path):
+    run = tmp_path / "run"
+    assert main(["imp", *options, "--density", "0.09", "--criterion", criterion, "--out", str(run)]) == 0
+    for level, density in ((1, 0.3), (2, 0.09)):
+        metrics = json.loads((run / f"level_{level}" / "metrics.json").read_text())
+        assert abs(metrics["free"] - density * metrics["weights"]) <= len(metrics["layer_density"]) / 2
+
+
+def test_a_density_that_pruning_cannot_reach_is_refused(options, tmp_path, capsys):
+    command = ["imp", *without_prunings(options), "--prunings", "1", "--out", str(tmp_path / "run")]
+    message = failure([*command, "--density", "0.9999"], capsys)
+    assert "level 1 cannot be chosen: --density: 0.9999 asks for 99.99% of the weights, but only 9" in message
+    assert "may be kept; expected a lower one, or fewer prunings" in message
+
+
 def test_the_rates_of_tickets_are_those_of_level_1_and_not_of_level_0(finished, options, tmp_path):
     rates = ["--ticket-learning-rate", "0.5", "--ticket-alpha-learning-rate", "0.25"]
     run = tmp_path / "run"

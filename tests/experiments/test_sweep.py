@@ -121,6 +121,9 @@ def test_a_random_mask_takes_the_settings_of_its_imp_run(tmp_path):
     levels = planned(tmp_path, "imp,reinit", vary=["reinit:match_level=1,2"], prunings=2).jobs
     assert [(job.name, job.config.match_level, job.depends_on) for job in levels[1:]] == [
         ("reinit-match-level1-seed0", 1, "imp-seed0"), ("reinit-match-level2-seed0", 2, "imp-seed0")]  # fmt: skip
+    dense = planned(tmp_path, "imp,random-mask", vary=["imp:density=0.1,0.2"]).jobs
+    assert [(job.config.match, job.config.density) for job in dense[2:]] == [
+        (str(tmp_path / "imp-density0.1-seed0"), 0), (str(tmp_path / "imp-density0.2-seed0"), 0)]  # fmt: skip
     alone = planned(tmp_path, "random-mask", density=0.25).jobs
     assert [(job.name, job.config.match, job.depends_on) for job in alone] == [("random-mask-seed0", "", None)]
 

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 from unittest import mock
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers.integrations import moe
 
 from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
@@ -127,7 +128,7 @@ class SimulatedModel:
             ]
             stepping = stepping_in_backward(optimizer) if config.step_in_backward else nullcontext()
             batch = _batch(size, micro_batch)
-            with memory, stepping, _no_questions_of_masks(batch):
+            with memory, stepping, _told_to_transformers(batch):
                 loss = training_loss(model, batch, micro_batch)
                 self._hold_kept(memory)
                 memory.hold_rest("activations")
@@ -148,7 +149,7 @@ class SimulatedModel:
             memory = self._hold(None)
             number = images_at_a_time(score, self.config)
             batch = _batch(size, number)
-            with memory, _no_questions_of_masks(batch):
+            with memory, _told_to_transformers(batch):
                 score_entries(self.model, score, [batch], number)
         return memory.usage()
 
@@ -157,7 +158,7 @@ class SimulatedModel:
         with self._fake, torch.no_grad():
             memory = self._hold(None)
             batch = _batch(size, rows)
-            with memory, _no_questions_of_masks(batch):
+            with memory, _told_to_transformers(batch):
                 target_logits(self.model.eval(), batch)
                 self._hold_kept(memory)
         return memory.usage()
@@ -211,19 +212,27 @@ def _on_meta(shape: PretrainedConfig, config: Base) -> PreTrainedModel:
         )
 
 
-def _no_questions_of_masks(batch: Batch) -> AbstractContextManager[Any]:
-    """Tells transformers whether rows are padded, and that none are packed: it cannot find out of fake tensors.
+@contextmanager
+def _told_to_transformers(batch: Batch) -> Iterator[None]:
+    """Tells transformers what it cannot find out of fake tensors.
 
-    Left to itself it would take them for the general case and make attention masks of T * T entries, which only a
-    padded batch has.
+    First, whether rows are padded, and that none are packed: left to itself it would take them for the general case and
+    make attention masks of T * T entries, which only a padded batch has. Second, that experts in other dtypes than
+    bfloat16 take its own product, which gives and keeps the same tensors: PyTorch knows the sizes of its product of
+    experts in bfloat16 only.
     """
     has_padding = "attention_mask" in batch
-    return mock.patch.multiple(
+    about_masks = mock.patch.multiple(
         masking_utils,
         is_tracing=lambda tensor=None: False,
         find_packed_sequence_indices=lambda position_ids: None,
         fast_all=lambda mask: not has_padding,
     )
+    in_bfloat16 = mock.patch.object(
+        moe, "_can_use_grouped_mm", lambda input, weight, offs: weight.dtype == torch.bfloat16
+    )
+    with about_masks, in_bfloat16:
+        yield
 
 
 def _parameters(optimizer: MaskedAdamW) -> list[Tensor]:

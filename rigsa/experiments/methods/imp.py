@@ -12,9 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config, Gates, Look, Method, Pruning, Tickets, fields_of
+from rigsa.experiments.config import Config, Gates, Look, Method, Pruning, Tickets, fields_of, require
 from rigsa.masks import PruneCounts, TrainedLayer, prune
 from rigsa_kernels import SparsePattern, gated_linears
+from rigsa_kernels.select import count_bits
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -27,6 +28,9 @@ class Imp(Method):
 
     def check(self, config: Config) -> None:
         super().check(config)
+        require(
+            config, "density", "0 without prunings, which alone lead to it", config.prunings > 0 or not config.density
+        )
         if config.init_scale == 0 and (config.criterion == "rigsa" or config.rewind != "init"):
             raise RigsaError(
                 "--init-scale 0: initial values have no signs to compare and nothing to rearrange; expected another "
@@ -38,6 +42,8 @@ class Imp(Method):
 
     def most_kept(self, config: Config, weights: int) -> int:
         """As many as if all of them were eligible in each pruning."""
+        if config.density:
+            return round(config.density * weights)
         for _ in range(config.prunings):
             weights = round(config.keep_fraction * weights)
         return weights
@@ -46,8 +52,7 @@ class Imp(Method):
         return f"level 0 (dense) and {config.prunings} ticket{'' if config.prunings == 1 else 's'}"
 
     def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
-        """If `rigsa plan` was given a density, the plan is for one ticket of it, however many prunings led there."""
-        return {1: config.density} if config.density else ticket_densities(config, same_sign_share, config.prunings)
+        return ticket_densities(config, same_sign_share, config.prunings)
 
     def run(self, experiment: Experiment) -> None:
         from rigsa.experiments.methods.rewinding import rewind  # here: reports import this file, and no transformers
@@ -67,7 +72,13 @@ class Imp(Method):
 
 def ticket_densities(config: Config, same_sign_share: float, last: int) -> dict[int, float]:
     """Levels 0 to `last` to their density, as pruning will make it if that share of the entries keeps its sign."""
-    return {level: (config.keep_fraction * same_sign_share) ** level for level in range(last + 1)}
+    return {level: asked_density(config, level) or (config.keep_fraction * same_sign_share) ** level
+            for level in range(last + 1)}  # fmt: skip
+
+
+def asked_density(config: Config, level: int) -> float:
+    """Of a level on the way to ``config.density``, by the same factor in each pruning; 0 where none is asked for."""
+    return config.density ** (level / config.prunings) if config.density and config.prunings else 0.0
 
 
 def watchers(experiment: Experiment, level: int) -> Iterator[TrainerCallback]:
@@ -105,17 +116,37 @@ def choose(experiment: Experiment, level: int) -> tuple[dict[str, SparsePattern]
     }
     try:
         return prune(
-            trained, keep_fraction=config.keep_fraction, ranking=config.ranking, criterion=config.criterion,
-            tile=config.tile or None,
+            trained, keep_fraction=keep_fraction(config, trained, level + 1), ranking=config.ranking,
+            criterion=config.criterion, tile=config.tile or None,
         )  # fmt: skip
     except ValueError as error:
         raise RigsaError(f"level {level + 1} cannot be chosen: {error}") from error
 
 
+def keep_fraction(config: Config, layers: dict[str, TrainedLayer], level: int) -> float:
+    """The share of the eligible entries that leads to the ticket of `level`.
+
+    Raises:
+        ValueError: fewer entries are eligible than the density asks for.
+    """
+    if not config.density:
+        return config.keep_fraction
+    rigsa = config.criterion == "rigsa"
+    eligible = sum(int(count_bits(layer.same_sign())) if rigsa else layer.pattern.nnz for layer in layers.values())
+    weights = sum(layer.pattern.out_features * layer.pattern.in_features for layer in layers.values())
+    wanted = asked_density(config, level) * weights
+    if wanted > eligible:
+        raise ValueError(
+            f"--density: {config.density} asks for {wanted / weights:.2%} of the weights, but only "
+            f"{eligible / weights:.2%} may be kept; expected a lower one, or fewer prunings"
+        )
+    return wanted / eligible
+
+
 IMP = Imp(
     name="imp",
     help="iterative magnitude pruning: train the dense adapter, prune it to tickets, train each (RIGSA)",
-    options=(*fields_of(Gates), *fields_of(Pruning), *fields_of(Tickets), "ranking", "tile"),
+    options=(*fields_of(Gates), *fields_of(Pruning), *fields_of(Tickets), "ranking", "density", "tile"),
     look=Look("blue", "o", "solid", by_level=True),
     is_reference=True,
 )

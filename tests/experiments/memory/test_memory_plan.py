@@ -223,17 +223,17 @@ GPT2 = GPT2Config(
 
 
 @pytest.mark.parametrize(
-    ("shape", "density", "options"), [(GPT2, 1, FLOAT32), (GPT2, 0.05, {}), (MIXTRAL, 1, {}), (MIXTRAL, 0.05, {})]
+    ("shape", "density", "options"), [(GPT2, 1, FLOAT32), (GPT2, 0.05, {}), (MIXTRAL, 1, FLOAT32), (MIXTRAL, 0.05, {})]
 )
 def test_planned_peak_of_weights_that_code_reads(shape, density, options):
     """Experts that are one parameter, and Conv1D: their composed weights are kept, and their whole gradients made."""
     config = dataclasses.replace(paper(), numerics="composed", micro_batch_size=4, **options)
     planned = SimulatedModel(shape, config, CPU, density)
-    peak = planned.training_step(200, 4, accumulates=False).peak
+    peak = planned.training_step(Size(200), 4, accumulates=False).peak
     model = small_model(config, shape)
     assert planned.num_weights == sum(adaptable(model).values())
     del model
-    measured = allocated_peak(lambda: train_two_steps(small_model(config, shape), config, density, 200, False))
+    measured = allocated_peak(lambda: train_two_steps(small_model(config, shape), config, density, Size(200), False))
     assert peak == pytest.approx(measured, rel=0.03)
 
 
@@ -422,7 +422,8 @@ def test_densities_fall_as_the_paper_has_it():
     assert list(densities) == [0, 1, 2, 3, 4]
     assert densities[4] == pytest.approx(0.0346, abs=1e-4)
     assert list(expected_densities(SMALL, paper("random-mask")).items()) == [(4, densities[4])]
-    assert expected_densities(SMALL, dataclasses.replace(paper(), density=0.1)) == {1: 0.1}
+    asked = expected_densities(SMALL, dataclasses.replace(paper(), density=0.0625))
+    assert list(asked.items()) == [(0, 1), (1, 0.5), (2, 0.25), (3, 0.125), (4, 0.0625)]
 
 
 def test_a_plan_that_cannot_fit_is_refused_with_one_that_would():
