@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.checks import Problem
 from benchmarks.race import UnavailableError
 from rigsa_kernels import GatedSparseLinear, MaskedAdamW, SparsePattern, gated_linears, merge_linears, replace_linears
+from rigsa_kernels.select import drawn_units, of_units, top_k
 from rigsa_kernels.selection import select_linears
 
 ALPHA = 0.1
@@ -205,9 +207,20 @@ def build_supertuning(problem: Problem, density: float) -> Layer:
     return Layer(layer, weight)
 
 
-def build_ours(problem: Problem, density: float, *, fresh: bool = True, **options: object) -> Layer:
+def ticket_tiles(shape: tuple[int, int], density: float, tile: str | int, device: torch.device) -> SparsePattern:
+    """Whole tiles at random, of this density but for the rounding of their number."""
+    units = drawn_units(shape, tile, seed=0, key=0)
+    count = max(round(density * units.pattern.nnz), 1)
+    return of_units(top_k({"": units}, count)[""], shape, tile).to(device)
+
+
+def build_ours(
+    problem: Problem, density: float, *, fresh: bool = True, tile: str | int | None = None, **options: object
+) -> Layer:
     pattern = SparsePattern.dense(*problem.weight.shape)
-    if density < 1:
+    if tile is not None:
+        pattern = ticket_tiles(problem.shape, density, tile, problem.x.device)
+    elif density < 1:
         pattern = SparsePattern.from_mask(ticket_mask(problem.shape, density, problem.x.device))
     module = GatedSparseLinear(
         plain_linear(problem.weight), seed=0, key=0, pattern=pattern, alpha_init=ALPHA, **options
@@ -326,7 +339,9 @@ def tune_dense_composition(model: nn.Module, density: float) -> Trainee:
     return Trainee(model, fused_adamw(trained), deltas)
 
 
-def tune_gated(model: nn.Module, density: float | None = None, **options: object) -> Trainee:
+def tune_gated(
+    model: nn.Module, density: float | None = None, tile: str | int | None = None, **options: object
+) -> Trainee:
     if options.get("force") == "fused" and next(model.parameters()).device.type != "cuda":
         raise UnavailableError("the fused kernel needs a CUDA device")
     if density is not None:  # a ticket composes into its own weights, and other contestants read the base's
@@ -335,8 +350,9 @@ def tune_gated(model: nn.Module, density: float | None = None, **options: object
     replace_linears(model, alpha_init=ALPHA, **options)
     if density is not None:
         for layer in gated_linears(model).values():
-            mask = ticket_mask(layer.pattern.shape, density, layer.weight.device)
-            layer.set_pattern(SparsePattern.from_mask(mask))
+            shape, device = layer.pattern.shape, layer.weight.device
+            pattern = SparsePattern.from_mask(ticket_mask(shape, density, device)) if tile is None else None
+            layer.set_pattern(pattern or ticket_tiles(shape, density, cast(str | int, tile), device))
 
     state_dtype = "bfloat16" if options.get("values_dtype") is torch.bfloat16 else "float32"
     return Trainee(model, MaskedAdamW(model, state_dtype=state_dtype), _gated_deltas(model))
@@ -370,6 +386,7 @@ def tune_with_peft(model: nn.Module, kind: str, density: float | None = None, **
 
 FULL = "full fine-tuning"
 TICKET_NAME, LEVEL_0, MERGED = "ours, 3.46 %", "ours, level 0", "ours, 3.46 %, merged"
+ROWS, COLUMNS, TILES_32 = "ours, 3.46 % in rows", "ours, 3.46 % in columns", "ours, 3.46 % in tiles of 32"
 LEVEL_0_HALF = "ours, level 0, bf16 values"
 LORA_DEFAULT, LORA_16, SHIRA = "PEFT LoRA", "PEFT LoRA, bf16", "PEFT SHiRA, 3.46 %"
 FROZEN, GRADIENTS = "frozen model", "frozen model and whole gradients"
@@ -378,6 +395,9 @@ TRAINEES: dict[str, Callable[[nn.Module], Trainee]] = {  # in the order of their
     TICKET_NAME: partial(tune_gated, density=TICKET, numerics="composed"),
     LORA_16: partial(tune_with_peft, kind="LoRA", autocast_adapter_dtype=False),
     FROZEN: pass_through,
+    ROWS: partial(tune_gated, density=TICKET, tile="rows", numerics="composed"),
+    TILES_32: partial(tune_gated, density=TICKET, tile=32, numerics="composed"),
+    COLUMNS: partial(tune_gated, density=TICKET, tile="columns", numerics="composed"),
     GRADIENTS: partial(tune_fully, optimizer=NoUpdate),
     LORA_DEFAULT: partial(tune_with_peft, kind="LoRA"),
     SHIRA: partial(tune_with_peft, kind="SHiRA", density=TICKET),

@@ -14,9 +14,11 @@ from benchmarks.providers import (
     LORA_16,
     LORA_DEFAULT,
     MERGED,
+    ROWS,
     SHIRA,
     TICKET,
     TICKET_NAME,
+    TILES_32,
 )
 
 BASE = "base model"
@@ -39,6 +41,11 @@ TARGETS = (
     Target("training step", TICKET_NAME, LORA_16, 0.95),
     Target("training step", SHIRA, TICKET_NAME, 1.6, at_least=True),
     Target("training step", LEVEL_0, FULL, 1.2),
+    Target("training step", ROWS, FULL, 0.77),
+    Target("training step", ROWS, LORA_16, 0.88),
+    Target("training step", SHIRA, ROWS, 1.55, at_least=True),
+    Target("training step", ROWS, FROZEN, 1.06),
+    Target("training step", TILES_32, FULL, 0.85),
     Target("generation", TICKET_NAME, BASE, 1.03),
     Target("generation", MERGED, BASE, 1.03),
 )

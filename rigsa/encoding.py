@@ -4,22 +4,27 @@
 ``bits``     ``bits`` uint8 ``[ceil(N * K / 8)]``: bit j of byte b is entry ``8 b + j`` of the matrix, row by row
 ``columns``  ``columns`` uint16 ``[entries]``, ascending within a row, and ``rows`` uint16 ``[N]``: entries of each row
 
+``tiles BNxBK``  ``bits`` of the grid of tiles, in place of the matrix (`rigsa_kernels.tiles`)
+
 Columns are smaller below a density of about 6 %. Both are read as unsigned, so a matrix may have 65,535 columns.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rigsa_kernels.format import MAX_IN_FEATURES, WORD_BITS, SparsePattern, pack_bits, popcount, to_signed, unpack_bits
+from rigsa_kernels.tiles import Tile, grid_shape, mask_to_tiles, tile_size, tiles_to_grid
 
-Encoding = Literal["dense", "bits", "columns"]
+Encoding = str
+"""``dense``, ``bits``, ``columns`` or ``tiles BNxBK``."""
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+_TILES = re.compile("tiles ([1-9][0-9]{0,9})x([1-9][0-9]{0,9})")
 _PLACES = tuple(1 << place for place in range(8))
 
 
@@ -27,12 +32,27 @@ def choose_encoding(pattern: SparsePattern) -> Encoding:
     """The smallest encoding of `pattern`."""
     if pattern.is_dense:
         return "dense"
+    if pattern.tile is not None:
+        return f"tiles {pattern.tile[0]}x{pattern.tile[1]}"
     sizes = {name: _size(layout(name, pattern.shape, pattern.nnz)) for name in ("bits", "columns")}
     return "columns" if pattern.in_features < MAX_IN_FEATURES and sizes["columns"] < sizes["bits"] else "bits"
 
 
+def is_encoding(text: str) -> bool:
+    """Whether `text` is one of the encodings, written as `choose_encoding` writes it."""
+    return text in ("dense", "bits", "columns") or _TILES.fullmatch(text) is not None
+
+
+def tile_of(encoding: str) -> Tile | None:
+    """The tile that an encoding is of, rows and columns; None for entries."""
+    found = _TILES.fullmatch(encoding)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 def layout(encoding: str, shape: tuple[int, int], entries: int) -> Layout:
     """Name to dtype and shape of the tensors that an encoding consists of."""
+    if tile := tile_of(encoding):
+        return layout("bits", grid_shape(shape, tile), 0)
     rows, columns = shape
     if encoding == "bits":
         return {"bits": (torch.uint8, (-(-rows * columns // 8),))}
@@ -47,20 +67,22 @@ def _size(tensors: Layout) -> int:
 
 def encode(pattern: SparsePattern, encoding: Encoding) -> dict[str, Tensor]:
     """The tensors of `layout`, on the CPU."""
-    if pattern.words is None or encoding == "dense":
+    if pattern.tiles is not None and pattern.tile is not None:
+        return encode(SparsePattern.from_mask(tiles_to_grid(pattern.tiles, pattern.shape, pattern.tile)), "bits")
+    if pattern.bits is None or encoding == "dense":
         return {}
-    words = pattern.words.cpu()
+    words = pattern.bits.cpu()
     if encoding == "bits":
         return {"bits": _bytes_of(words, pattern.in_features)}
     columns = unpack_bits(words, pattern.in_features).nonzero()[:, 1]
     return {"columns": _as_uint16(columns), "rows": _as_uint16(popcount(words).sum(0))}
 
 
-def decode(encoding: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], entries: int) -> SparsePattern:
+def decode(encoding: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], entries: int | None) -> SparsePattern:
     """What `encode` was given.
 
     Args:
-        encoding, shape, entries: as they were written beside the tensors.
+        encoding, shape, entries: as they were written beside the tensors; None for any number of entries.
         tensors: with the dtypes and shapes of `layout`.
 
     Raises:
@@ -69,18 +91,31 @@ def decode(encoding: str, tensors: Mapping[str, Tensor], shape: tuple[int, int],
     rows, columns = shape
     if encoding == "dense":
         return SparsePattern.dense(rows, columns)
+    if tile := tile_of(encoding):
+        if tile_size(tile, shape) != tile:
+            raise ValueError(f"expected tiles within {rows} x {columns}, found {tile[0]} x {tile[1]}")
+        grid = decode("bits", tensors, grid_shape(shape, tile), None)
+        tiled = SparsePattern.from_tiles(mask_to_tiles(grid.to_mask(), (1, 1)), shape, tile)
+        return _of_entries(tiled, entries)
     words = _words_from_bytes(tensors["bits"], shape) if encoding == "bits" else _words_from_columns(tensors, shape)
-    pattern = SparsePattern.from_words(words, columns)
-    if pattern.nnz != entries:
+    return _of_entries(SparsePattern.from_words(words, columns), entries)
+
+
+def _of_entries(pattern: SparsePattern, entries: int | None) -> SparsePattern:
+    if entries is not None and pattern.nnz != entries:
         raise ValueError(f"expected {entries} free entries, found {pattern.nnz}")
     return pattern
 
 
 def digest(pattern: SparsePattern) -> str:
-    """A hash of the free entries and of the shape. It does not depend on the encoding."""
-    found = hashlib.sha256(f"{list(pattern.shape)} {'dense' if pattern.is_dense else 'packed'}".encode())
-    if pattern.words is not None:
-        found.update(pattern.words.cpu().flatten().view(torch.uint8).numpy().data)
+    """A hash of the free entries, of the shape and of the tile. It does not depend on the encoding."""
+    if pattern.tile is not None:
+        kind, index = f"tiles {list(pattern.tile)}", pattern.tiles
+    else:
+        kind, index = "dense" if pattern.is_dense else "packed", pattern.bits
+    found = hashlib.sha256(f"{list(pattern.shape)} {kind}".encode())
+    if index is not None:
+        found.update(index.cpu().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn as nn
-from torch import Tensor
 
 from rigsa.files import write_atomically
 from rigsa.saving import read_patterns
 from rigsa.state import adapted_layers, check_names
 from rigsa_kernels.format import SparsePattern
-from rigsa_kernels.select import count_bits, every_entry
+from rigsa_kernels.select import bit_mask, count_bits
 
 TicketSource = nn.Module | str | os.PathLike[str] | Mapping[str, SparsePattern]
 Patterns = dict[str, SparsePattern]
@@ -89,7 +87,7 @@ def overlap(first: TicketSource, second: TicketSource) -> Overlap:
     one, other = _alike(first, second)
     found = {}
     for name, pattern in one.items():
-        words, others = _words(pattern), _words(other[name])
+        words, others = bit_mask(pattern), bit_mask(other[name])
         both, either = int(count_bits(words & others)), int(count_bits(words | others))
         found[name] = LayerOverlap(pattern.nnz, other[name].nnz, both, either, pattern.shape[0] * pattern.shape[1])
     return Overlap(found)
@@ -190,10 +188,6 @@ def _draw_overlaps(axes: Any, tickets: Mapping[str, Patterns], labels: list[str]
     axes.set_title("shared entries (%)", fontsize=9)
 
 
-def _words(pattern: SparsePattern) -> Tensor:
-    return every_entry(pattern.shape, torch.device("cpu")) if pattern.words is None else pattern.words
-
-
 def _alike(*tickets: TicketSource) -> list[Patterns]:
     """The patterns of tickets that have the same layers. Raises ValueError where they have not."""
     if not tickets:
@@ -213,8 +207,10 @@ def _joined(tickets: tuple[TicketSource, ...], join: Any) -> Patterns:
     first, *others = _alike(*tickets)
     joined = {}
     for name, pattern in first.items():
-        words = _words(pattern)
+        words = bit_mask(pattern)
         for other in others:
-            words = join(words, _words(other[name]))
-        joined[name] = SparsePattern.from_words(words, pattern.in_features)
+            words = join(words, bit_mask(other[name]))
+        whole = SparsePattern.from_words(words, pattern.in_features)
+        alike = pattern.tile is not None and all(other[name].tile == pattern.tile for other in others)
+        joined[name] = SparsePattern.from_mask(whole.to_mask(), pattern.tile) if alike else whole
     return joined

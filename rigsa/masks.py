@@ -9,6 +9,12 @@ This is not Zhou et al.'s ``large_final_same_sign`` (2019), which removes a fixe
 that changed sign survive when that share is small. That rule and its relatives are in `rigsa.criteria`.
 
 The sign test and the choice itself are `rigsa_kernels.select`; another rule is another call of its `top_k`.
+
+Where the unit is a tile (`rigsa_kernels.tiles`), tiles are ranked, counted and kept as entries are elsewhere, as the
+entries of their grid (`TiledLayer`). A tile's score is the norm of its entries' scores: of those above zero, less that
+of those below. So large final magnitudes become a large norm of final values. Under ``rigsa`` it is the share of the
+tile's entries that kept their sign, and ``keep_fraction * that share of the layer`` of the tiles are kept: the density
+falls as it does for entries.
 """
 
 from __future__ import annotations
@@ -23,7 +29,18 @@ from torch import Tensor
 from rigsa.criteria import CRITERIA, Score, high_in_all
 from rigsa_kernels.format import SparsePattern, pack_bits
 from rigsa_kernels.init import initial_values, layer_key
-from rigsa_kernels.select import Entries, count_bits, drawn, every_entry, ranked, same_sign, top_k
+from rigsa_kernels.select import (
+    Entries,
+    bit_mask,
+    count_bits,
+    drawn,
+    drawn_units,
+    of_units,
+    ranked,
+    same_sign,
+    top_k,
+)
+from rigsa_kernels.tiles import Tile, grid_of, grid_shape, tile_size, tile_sums, tiles_to_grid
 
 Ranking = Literal["layer", "global"]
 Layer = TypeVar("Layer")
@@ -68,6 +85,61 @@ class TrainedLayer:
         return score(self.values.detach().float(), self.start().float())
 
 
+@dataclass(frozen=True, eq=False)
+class TiledLayer:
+    """A trained layer whose tiles are the entries of `pattern`, a pattern of the grid.
+
+    Attributes:
+        layer: whose pattern is dense, or made of such tiles.
+        tile: rows and columns.
+        pattern: of the tiles that are free.
+    """
+
+    layer: TrainedLayer
+    tile: Tile
+    pattern: SparsePattern
+
+    @classmethod
+    def of(cls, layer: TrainedLayer, tile: Tile) -> TiledLayer:
+        """Raises ValueError where the layer's pattern is of other units."""
+        own, shape = layer.pattern, layer.pattern.shape
+        if own.is_dense:
+            return cls(layer, tile, SparsePattern.dense(*grid_shape(shape, tile)))
+        if own.tiles is None or own.tile != tile:
+            has = "single entries" if own.tile is None else f"tiles of {own.tile[0]} x {own.tile[1]}"
+            raise ValueError(f"tile: expected a dense layer or one of tiles of {tile[0]} x {tile[1]}, got one of {has}")
+        return cls(layer, tile, SparsePattern.from_mask(tiles_to_grid(own.tiles, shape, tile)))
+
+    @property
+    def values(self) -> Tensor:
+        return self.layer.values
+
+    @property
+    def seed(self) -> int:
+        return self.layer.seed
+
+    @property
+    def key(self) -> int:
+        return self.layer.key
+
+    def score(self, score: Score) -> Tensor:
+        """float32 ``pattern.values_shape``: each tile's norm of the scores of its entries."""
+        return self.pattern.gather(norms_of_tiles(self.layer.pattern.scatter(self.layer.score(score)), self.tile))
+
+    def same_sign_shares(self) -> Tensor:
+        """float32 ``pattern.values_shape``: the share of each tile's entries that kept their sign."""
+        shape = self.layer.pattern.shape
+        kept = SparsePattern.from_words(self.layer.same_sign(), shape[1]).to_mask().float()
+        return self.pattern.gather(tile_sums(kept, self.tile) / tile_sums(torch.ones_like(kept), self.tile))
+
+
+def norms_of_tiles(scores: Tensor, tile: Tile) -> Tensor:
+    """float32, an entry for each tile of the grid: the norm of its scores above zero, less that of those below."""
+    scores = scores.float()
+    above, below = (tile_sums(part.clamp(min=0).square(), tile).sqrt() for part in (scores, -scores))
+    return above - below
+
+
 @dataclass(frozen=True)
 class PruneCounts:
     """What one pruning saw and did, summed over the layers. All free entries are eligible but under ``rigsa``."""
@@ -78,7 +150,12 @@ class PruneCounts:
 
 
 def prune(
-    layers: Mapping[str, TrainedLayer], *, keep_fraction: float, ranking: Ranking, criterion: str = "rigsa"
+    layers: Mapping[str, TrainedLayer],
+    *,
+    keep_fraction: float,
+    ranking: Ranking,
+    criterion: str = "rigsa",
+    tile: str | int | Tile | None = None,
 ) -> tuple[dict[str, SparsePattern], PruneCounts]:
     """Choose the entries of every layer that survive.
 
@@ -90,9 +167,11 @@ def prune(
         criterion: a name in `rigsa.criteria.CRITERIA`. Under ``rigsa`` the entries that kept their sign are eligible,
             under all others every free entry is. ``random`` is the draw of `random_patterns`, level after level, so an
             entry that it keeps was kept at every level before.
+        tile: keep whole tiles of this size (`rigsa_kernels.tiles.tile_size`); a ticket of tiles keeps its own where
+            None is given.
 
     Returns:
-        Name to packed pattern, a part of the one before, and the counts. ``round(keep_fraction * eligible)`` entries
+        Name to pattern, a part of the one before, and the counts. ``round(keep_fraction * eligible)`` entries
         are kept, exactly (a layer's own count, or the model's; one more at most where a criterion has two scores).
         Among equals the first in storage order are kept, also among the many that score 0 under the sign criteria,
         where Zhou et al. draw at random.
@@ -101,13 +180,18 @@ def prune(
         ValueError: `keep_fraction` out of range, `criterion` or `ranking` unknown, a value is not finite, or a layer
             would be left empty (named).
     """
-    kept, counts = prune_by_layer(layers, keep_fraction=keep_fraction, ranking=ranking, criterion=criterion)
+    kept, counts = prune_by_layer(layers, keep_fraction=keep_fraction, ranking=ranking, criterion=criterion, tile=tile)
     free = sum(layer.pattern.nnz for layer in layers.values())
     return kept, PruneCounts(free, sum(counts.values()), sum(pattern.nnz for pattern in kept.values()))
 
 
 def prune_by_layer(
-    layers: Mapping[str, TrainedLayer], *, keep_fraction: float, ranking: Ranking, criterion: str = "rigsa"
+    layers: Mapping[str, TrainedLayer],
+    *,
+    keep_fraction: float,
+    ranking: Ranking,
+    criterion: str = "rigsa",
+    tile: str | int | Tile | None = None,
 ) -> tuple[dict[str, SparsePattern], dict[str, int]]:
     """`prune`, with the number of eligible entries of each layer instead of the sums."""
     if not 0 < keep_fraction <= 1:
@@ -115,10 +199,12 @@ def prune_by_layer(
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
     check_ranking(ranking)
+    units = {name: _in_units(layer, tile) for name, layer in layers.items()}
     if criterion == "rigsa":
-        kept, counts = _share_of_same_sign(layers, keep_fraction, ranking)
+        chosen, counts = _share_of_same_sign(units, keep_fraction, ranking)
     else:
-        kept, counts = _share_of_free(layers, keep_fraction, ranking, criterion)
+        chosen, counts = _share_of_free(units, keep_fraction, ranking, criterion)
+    kept = {name: _of_units(pattern, units[name]) for name, pattern in chosen.items()}
     for name, pattern in kept.items():
         if pattern.nnz == 0:
             raise ValueError(
@@ -128,6 +214,21 @@ def prune_by_layer(
     return kept, counts
 
 
+Units = TrainedLayer | TiledLayer
+
+
+def _in_units(layer: TrainedLayer, tile: str | int | Tile | None) -> Units:
+    """The layer by its entries, or by tiles of the given size or of its own."""
+    size = layer.pattern.tile if tile is None else tile_size(tile, layer.pattern.shape)
+    return layer if size is None else TiledLayer.of(layer, size)
+
+
+def _of_units(kept: SparsePattern, units: Units) -> SparsePattern:
+    if isinstance(units, TiledLayer):
+        return of_units(kept, units.layer.pattern.shape, units.tile)
+    return kept
+
+
 def check_ranking(ranking: str) -> None:
     """Raises ValueError where it is no `Ranking`."""
     if ranking not in get_args(Ranking):
@@ -135,32 +236,53 @@ def check_ranking(ranking: str) -> None:
 
 
 def _share_of_same_sign(
-    layers: Mapping[str, TrainedLayer], keep_fraction: float, ranking: Ranking
+    layers: Mapping[str, Units], keep_fraction: float, ranking: Ranking
 ) -> tuple[dict[str, SparsePattern], dict[str, int]]:
-    """RIGSA's rule: the patterns and the number of eligible entries of each layer."""
-    eligible = {name: layer.same_sign() for name, layer in layers.items()}
+    """RIGSA's rule: the patterns of the units, and the number of eligible entries of each layer."""
+    _check_finite({name: layer for name, layer in layers.items() if isinstance(layer, TiledLayer)})
+    eligible = {name: _entries_of(layer).same_sign() for name, layer in layers.items()}
     counts = dict(zip(layers, torch.stack([count_bits(words) for words in eligible.values()]).tolist(), strict=True))
-    entries = {
-        name: ranked(layer.values, layer.pattern, by="magnitude", candidates=eligible[name])
-        for name, layer in layers.items()
-    }
+    units = {name: _in_tiles(counts[name], layer) for name, layer in layers.items()}
+    entries = {name: _ranked_by_sign(layer, eligible[name]) for name, layer in layers.items()}
     if ranking == "layer":
-        return top_k(entries, {name: round(keep_fraction * count) for name, count in counts.items()}), counts
-    return top_k(entries, round(keep_fraction * sum(counts.values()))), counts
+        return top_k(entries, {name: round(keep_fraction * number) for name, number in units.items()}), counts
+    return top_k(entries, round(keep_fraction * sum(units.values()))), counts
+
+
+def _check_finite(layers: Mapping[str, Units]) -> None:
+    """Raises ValueError where a value is not, which a score or a share may hide."""
+    for name, layer in layers.items():
+        if not_finite := int((~layer.values.isfinite()).sum()):
+            raise ValueError(f"values: expected finite numbers to rank, got {not_finite} in {name} that are not")
+
+
+def _entries_of(layer: Units) -> TrainedLayer:
+    return layer.layer if isinstance(layer, TiledLayer) else layer
+
+
+def _in_tiles(count: int, layer: Units) -> float:
+    """So many of a layer's free entries, counted in its units."""
+    if isinstance(layer, TiledLayer):
+        return count / max(layer.layer.pattern.nnz, 1) * layer.pattern.nnz
+    return count
+
+
+def _ranked_by_sign(layer: Units, eligible: Tensor) -> Entries:
+    if isinstance(layer, TiledLayer):
+        return ranked(layer.same_sign_shares(), layer.pattern, by="score")
+    return ranked(layer.values, layer.pattern, by="magnitude", candidates=eligible)
 
 
 def _share_of_free(
-    layers: Mapping[str, TrainedLayer], keep_fraction: float, ranking: Ranking, criterion: str
+    layers: Mapping[str, Units], keep_fraction: float, ranking: Ranking, criterion: str
 ) -> tuple[dict[str, SparsePattern], dict[str, int]]:
     """The rules of Zhou et al. 2019: a fixed share of what is still free."""
-    for name, layer in layers.items():  # a score may hide it
-        if not_finite := int((~layer.values.isfinite()).sum()):
-            raise ValueError(f"values: expected finite numbers to rank, got {not_finite} in {name} that are not")
-    counts = {name: layer.pattern.nnz for name, layer in layers.items()}
+    _check_finite(layers)
     kept: dict[str, SparsePattern] = {}
     for group in _compared(layers, ranking):
-        kept |= _highest(group, CRITERIA[criterion].scores, round(keep_fraction * sum(counts[name] for name in group)))
-    return kept, counts
+        units = sum(layer.pattern.nnz for layer in group.values())
+        kept |= _highest(group, CRITERIA[criterion].scores, round(keep_fraction * units))
+    return kept, {name: _entries_of(layer).pattern.nnz for name, layer in layers.items()}
 
 
 def _compared(layers: Mapping[str, Layer], ranking: Ranking) -> list[dict[str, Layer]]:
@@ -168,7 +290,7 @@ def _compared(layers: Mapping[str, Layer], ranking: Ranking) -> list[dict[str, L
     return [{name: layer} for name, layer in layers.items()] if ranking == "layer" else [dict(layers)]
 
 
-def _highest(layers: dict[str, TrainedLayer], scores: tuple[Score, ...], count: int) -> dict[str, SparsePattern]:
+def _highest(layers: dict[str, Units], scores: tuple[Score, ...], count: int) -> dict[str, SparsePattern]:
     """`count` entries of all these layers together: high in every score, or, without a score, drawn."""
     if len(scores) > 1:
         return _highest_in_all(layers, scores, count)
@@ -178,7 +300,7 @@ def _highest(layers: dict[str, TrainedLayer], scores: tuple[Score, ...], count: 
     return top_k({name: ranked(layer.score(score), layer.pattern, by="score") for name, layer in layers.items()}, count)
 
 
-def _highest_in_all(layers: dict[str, TrainedLayer], scores: tuple[Score, ...], count: int) -> dict[str, SparsePattern]:
+def _highest_in_all(layers: dict[str, Units], scores: tuple[Score, ...], count: int) -> dict[str, SparsePattern]:
     joined = [torch.cat([layer.score(score).view(-1) for layer in layers.values()]) for score in scores]
     parts = high_in_all(joined, count).split([layer.pattern.nnz for layer in layers.values()])
     return {
@@ -192,14 +314,9 @@ def _part(pattern: SparsePattern, chosen: Tensor) -> SparsePattern:
     return SparsePattern.from_words(pack_bits(pattern.scatter(chosen)), pattern.in_features)
 
 
-def _drawn_among_free(layer: TrainedLayer) -> Entries:
+def _drawn_among_free(layer: Units) -> Entries:
     entries = drawn(layer.pattern.shape, seed=layer.seed, key=layer.key, device=layer.values.device)
-    return replace(entries, candidates=_words(layer.pattern, layer.values.device))
-
-
-def _words(pattern: SparsePattern, device: torch.device | str) -> Tensor:
-    """int32 ``[ceil(K / 32), N]``: the bit mask of a pattern, dense or packed."""
-    return every_entry(pattern.shape, torch.device(device)) if pattern.words is None else pattern.words
+    return replace(entries, candidates=bit_mask(layer.pattern, layer.values.device))
 
 
 def largest_patterns(
@@ -209,6 +326,7 @@ def largest_patterns(
     ranking: Ranking,
     by: Literal["score", "magnitude"] = "score",
     largest: bool = True,
+    tile: str | int | Tile | None = None,
 ) -> dict[str, SparsePattern]:
     """One-shot masks: the entries of full matrices with the largest scores.
 
@@ -218,9 +336,11 @@ def largest_patterns(
         ranking: ``round(density * N * K)`` entries of each layer, or ``round(density * weights)`` of all together.
         by: the scores are ranked as they are, or by their magnitude.
         largest: False keeps the smallest.
+        tile: keep whole tiles of this size, by the norm of their scores (`norms_of_tiles`); `density` is then the share
+            of the tiles.
 
     Returns:
-        Name to packed pattern. Among equals the first in storage order are kept.
+        Name to pattern. Among equals the first in storage order are kept.
 
     Raises:
         ValueError: `density` out of range, `ranking` unknown, a score is no matrix or not finite, or a layer would be
@@ -234,19 +354,32 @@ def largest_patterns(
             raise ValueError(f"scores: expected an [N, K] matrix for {name}, got {list(matrix.shape)}")
     kept: dict[str, SparsePattern] = {}
     for group in _compared(scores, ranking):
-        entries = {name: _ranked_matrix(matrix, by, largest) for name, matrix in group.items()}
-        kept |= top_k(entries, round(density * sum(matrix.numel() for matrix in group.values())))
+        entries = {name: _ranked_matrix(matrix, by, largest, tile) for name, matrix in group.items()}
+        kept |= top_k(entries, round(density * sum(one.pattern.nnz for one in entries.values())))
     for name, pattern in kept.items():
         if pattern.nnz == 0:
-            raise ValueError(f"density: {density} leaves {name} empty ({scores[name].numel()} weights); keep more")
-    return kept
+            what = "weights" if tile is None else f"weights in {pattern.out_features * pattern.in_features} tiles"
+            raise ValueError(f"density: {density} leaves {name} empty ({scores[name].numel()} {what}); keep more")
+    return {name: of_units(kept[name], _shape(matrix), tile) for name, matrix in scores.items()}
 
 
-def _ranked_matrix(matrix: Tensor, by: Literal["score", "magnitude"], largest: bool) -> Entries:
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    return matrix.shape[0], matrix.shape[1]
+
+
+def _ranked_matrix(
+    matrix: Tensor, by: Literal["score", "magnitude"], largest: bool, tile: str | int | Tile | None
+) -> Entries:
+    matrix = matrix.detach()
+    if tile is not None:
+        if not_finite := int((~matrix.isfinite()).sum()):  # a norm would not say how many
+            raise ValueError(f"values: expected finite numbers to rank, got {not_finite} that are not")
+        scores = matrix.abs() if by == "magnitude" else matrix
+        matrix, by = norms_of_tiles(scores, tile_size(tile, _shape(matrix))), "score"
     pattern = SparsePattern.dense(*matrix.shape)
     if largest:
         return ranked(matrix, pattern, by=by)
-    return ranked(-(matrix.detach().abs() if by == "magnitude" else matrix.detach()), pattern, by="score")
+    return ranked(-(matrix.abs() if by == "magnitude" else matrix), pattern, by="score")
 
 
 def hamming_distance(a: Mapping[str, SparsePattern], b: Mapping[str, SparsePattern]) -> float:
@@ -265,8 +398,8 @@ def hamming_distance(a: Mapping[str, SparsePattern], b: Mapping[str, SparsePatte
         raise ValueError("b: expected the layers of a, with the same names and shapes")
     differing, weights = 0, 0
     for name, pattern in a.items():
-        device = next((one.words.device for one in (pattern, b[name]) if one.words is not None), "cpu")
-        differing += int(count_bits(_words(pattern, device) ^ _words(b[name], device)))
+        device = next((one.device for one in (pattern, b[name]) if one.device is not None), "cpu")
+        differing += int(count_bits(bit_mask(pattern, device) ^ bit_mask(b[name], device)))
         weights += pattern.out_features * pattern.in_features
     return differing / max(weights, 1)
 
@@ -359,18 +492,25 @@ def erk_counts(shapes: Mapping[str, tuple[int, int]], density: float) -> dict[st
 
 
 def random_patterns(
-    shapes: Mapping[str, tuple[int, int]], kept: Mapping[str, int], *, seed: int, device: torch.device | str = "cpu"
+    shapes: Mapping[str, tuple[int, int]],
+    kept: Mapping[str, int],
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    tile: str | int | Tile | None = None,
 ) -> dict[str, SparsePattern]:
-    """For each layer a packed pattern with exactly ``kept[name]`` entries, drawn uniformly from (`seed`, name).
+    """For each layer a pattern with exactly ``kept[name]`` entries, or tiles, drawn uniformly from (`seed`, name).
 
     Layers and seeds draw independently, of each other and of the initial values; the same entries on every device.
 
     Raises:
-        ValueError: a number is not between 1 and N * K (the layer is named).
+        ValueError: a number is not between 1 and that of the entries or tiles (the layer is named).
     """
-    for name, (rows, columns) in shapes.items():
+    units, what = {name: grid_of(shape, tile) for name, shape in shapes.items()}, "entries" if tile is None else "tiles"
+    for name, (rows, columns) in units.items():
         if not 1 <= kept[name] <= rows * columns:
-            raise ValueError(f"kept: expected 1 to {rows * columns} entries in {name}, got {kept[name]}")
-    return top_k(
-        {name: drawn(shape, seed=seed, key=layer_key(name), device=device) for name, shape in shapes.items()}, kept
-    )
+            raise ValueError(f"kept: expected 1 to {rows * columns} {what} in {name}, got {kept[name]}")
+    draws = {
+        name: drawn_units(shape, tile, seed=seed, key=layer_key(name), device=device) for name, shape in shapes.items()
+    }
+    return {name: of_units(pattern, shapes[name], tile) for name, pattern in top_k(draws, kept).items()}

@@ -2,7 +2,8 @@
 
 Under the method RIGSA a layer called NAME has ``base_model.model.NAME.rigsa_adapter.rigsa_values`` and
 ``.rigsa_alpha``, the tensors of its pattern's encoding (``.rigsa_bits``, or ``.rigsa_columns`` and ``.rigsa_rows``:
-`rigsa.encoding`), and ``.rigsa_ticket``: how the pattern came about.
+`rigsa.encoding`; of tiles also ``.rigsa_tile``, their rows and columns), and ``.rigsa_ticket``: how the pattern came
+about.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor
 
-from rigsa.encoding import Encoding, decode, layout
+from rigsa.encoding import Encoding, Layout, choose_encoding, decode, encode, layout, tile_of
 from rigsa.record import expect_fields, from_json
 from rigsa.state import Ticket
 from rigsa_kernels.format import SparsePattern
@@ -25,10 +26,31 @@ TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "rigsa_"
 CONTAINER = "rigsa_adapter"
 """What the layers of PEFT keep their adapters in."""
-PARTS = ("bits", "columns", "rows", "ticket")
+PARTS = ("bits", "columns", "rows", "tile", "ticket")
 """The tensors of a layer that are neither values nor gate, without the prefix."""
 TICKET_BYTES = 160
 """The ticket as JSON, filled up with spaces: a file's tensors have shapes that are known before it is read."""
+
+
+def pattern_layout(encoding: Encoding, shape: tuple[int, int], entries: int) -> Layout:
+    """Name to dtype and shape of the tensors that say which entries are free."""
+    of_tiles: Layout = {} if tile_of(encoding) is None else {"tile": (torch.int32, (2,))}
+    return layout(encoding, shape, entries) | of_tiles
+
+
+def pattern_tensors(pattern: SparsePattern) -> dict[str, Tensor]:
+    """The tensors of `pattern_layout`, on the CPU."""
+    of_tiles = {} if pattern.tile is None else {"tile": torch.tensor(pattern.tile, dtype=torch.int32)}
+    return encode(pattern, choose_encoding(pattern)) | of_tiles
+
+
+def _encoding_of(parts: Mapping[str, Tensor]) -> Encoding:
+    tile = parts.get("tile")
+    if tile is None:
+        return "columns" if "columns" in parts else "bits" if "bits" in parts else "dense"
+    if tile.dtype != torch.int32 or tuple(tile.shape) != (2,) or int(tile.min()) < 1:
+        raise ValueError(f"{PREFIX}tile: expected two numbers from 1 in torch.int32, got {tile.dtype} {tile.tolist()}")
+    return f"tiles {int(tile[0])}x{int(tile[1])}"
 
 
 def parse_layer(shape: tuple[int, int], parts: Mapping[str, Tensor], values: Tensor) -> tuple[SparsePattern, Ticket]:
@@ -42,8 +64,8 @@ def parse_layer(shape: tuple[int, int], parts: Mapping[str, Tensor], values: Ten
     Raises:
         ValueError: the tensors are not those of a pattern of this shape with so many values.
     """
-    encoding: Encoding = "columns" if "columns" in parts else "bits" if "bits" in parts else "dense"
-    expected = layout(encoding, shape, values.numel())
+    encoding = _encoding_of(parts)
+    expected = pattern_layout(encoding, shape, values.numel())
     for name, (dtype, size) in expected.items():
         found = parts.get(name)
         if found is None or found.dtype != dtype or tuple(found.shape) != size:

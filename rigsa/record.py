@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rigsa.base import SAMPLES, Fingerprint
-from rigsa.encoding import Encoding, Layout, layout
+from rigsa.encoding import Encoding, Layout, is_encoding, layout
 from rigsa.state import Ticket
 from rigsa_kernels.format import MAX_IN_FEATURES
 from rigsa_kernels.linear import Numerics
@@ -200,7 +200,7 @@ def __layer_record(name: str, given: Any) -> LayerRecord:
         raise ValueError(f"{name}: shape: expected two sizes, got {shape}")
     weights, sample = math.prod(shape), given["base"]["sample"]
     checks = {
-        "encoding": given["encoding"] in get_args(Encoding),
+        "encoding": is_encoding(given["encoding"]),
         "entries": 0 <= given["entries"] < 2**31
         and (given["encoding"] != "dense" or given["entries"] == weights)
         and given["entries"] <= weights

@@ -177,9 +177,7 @@ def _some(names: list[str]) -> str:
 
 def same_pattern(one: SparsePattern, other: SparsePattern) -> bool:
     """Whether two patterns of one shape free the same entries in the same storage."""
-    if one.words is None or other.words is None:
-        return one.words is other.words
-    return torch.equal(one.words.cpu(), other.words.cpu())
+    return one.equals(other)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ Every function refuses what it can know to be wrong before anything changes, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
@@ -47,8 +48,11 @@ from rigsa.state import (
 )
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
+from rigsa_kernels.tiles import Tile, grid_of
 
 Batch = TypeVar("Batch")
+TileSize = str | int | Tile | None
+"""As `rigsa_kernels.tiles.tile_size` takes it; None for single entries."""
 Densities = Literal["equal", "erk"]
 """How a random ticket's entries are shared out among the layers."""
 _NEEDS_NO_START = ("large_final", "small_final", "random")
@@ -114,6 +118,7 @@ def prune(
     ranking: Ranking = "layer",
     rewind: str | Snapshot = "init",
     *,
+    tile: TileSize = None,
     draw_seed: int = 0,
 ) -> TicketReport:
     """Keep a share of each layer's free entries, and put them where the next level starts.
@@ -128,6 +133,9 @@ def prune(
             ``none``: the values and gates that they have ("prune and go on"). Another name in
             `rigsa.criteria.TREATMENTS`: that treatment of the initial values, behind a closed gate. A `snapshot`: the
             values and gates of then (Frankle et al. 2020).
+        tile: keep whole tiles: ``32`` for squares, ``"16x64"``, ``"rows"`` or ``"columns"`` (`rigsa_kernels.tiles`). A
+            tile's score is the norm of its entries' scores, or under ``rigsa`` the share of them that kept their sign
+            (`rigsa.masks`). None: single entries, or the tiles that a layer has already.
         draw_seed: of the treatments that draw; the same for all levels.
 
     Returns:
@@ -148,9 +156,12 @@ def prune(
         )
         for name, layer in layers.items()
     }  # fmt: skip
-    patterns, eligible = prune_by_layer(trained, keep_fraction=keep_fraction, ranking=ranking, criterion=criterion)
+    patterns, eligible = prune_by_layer(
+        trained, keep_fraction=keep_fraction, ranking=ranking, criterion=criterion, tile=tile
+    )
     _check_inside(patterns, rewind)
-    what = f"prune(keep_fraction={keep_fraction}, criterion={criterion!r}, ranking={ranking!r}, rewind={_name(rewind)})"
+    what = f"prune(keep_fraction={keep_fraction}, criterion={criterion!r}, ranking={ranking!r}, rewind={_name(rewind)}"
+    what += _and_tile(tile)
     report = _report(what, layers, patterns, eligible)
     for name, layer in layers.items():
         before = ticket_of(layer)
@@ -190,7 +201,12 @@ def set_ticket(
 
 
 def random_ticket(
-    model: nn.Module, density: float | Mapping[str, int], *, seed: int = 0, layer_densities: Densities = "equal"
+    model: nn.Module,
+    density: float | Mapping[str, int],
+    *,
+    tile: TileSize = None,
+    seed: int = 0,
+    layer_densities: Densities = "equal",
 ) -> TicketReport:
     """Free entries that are drawn at random, each layer by itself, and rewind to the initial values.
 
@@ -198,6 +214,8 @@ def random_ticket(
         model: with gated sparse layers.
         density: share of each layer's entries, in (0, 1]; or, by layer, the number of entries. A control of another
             ticket takes its `TicketReport.kept`.
+        tile: draw whole tiles, as in `prune`: `density` is then the share of a layer's tiles, and a number of entries
+            is rounded to tiles.
         seed: of the draw, 0 to 2**64 - 1. Seeds and layers draw independently of each other and of the initial values.
         layer_densities: ``equal`` keeps that share of every layer. ``erk`` keeps it of all layers together, and makes
             narrow ones denser (`rigsa.masks.erk_counts`, the Erdős-Rényi rule).
@@ -210,31 +228,35 @@ def random_ticket(
             be left empty (named); `model` is unchanged.
     """
     layers = adapted_layers(model)
-    counts = _drawn_counts(layers, density, layer_densities)
+    counts = _drawn_counts(layers, density, layer_densities, tile)
     patterns: dict[str, SparsePattern] = {}
     for name, layer in layers.items():
-        device = layer.rigsa_values.device
-        patterns |= random_patterns({name: layer.pattern.shape}, {name: counts[name]}, seed=seed, device=device)
+        shapes, kept, device = {name: layer.pattern.shape}, {name: counts[name]}, layer.rigsa_values.device
+        patterns |= random_patterns(shapes, kept, seed=seed, device=device, tile=tile)
     share = density if isinstance(density, (int, float)) else "by layer"
     apart = "" if layer_densities == "equal" else f", layer_densities={layer_densities!r}"
-    return _take("random", "random", layers, patterns, f"random_ticket(density={share}, seed={seed}{apart})")
+    what = f"random_ticket(density={share}, seed={seed}{apart}{_and_tile(tile)}"
+    return _take("random", "random", layers, patterns, what)
 
 
 def _drawn_counts(
-    layers: Mapping[str, GatedSparseLinear], density: float | Mapping[str, int], layer_densities: Densities
+    layers: Mapping[str, GatedSparseLinear],
+    density: float | Mapping[str, int],
+    layer_densities: Densities,
+    tile: TileSize,
 ) -> dict[str, int]:
     if layer_densities not in get_args(Densities):
         expected = ", ".join(get_args(Densities))
         raise ValueError(f"layer_densities: expected one of {expected}, got {layer_densities!r}")
     if layer_densities == "equal":
-        return _counts(layers, density)
+        return _counts(layers, density, tile)
     if not isinstance(density, (int, float)):
         raise ValueError("layer_densities: 'erk' shares out a density; expected a number for density, got a mapping")
-    return erk_counts({name: layer.pattern.shape for name, layer in layers.items()}, density)
+    return erk_counts({name: grid_of(layer.pattern.shape, tile) for name, layer in layers.items()}, density)
 
 
 def magnitude_ticket(
-    model: nn.Module, density: float, *, ranking: Ranking = "layer", largest: bool = True
+    model: nn.Module, density: float, *, ranking: Ranking = "layer", largest: bool = True, tile: TileSize = None
 ) -> TicketReport:
     """Free the entries whose pretrained weights are largest, and rewind to the initial values.
 
@@ -245,6 +267,7 @@ def magnitude_ticket(
         density: share of the entries, in (0, 1].
         ranking: ``layer`` compares weights within each layer, ``global`` over the whole model.
         largest: False frees the smallest.
+        tile: free whole tiles, as in `prune`, by the norm of their weights; `density` is then the share of the tiles.
 
     Returns:
         The counts.
@@ -260,8 +283,10 @@ def magnitude_ticket(
     patterns: dict[str, SparsePattern] = {}
     for group in groups:  # a matrix that has to be decoded is not kept
         matrices = {name: _rankable(layer.frozen_matrix()) for name, layer in group.items()}
-        patterns |= largest_patterns(matrices, density=density, ranking=ranking, by="magnitude", largest=largest)
-    what = f"magnitude_ticket(density={density}, ranking={ranking!r}, largest={largest})"
+        patterns |= largest_patterns(
+            matrices, density=density, ranking=ranking, by="magnitude", largest=largest, tile=tile
+        )
+    what = f"magnitude_ticket(density={density}, ranking={ranking!r}, largest={largest}{_and_tile(tile)}"
     return _take("magnitude", "largest" if largest else "smallest", layers, patterns, what)
 
 
@@ -273,6 +298,7 @@ def gradient_ticket(
     score: str = "sift",
     *,
     ranking: Ranking = "layer",
+    tile: TileSize = None,
 ) -> TicketReport:
     """Free the entries that matter most to a loss before training, and rewind to the initial values.
 
@@ -289,6 +315,7 @@ def gradient_ticket(
         density: share of the entries, in (0, 1].
         score: ``sift``, ``fisher``, ``sam``, ``rosa``, ``snip`` or ``grasp`` (`rigsa.scores`).
         ranking: ``layer`` compares scores within each layer, ``global`` over the whole model.
+        tile: free whole tiles, as in `prune`, by the norm of their scores; `density` is then the share of the tiles.
 
     Returns:
         The counts.
@@ -303,7 +330,7 @@ def gradient_ticket(
         raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
     check_ranking(ranking)
     if ranking == "layer" or not 0 < density <= 1:
-        _counts(layers, density)
+        _counts(layers, density, tile)
     if SCORES[score].at_start:
         _check_start(layers, score)
     taken = snapshot(model)
@@ -312,11 +339,11 @@ def gradient_ticket(
             (_be_at_the_start if SCORES[score].at_start else _be_the_pretrained_layer)(layer)
         values = {name: layer.rigsa_values for name, layer in layers.items()}
         scores = gradient_scores(unwrap(model), values, loss_fn, batches, SCORES[score])
-        patterns = largest_patterns(scores, density=density, ranking=ranking)
+        patterns = largest_patterns(scores, density=density, ranking=ranking, tile=tile)
     except BaseException:
         restore_snapshot(model, taken)
         raise
-    what = f"gradient_ticket(density={density}, score={score!r}, ranking={ranking!r})"
+    what = f"gradient_ticket(density={density}, score={score!r}, ranking={ranking!r}{_and_tile(tile)}"
     before = {name: state.pattern.nnz for name, state in taken.items()}
     return _take("gradient", score, layers, patterns, what, before=before)
 
@@ -415,19 +442,28 @@ def _enter(name: str, layer: GatedSparseLinear, pattern: SparsePattern, rewind: 
     layer.rigsa_alpha.copy_(gate)
 
 
-def _counts(layers: Mapping[str, GatedSparseLinear], density: float | Mapping[str, int]) -> dict[str, int]:
-    """The number of free entries of each layer. Raises ValueError where it is out of range."""
+def _and_tile(tile: TileSize) -> str:
+    """The end of a call's description."""
+    return ")" if tile is None else f", tile={tile!r})"
+
+
+def _counts(
+    layers: Mapping[str, GatedSparseLinear], density: float | Mapping[str, int], tile: TileSize = None
+) -> dict[str, int]:
+    """The number of free entries, or tiles, of each layer. Raises ValueError where it is out of range."""
+    units = {name: math.prod(grid_of(layer.pattern.shape, tile)) for name, layer in layers.items()}
+    what = "free entries" if tile is None else "tiles"
     if isinstance(density, (int, float)):
         if not 0 < density <= 1:
             raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
-        counts = {name: round(density * layer.num_weights) for name, layer in layers.items()}
+        counts = {name: round(density * number) for name, number in units.items()}
     else:
         check_names("density", density, layers)
-        counts = dict(density)
+        counts = {name: round(density[name] * units[name] / layer.num_weights) for name, layer in layers.items()}
     for name, count in counts.items():
-        if not 1 <= count <= layers[name].num_weights:
+        if not 1 <= count <= units[name]:
             raise ValueError(
-                f"density: expected 1 to {layers[name].num_weights} free entries in {name}, got {count}"
+                f"density: expected 1 to {units[name]} {what} in {name}, got {count}"
                 + (f" (a share of {density})" if isinstance(density, (int, float)) else "")
             )
     return counts

@@ -35,12 +35,12 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes in which composing can lose the adapter."""
 GENERATION_TOKENS = 16
 ALIGNED_ENTRIES = 16
-MOST_COLUMNS_KEPT = 4
+MOST_COLUMNS_KEPT = 8
 """One in so many columns of x, at most, is saved apart from x."""
-SMALLEST_TILE = 1024
-"""Entries of a tile from which a CPU multiplies tile by tile."""
-MOST_TILED_DENSITY = 0.25
-"""Density up to which it does."""
+SMALLEST_SIDE = 16
+"""Side of a tile (the harmonic mean of its two) from which a CPU multiplies tile by tile."""
+SIDE_OF_ALL = 200
+"""Side from which it does so at any density; at lower densities shorter sides will do, in proportion."""
 HOPPER = 90
 """Compute capability from which the library's products win everywhere."""
 REFERENCE_ARCHITECTURE = 89
@@ -99,19 +99,25 @@ def keeps_columns(touched: int, in_features: int) -> bool:
     """Whether a layer saves the `touched` columns of x for backward in place of all of x.
 
     Up to three layers read one x (queries, keys and values) and share it where they save it whole, and none shares a
-    copy of its own columns. So a copy is worth its memory up to a quarter of the columns.
+    copy of its own columns. So a copy is worth its memory up to an eighth of the columns.
     """
     return 0 < touched * MOST_COLUMNS_KEPT <= in_features
 
 
-def multiplies_tiles(tiles: int, tile: tuple[int, int], shape: tuple[int, int]) -> bool:
+def multiplies_tiles(entries: int, tile: tuple[int, int], shape: tuple[int, int]) -> bool:
     """Whether a CPU multiplies tile by tile, where the gradient at tiles is not one smaller product.
 
-    A batch of small products has the whole product's speed an entry at best, and a cost for each tile beside. Measured
-    by benchmarks/bench_gradient.py: tiles of 32 x 32 win at 3.46 %, tiles of 16 x 16 do not.
+    A small product takes as long as copying its operands, so a tile costs in proportion to its sides and saves in
+    proportion to its entries (docs/benchmarks.md, "Tiles"). At 3.46 % in bfloat16, tiles of 16 x 16 take 0.46 of the
+    whole product's time and tiles of 32 x 32 0.15; at 16 % they take 1.48 and 0.55.
+
+    Args:
+        entries: that are free.
+        tile: rows and columns.
+        shape: (N, K) of the matrix.
     """
-    n, k = shape
-    return tile[0] * tile[1] >= SMALLEST_TILE and tiles * tile[0] * tile[1] <= MOST_TILED_DENSITY * n * k
+    side = 2 * tile[0] * tile[1] / (tile[0] + tile[1])
+    return side >= SMALLEST_SIDE and entries * SIDE_OF_ALL <= side * shape[0] * shape[1]
 
 
 def kernels_win(device: torch.device, dtype: torch.dtype) -> bool:

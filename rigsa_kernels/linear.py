@@ -654,7 +654,9 @@ class GatedSparseLinear(nn.Module):
         pattern = self._pattern
         if pattern.tiles is not None:
             destination[f"{prefix}rigsa_tiles"] = pattern.tiles.clone()
-            destination[f"{prefix}rigsa_tile"] = torch.tensor(pattern.tile, dtype=torch.int32)
+            destination[f"{prefix}rigsa_tile"] = torch.tensor(
+                pattern.tile, dtype=torch.int32, device=pattern.tiles.device
+            )
         elif pattern.bits is not None:
             destination[f"{prefix}rigsa_words"] = pattern.bits.clone()
         if self.is_nf4:

@@ -28,7 +28,7 @@ from torch import Tensor
 from rigsa_kernels.dispatch import multiplies_tiles
 from rigsa_kernels.format import csr_indices, positions
 from rigsa_kernels.nf4 import dequantize, num_weights
-from rigsa_kernels.tiles import is_tiled, strips_of, touched
+from rigsa_kernels.tiles import Tile, is_tiled, is_whole_lines, strips_of, touched
 
 _HALF_DENSITY = 0.01 if torch.cpu._is_amx_tile_supported() else 0.04
 SAMPLED_PRODUCT_DENSITY = {
@@ -39,6 +39,10 @@ Zen 4 cores, which multiply bfloat16 natively but sample it only as float32, fro
 AMX multiplies bfloat16 three times as fast."""
 MOST_PARTS = 4
 """Of the tokens, in a sampled product: the dot products of many parts are short."""
+
+
+BATCH_NUMBERS = 2**21
+"""Numbers in the operands of one batch of tiles' products, which should stay in the cache."""
 
 
 class NonFiniteGateError(ValueError):
@@ -111,7 +115,7 @@ def sampled_grad(dy: Tensor, x: Tensor, pattern: list[Tensor], nnz: int) -> Tens
         part = touched(pattern, shape)
         if not part.pattern:
             return _whole_product(part.of_rows(dy), part.of_columns(x)).reshape(-1)
-        if multiplies_tiles(pattern[0].numel(), (pattern[2].shape[1], pattern[2].shape[2]), shape):
+        if multiplies_tiles(nnz, (pattern[2].shape[1], pattern[2].shape[2]), shape):
             return _tiled_product(dy, x, pattern)
     if pattern and samples(nnz, shape, x.dtype):
         return _sampled_product(dy, x, pattern)
@@ -120,18 +124,29 @@ def sampled_grad(dy: Tensor, x: Tensor, pattern: list[Tensor], nnz: int) -> Tens
 
 
 def _tiled_product(dy: Tensor, x: Tensor, pattern: list[Tensor]) -> Tensor:
-    """The product tile by tile, in one batch; tiles at an edge are filled up with zeros."""
-    _, _, size = pattern
-    (rows, columns), strips = (size.shape[1], size.shape[2]), strips_of(pattern, (dy.shape[1], x.shape[1]))
-    dy_parts = [_padded(dy[:, s.row : s.row + rows], rows) for s in strips for _ in s.columns]
-    x_parts = [_padded(x[:, column : column + columns], columns) for s in strips for column in s.columns]
-    products = torch.bmm(torch.stack(dy_parts).transpose(1, 2), torch.stack(x_parts))
+    """The product tile by tile, in batches; tiles at an edge are filled up with zeros."""
+    size, strips = pattern[2], strips_of(pattern, (dy.shape[1], x.shape[1]))
+    tile = (size.shape[1], size.shape[2])
+    corners = [(strip.row, column) for strip in strips for column in strip.columns]
+    step = max(BATCH_NUMBERS // max(len(x) * (tile[0] + tile[1]), 1), 1)
+    products: list[Tensor] = []
+    for begin in range(0, len(corners), step):
+        products += _products(dy, x, corners[begin : begin + step], tile)
     grad, done = dy.new_empty(strips[-1].end), 0
-    for s in strips:
-        block = products[done : done + len(s.columns)].transpose(0, 1).reshape(rows, -1)
-        grad[s.first : s.end].view(-1, s.width).copy_(block[: (s.end - s.first) // s.width, : s.width])
-        done += len(s.columns)
+    for strip in strips:
+        block = grad[strip.first : strip.end].view(-1, strip.width)
+        whole = torch.cat(products[done : done + len(strip.columns)], 1)
+        block.copy_(whole[: len(block), : strip.width])
+        done += len(strip.columns)
     return grad
+
+
+def _products(dy: Tensor, x: Tensor, corners: list[tuple[int, int]], tile: Tile) -> tuple[Tensor, ...]:
+    """The product at each of these tiles, ``[bn, bk]``, whose first rows and columns are `corners`."""
+    rows, columns = tile
+    dy_parts = torch.stack([_padded(dy[:, row : row + rows], rows) for row, _ in corners])
+    x_parts = torch.stack([_padded(x[:, column : column + columns], columns) for _, column in corners])
+    return torch.bmm(dy_parts.transpose(1, 2), x_parts).unbind()
 
 
 def _padded(part: Tensor, width: int) -> Tensor:
@@ -161,6 +176,27 @@ def sampled_grad_bytes(tokens: int, shape: tuple[int, int], dtype: torch.dtype, 
     # Each operand is cast, unless it is wide already, and the cast one gone when the next one comes.
     numbers = n + k if wide == dtype else max(2 * n, n + 2 * k)
     return wide.itemsize * tokens * numbers
+
+
+def tiled_grad_bytes(
+    tokens: int, shape: tuple[int, int], dtype: torch.dtype, nnz: int, tile: Tile, device: torch.device
+) -> int:
+    """The most that the gradient at tiles holds at one time, beside its operands and its result.
+
+    Args:
+        tokens, shape, dtype, nnz: as in `sampled_grad_bytes`.
+        tile: rows and columns.
+        device: a kernel on CUDA reads the tiles' operands where they are.
+    """
+    if is_whole_lines(tile, shape):
+        lines = nnz // shape[1] if tile[1] >= shape[1] else nnz // shape[0]
+        return dtype.itemsize * (tokens * lines + nnz)
+    if device.type == "cuda":
+        return 0
+    if not multiplies_tiles(nnz, tile, shape):
+        return sampled_grad_bytes(tokens, shape, dtype, nnz)
+    operands = -(-nnz // (tile[0] * tile[1])) * (tile[0] + tile[1]) * tokens
+    return dtype.itemsize * (min(operands, max(BATCH_NUMBERS, (tile[0] + tile[1]) * tokens)) + 2 * nnz)
 
 
 def _whole_product(dy: Tensor, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from rigsa_kernels.in_place import Peers, restore
 from rigsa_kernels.init import check_stream, layer_key
 from rigsa_kernels.linear import ALPHA_INIT, HALF_DTYPES, GatedSparseLinear, Numerics
 from rigsa_kernels.parametrized import GatedSparseWeight, attach, detach
-from rigsa_kernels.select import drawn, top_k
+from rigsa_kernels.select import drawn_units, of_units, top_k
 from rigsa_kernels.selection import (
     Selection,
     Weight,
@@ -32,6 +32,7 @@ from rigsa_kernels.selection import (
     select_linears,
     select_weights,
 )
+from rigsa_kernels.tiles import Tile, grid_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def replace_linears(
     seed: int = 0,
     shared_gate: bool = False,
     density: float | None = None,
+    tile: str | int | Tile | None = None,
     pattern: ChoosePattern | None = None,
     alpha_init: float = ALPHA_INIT,
     init_scale: float = 1.0,
@@ -97,6 +99,8 @@ def replace_linears(
         shared_gate: one gate for all layers of this call instead of one each.
         density: share of each layer's entries that is free, drawn at random from the seed and the layer's name, in
             (0, 1]; the matrix of a layer is never made then. All entries are free by default.
+        tile: draw whole tiles in place of entries: ``32`` (squares), ``"16x64"``, ``"rows"`` or ``"columns"``
+            (`rigsa_kernels.tiles`); ``round(density * tiles)`` of each layer.
         pattern: name and shape ``(N, K)`` to the layer's pattern, in place of `density`.
         seed, alpha_init, init_scale, values_dtype, numerics, force, in_place: see `GatedSparseLinear`. A layer's
             initial values depend on the seed and on its own name only.
@@ -130,7 +134,9 @@ def replace_linears(
     options: dict[str, Any] = {"seed": seed, "alpha_init": alpha_init, "init_scale": init_scale}
     options |= {"values_dtype": values_dtype, "numerics": numerics, "force": force}
     if density is not None:
-        pattern = _random_patterns(_shapes(linears, weights), density, pattern, seed)
+        pattern = _random_patterns(_shapes(linears, weights), density, tile, pattern, seed)
+    elif tile is not None:
+        raise ValueError(f"tile: expected none without a density to draw with, got {tile!r}")
     gated = _build(model, linears, weights, keys, shared_gate, pattern, options | {"in_place": in_place})
     peers = Peers()
     for layer in gated.values():
@@ -249,20 +255,25 @@ def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
 
 
 def _random_patterns(
-    shapes: Mapping[str, tuple[int, int]], density: float, pattern: ChoosePattern | None, seed: int
+    shapes: Mapping[str, tuple[int, int]],
+    density: float,
+    tile: str | int | Tile | None,
+    pattern: ChoosePattern | None,
+    seed: int,
 ) -> ChoosePattern:
-    """``round(density * N * K)`` entries of each layer, drawn from (`seed`, name) when they are asked for."""
+    """``round(density * N * K)`` entries of each layer, or of its tiles, drawn from (`seed`, name) when asked for."""
     if pattern is not None:
         raise ValueError("density: expected none beside a pattern, got both")
     if not 0 < density <= 1:
         raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
-    kept = {name: round(density * shape[0] * shape[1]) for name, shape in shapes.items()}
+    units = {name: grid_of(shape, tile) for name, shape in shapes.items()}
+    kept = {name: round(density * rows * columns) for name, (rows, columns) in units.items()}
     if empty := [name for name, number in kept.items() if number == 0]:
         raise ValueError(f"density: {density} leaves {len(empty)} layers empty ({empty[0]}, ...); keep more")
 
     def draw(name: str, shape: tuple[int, int]) -> SparsePattern:
-        entries = drawn(shape, seed=seed, key=layer_key(name), device=torch.device("cpu"))
-        return top_k({name: entries}, {name: kept[name]})[name]
+        entries = drawn_units(shape, tile, seed=seed, key=layer_key(name))
+        return of_units(top_k({name: entries}, {name: kept[name]})[name], shape, tile)
 
     return draw
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from rigsa_kernels.format import WORD_BITS, SparsePattern, pack_bits, popcount, unpack_bits
 from rigsa_kernels.init import as_int64, check_stream, random_words, row_chunks, uniform
 from rigsa_kernels.library import define
+from rigsa_kernels.tiles import Tile, grid_of
 
 Order = Literal["magnitude", "score", "random"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -222,6 +223,21 @@ def drawn(shape: tuple[int, int], *, seed: int, key: int, device: torch.device |
     """
     check_stream(seed, key)
     return Entries(SparsePattern.dense(*shape), "random", None, every_entry(shape, torch.device(device)), seed, key)
+
+
+def drawn_units(
+    shape: tuple[int, int], tile: str | int | Tile | None, *, seed: int, key: int, device: torch.device | str = "cpu"
+) -> Entries:
+    """`drawn`, where whole tiles are to be kept: of the grid's entries. None is `drawn` itself."""
+    return drawn(grid_of(shape, tile), seed=seed, key=key, device=device)
+
+
+def of_units(kept: SparsePattern, shape: tuple[int, int], tile: str | int | Tile | None) -> SparsePattern:
+    """The pattern of a matrix ``[N, K]`` whose free tiles are the entries of `kept`, a pattern of the grid; `kept`
+    itself where `tile` is None."""
+    if tile is None:
+        return kept
+    return SparsePattern.from_tiles(kept.to_mask().reshape(-1).nonzero().view(-1).to(torch.int32), shape, tile)
 
 
 def every_entry(shape: tuple[int, int], device: torch.device) -> Tensor:

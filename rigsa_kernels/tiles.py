@@ -56,6 +56,11 @@ def grid_shape(shape: tuple[int, int], tile: Tile) -> tuple[int, int]:
     return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
 
 
+def grid_of(shape: tuple[int, int], tile: str | int | Tile | None) -> tuple[int, int]:
+    """The grid of a tile as `tile_size` takes it; without one every entry is a unit, and the matrix its own grid."""
+    return shape if tile is None else grid_shape(shape, tile_size(tile, shape))
+
+
 def check_tiles(tiles: Tensor, shape: tuple[int, int], tile: Tile) -> None:
     """Raises ValueError where `tiles` are not ascending numbers of the grid."""
     if len(tile) != 2 or min(tile) < 1:
@@ -87,11 +92,24 @@ def _sides(tiles: Tensor, shape: tuple[int, int], tile: Tile) -> tuple[Tensor, T
 
 def tiles_to_mask(tiles: Tensor, shape: tuple[int, int], tile: Tile) -> Tensor:
     """Boolean ``[N, K]``, True in the tiles."""
+    wide = tiles_to_grid(tiles, shape, tile).repeat_interleave(tile[1], 1)[:, : shape[1]]
+    return wide.repeat_interleave(tile[0], 0)[: shape[0]]
+
+
+def tiles_to_grid(tiles: Tensor, shape: tuple[int, int], tile: Tile) -> Tensor:
+    """Boolean, an entry for each tile of the grid: True for `tiles`."""
     rows, columns = grid_shape(shape, tile)
     grid = torch.zeros(rows * columns, dtype=torch.bool, device=tiles.device)
     grid[tiles.long()] = True
-    wide = grid.view(rows, columns).repeat_interleave(tile[1], 1)[:, : shape[1]]
-    return wide.repeat_interleave(tile[0], 0)[: shape[0]]
+    return grid.view(rows, columns)
+
+
+def tile_sums(matrix: Tensor, tile: Tile) -> Tensor:
+    """The sum over each tile of a matrix ``[N, K]``, an entry for each tile of the grid."""
+    rows, columns = grid_shape((matrix.shape[0], matrix.shape[1]), tile)
+    below, right = rows * tile[0] - matrix.shape[0], columns * tile[1] - matrix.shape[1]
+    padded = torch.nn.functional.pad(matrix, (0, right, 0, below))
+    return padded.view(rows, tile[0], columns, tile[1]).sum((1, 3))
 
 
 def mask_to_tiles(mask: Tensor, tile: Tile) -> Tensor:
@@ -232,7 +250,12 @@ def strips_of(pattern: list[Tensor], shape: tuple[int, int]) -> list[Strip]:
     return cast(list[Strip], _strips[tiles])
 
 
-def assume_columns(pattern: list[Tensor], columns: Tensor) -> None:
+def is_whole_lines(tile: Tile | None, shape: tuple[int, int]) -> bool:
+    """Whether tiles of this size are whole rows or columns of a matrix ``[N, K]``, or several of them."""
+    return tile is not None and (tile[0] >= shape[0] or tile[1] >= shape[1])
+
+
+def assume_columns(pattern: list[Tensor], columns: Tensor | None) -> None:
     """Have `narrowed_columns` of a pattern without data say `columns`, for plans."""
     _narrowed[pattern[0]] = columns, pattern
 

@@ -36,7 +36,8 @@ class KernelCase:
     """One layer and batch, given to `gated_linear` without a kept matrix: on CUDA the fused kernels.
 
     Attributes:
-        density: a name of the tests' oracle: dense, packed (40 % are free), sparse (2 %) or full (packed, 100 %).
+        density: a name of the tests' oracle: dense, packed (40 % are free), sparse (2 %), full (packed, 100 %) or one
+            of `TILES`.
         layout: ``plain``; ``unaligned``: every tensor begins one entry past an aligned address; ``strided``: x and dy
             are columns of wider matrices.
     """
@@ -62,12 +63,30 @@ class LayerCase:
     dtype: torch.dtype
     numerics: str
     force: str | None = None
+    tile: str | int | None = None
+
+
+TILES = ("rows", "columns", "16x8", "32", "5x3")
+"""Names of the tests' oracle: tiles that are free in part of the grid, and 20 to 40 % of the entries with them."""
+LAYER_TILES = (32, "rows", "columns", 16, 64, 128)
 
 
 def cases(dry: bool) -> list[KernelCase | LayerCase]:
     sizes = DRY_SIZES if dry else SIZES
     main = [KernelCase(*size, density, *DTYPES[0]) for density, size in product(DENSITIES, sizes)]
-    return [*main, *_layers(dry), *_unusual(dry, sizes), *_other_dtypes(sizes)]
+    return [*main, *_layers(dry), *_tiles(dry), *_unusual(dry, sizes), *_other_dtypes(sizes)]
+
+
+def _tiles(dry: bool) -> Iterator[KernelCase | LayerCase]:
+    """Layers on their own path at a ticket's density, and the gradient's kernel at any tile, edges and dtypes."""
+    sizes = DRY_SIZES if dry else [SIZES[0], SIZES[3], SIZES[4], SIZES[5], SIZES[8]]
+    for tile, size in product(LAYER_TILES, sizes):
+        yield LayerCase(*size, TICKET, torch.bfloat16, "composed", tile=tile)
+    some = DRY_SIZES if dry else [SIZES[0], SIZES[4], SIZES[8], SIZES[9]]
+    for tile, size, dtypes in product(TILES, some, DTYPES):
+        yield KernelCase(*size, tile, *dtypes)
+    for tile, layout in product(TILES[2:4], LAYOUTS):
+        yield KernelCase(*some[0], tile, *DTYPES[0], layout=layout)
 
 
 def _unusual(dry: bool, sizes: Sizes) -> Iterator[KernelCase]:

@@ -50,7 +50,7 @@ def check(case: KernelCase | LayerCase, device: str) -> dict[str, Any]:
 def check_path(case: LayerCase, device: str) -> dict[str, Any]:
     """`check_layer` raises where a result is off."""
     problem = make_problem(case.m, (case.n, case.k), case.dtype, torch.device(device))
-    layer = build_ours(problem, case.share, numerics=case.numerics, force=case.force)
+    layer = build_ours(problem, case.share, numerics=case.numerics, force=case.force, tile=case.tile)
     with poisoned():
         check_layer(layer, problem)
     return {"ok": True}

@@ -31,6 +31,7 @@ SHAPES = [
 """Tokens, out_features, in_features: a step of 135M, a step and a prompt of 1.7B, a large batch, one new token."""
 UPDATED = 2**26
 LIBRARY, GATHERED = "library", "library's dW + gather"
+TILES = ("rows", "columns", 32, 64, 128)
 Y, DX, GRADIENT = "y", "dx", "gradient"
 
 
@@ -74,6 +75,7 @@ def _contestants(problem: Problem) -> Iterator[Callable[[], Contestant]]:
     for density, numerics, force in product((TICKET, 1.0), ("composed", "exact"), forces):
         yield partial(_ours, problem, density, numerics, force)
     yield partial(_ours, problem, 1.0, "composed", None, torch.bfloat16)
+    yield from (partial(_ours, problem, TICKET, "composed", None, tile=tile) for tile in TILES)
 
 
 def _library(problem: Problem) -> Contestant:
@@ -90,11 +92,16 @@ def _library(problem: Problem) -> Contestant:
 
 
 def _ours(
-    problem: Problem, density: float, numerics: str, force: str | None, values: torch.dtype = torch.float32
+    problem: Problem,
+    density: float,
+    numerics: str,
+    force: str | None,
+    values: torch.dtype = torch.float32,
+    tile: str | int | None = None,
 ) -> Contestant:
     options = {"numerics": numerics, "force": force, "values_dtype": values}
-    layer = build_ours(problem, density, fresh=False, **options).module
-    name = f"ours, {numerics}" + (f", {force}" if force else "")
+    layer = build_ours(problem, density, fresh=False, tile=tile, **options).module
+    name = f"ours, {numerics}" + (f", {force}" if force else "") + (f", {tile}" if tile else "")
     operations = {Y: _forward(layer, problem), DX: _dx(layer, problem), GRADIENT: _gradient(layer, problem)}
     return Contestant(name, density, str(values), operations)
 

@@ -11,14 +11,17 @@ from torch import nn
 from benchmarks.gpu_proof.setting import Setting
 from benchmarks.models import make_model
 from benchmarks.providers import (
+    COLUMNS,
     FROZEN,
     FULL,
     LEVEL_0,
     LEVEL_0_HALF,
     LORA_16,
+    ROWS,
     SHIRA,
     TICKET,
     TICKET_NAME,
+    TILES_32,
     TRAINEES,
     Trainee,
     tune_gated,
@@ -31,9 +34,11 @@ PROMPTS = {"135M": (16, 93), "1.7B": (4, 860)}
 DRY_VOCABULARY = 1024
 NEW_TOKENS = {"135M": 32, "1.7B": 24}
 
+STEPPED = (FULL, TICKET_NAME, FROZEN, LORA_16, ROWS, TILES_32, SHIRA, COLUMNS, LEVEL_0_HALF, LEVEL_0)
+
 Build = Callable[[nn.Module], Trainee]
 STEPPING: dict[str, Build] = {
-    **{name: TRAINEES[name] for name in (FULL, TICKET_NAME, FROZEN, LORA_16, SHIRA, LEVEL_0_HALF, LEVEL_0)},
+    **{name: TRAINEES[name] for name in STEPPED},
     "ours, 3.46 %, auto": partial(tune_gated, density=TICKET, numerics="auto"),
     "ours, 3.46 %, exact": TRAINEES["ours, 3.46 %, exact"],
     "ours, 3.46 %, fused kernels": partial(tune_gated, density=TICKET, numerics="composed", force="fused"),

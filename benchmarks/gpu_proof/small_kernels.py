@@ -18,10 +18,12 @@ from rigsa_kernels import MaskedAdamW, SparsePattern
 from rigsa_kernels.init import initial_values
 from rigsa_kernels.select import drawn, ranked, same_sign, top_k
 
+DENSITIES = ("dense", "packed", "rows", "columns", "32", "5x3")
+
 
 def products(device: str) -> None:
     oracle = load("oracle")
-    for size, density in product(((150, 70, 96), (64, 128, 128), (17, 48, 80), (1, 64, 64)), ("dense", "packed")):
+    for size, density in product(((150, 70, 96), (64, 128, 128), (17, 48, 80), (1, 64, 64)), DENSITIES):
         x, weight, *others = oracle.make_inputs(*size, density, ALPHA, torch.bfloat16, device=device)
         bases = [weight, *([oracle.quantize_nf4(weight)] if size[2] % 64 == 0 else [])]
         for base, exact in product(bases, (False, True)):

@@ -25,6 +25,8 @@ from rigsa_kernels import SparsePattern, gated_linears, restore_weights
 from rigsa_kernels.format import WORD_BITS, popcount
 
 FORMAT_VERSION = 3
+TILES = "tiles"
+"""In a mask file's head: layer name to the size of its tiles, where a layer has some."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,8 +47,12 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def save_masks(patterns: dict[str, SparsePattern], path: Path, base: str) -> None:
-    """Write the patterns of layers, one bit an entry. `base` is the `base_fingerprint` of the model they belong to."""
-    _save(_words(patterns), path, base)
+    """Write the patterns of layers, one bit an entry, and in the file's head the tiles that they are made of.
+
+    `base` is the `base_fingerprint` of the model they belong to.
+    """
+    tiles = {name: f"{pattern.tile[0]}x{pattern.tile[1]}" for name, pattern in patterns.items() if pattern.tile}
+    _save(_words(patterns), path, base, {TILES: tiles} if tiles else {})
 
 
 def masks_hash(patterns: dict[str, SparsePattern]) -> str:
@@ -59,7 +65,7 @@ def _words(patterns: dict[str, SparsePattern]) -> dict[str, Tensor]:
 
 
 def load_masks(model: nn.Module, path: Path, content: str | None = None) -> dict[str, SparsePattern]:
-    """Read what `save_masks` wrote: layer names to packed patterns.
+    """Read what `save_masks` wrote: layer names to patterns.
 
     Args:
         model: with gated layers.
@@ -75,13 +81,27 @@ def load_masks(model: nn.Module, path: Path, content: str | None = None) -> dict
                 for name, layer in layers.items()}  # fmt: skip
     words = _load(path, base_fingerprint(model), expected, content)
     try:
-        patterns = {name: SparsePattern.from_words(words[name], layer.in_features) for name, layer in layers.items()}
+        patterns = _patterns(words, {name: layer.in_features for name, layer in layers.items()}, _head(path))
     except ValueError as error:
         raise RigsaError(f"{path} is damaged: {error}") from error
     for name, pattern in patterns.items():
         if pattern.nnz == 0:
             raise RigsaError(f"{path} is damaged: no entry of {name} is free; expected at least one in every layer")
     return patterns
+
+
+def _patterns(
+    words: Mapping[str, Tensor], columns: Mapping[str, int], head: Mapping[str, Any]
+) -> dict[str, SparsePattern]:
+    """The patterns of these bit masks, of tiles where the file's head names their size."""
+    tiles = head.get(TILES, {})
+    if not isinstance(tiles, dict) or not all(isinstance(tile, str) for tile in tiles.values()):
+        raise ValueError("tiles: expected the size of each layer's")
+    found = {name: SparsePattern.from_words(own, columns[name]) for name, own in words.items()}
+    return {
+        name: SparsePattern.from_mask(pattern.to_mask(), tiles[name]) if name in tiles else pattern
+        for name, pattern in found.items()
+    }
 
 
 def load_ticket(model: nn.Module, level: Path) -> dict[str, SparsePattern]:
@@ -117,7 +137,7 @@ def level_patterns(level: Path) -> dict[str, SparsePattern]:
     path, content = level / MASK_FILE, read_record(level / PRUNING_FILE, PRUNING)["mask"]
     words = _load(path, None, _layout_of(path, densities), content)
     try:
-        return {name: SparsePattern.from_words(words[name], _columns(words[name], densities[name])) for name in words}
+        return _patterns(words, {name: _columns(words[name], densities[name]) for name in words}, _head(path))
     except (ValueError, RuntimeError) as error:
         raise RigsaError(f"{path} does not fit {METRICS_FILE} beside it: {error}") from error
 
@@ -194,9 +214,9 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _save(tensors: dict[str, Tensor], path: Path, base: str) -> None:
+def _save(tensors: dict[str, Tensor], path: Path, base: str, more: Mapping[str, object] | None = None) -> None:
     # One entry, as safetensors orders several at random, and equal runs write equal files.
-    entry = {"version": FORMAT_VERSION, "base": base, "content": tensors_hash(tensors)}
+    entry = {"version": FORMAT_VERSION, "base": base, "content": tensors_hash(tensors), **(more or {})}
     write_tensors(path, tensors, {"rigsa": json.dumps(entry)})
 
 
@@ -222,6 +242,12 @@ def _load(path: Path, base: str | None, expected: Layout, content: str | None = 
     if content is not None and hashed != content:
         raise RigsaError(f"{path} is not the file that the record beside it names; delete their folder and run again")
     return tensors
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """What a file that `_load` has read says of itself."""
+    with safe_open(path, framework="pt") as file:
+        return _entry(file.metadata() or {}, path)
 
 
 def _difference(*tensors: tuple[torch.dtype, tuple[int, ...]] | None) -> list[object]:

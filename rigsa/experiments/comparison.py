@@ -5,9 +5,8 @@
     python -m rigsa.run compare --data chats.jsonl --methods imp,lora,sift --seeds 0,1,2 --out runs/compare
 
 With ``--equal steps`` (the default) every level of every method makes as many steps of as many examples. With
-``--equal parameters`` tickets besides have as many entries as LoRA of the given rank trains numbers. `imp` prunes once,
-to at most as many: only same-sign entries are kept, and their share is known after training alone. Full fine-tuning and
-dense levels stay dense.
+``--equal parameters`` the last ticket of each method besides has as many entries as LoRA of the given rank trains
+numbers. Full fine-tuning and dense levels stay dense.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def equal_budget(methods: Sequence[str], preset: str, given: dict[str, Any], equ
         return options
     share = low_rank_share(preset, options)
     read = {name for method in methods for name in METHODS[method].options}
-    tickets = {"density": share, "prunings": 1, "keep_fraction": share}
+    tickets = {"density": share}
     return options | {name: value for name, value in tickets.items() if name in read and name not in given}
 
 

@@ -227,6 +227,15 @@ class Choosing:
         "every pruning leads by the same factor, in place of --keep-fraction",
         SHARE_OR_0,
     )
+    tile: str = _field(
+        "",
+        "free whole tiles in place of entries, which are faster: 16, 32, 64, 128, BNxBK, rows or columns; density and "
+        "keep_fraction then count tiles; '': entries",
+        Rule(
+            "a number from 1, ROWSxCOLUMNS, rows or columns",
+            re.compile(r"|rows|columns|[1-9][0-9]{0,5}(x[1-9][0-9]{0,5})?").fullmatch,
+        ),
+    )
     mask_images: int = _field(64, "training images whose gradients choose the mask", COUNT)
     gradient_share: float = _field(
         0.3, "probability with which a step takes the gradient of an entry, divided by it; the others are 0", SHARE

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config
 from rigsa_kernels.format import MAX_IN_FEATURES
+from rigsa_kernels.tiles import grid_of
 
 
 def check_layers(config: Config, shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> None:
@@ -25,7 +27,7 @@ def check_layers(config: Config, shapes: Mapping[str, tuple[int, int]], sizes: M
         _check_rank(config, shapes)
     if config.method.has_ticket(config):
         _check_width(shapes)
-        _check_kept(config, sizes)
+        _check_kept(config, sizes, shapes)
 
 
 def _check_rank(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -44,14 +46,15 @@ def _check_width(shapes: Mapping[str, tuple[int, int]]) -> None:
             )
 
 
-def _check_kept(config: Config, sizes: Mapping[str, int]) -> None:
+def _check_kept(config: Config, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
     """Entries ranked over the whole model may still leave a layer empty, which only training can tell."""
+    units, what = dict(sizes), "weights"
+    if config.method.reads("tile") and config.tile:  # the shapes of experts are not known here
+        units, what = {name: math.prod(grid_of(shape, config.tile)) for name, shape in shapes.items()}, "tiles"
     if config.method.reads("ranking") and config.ranking == "global":
-        sizes = {"every layer": sum(sizes.values())}
-    for name, weights in sizes.items():
-        if config.method.most_kept(config, weights) == 0:
+        units = {"every layer": sum(units.values())}
+    for name, number in units.items():
+        if config.method.most_kept(config, number) == 0:
             option = "density" if config.density else "keep-fraction"
             value = config.density or config.keep_fraction
-            raise RigsaError(
-                f"--{option}: {value} leaves {name} empty ({weights:,} weights); keep more, or fewer levels"
-            )
+            raise RigsaError(f"--{option}: {value} leaves {name} empty ({number:,} {what}); keep more, or fewer levels")

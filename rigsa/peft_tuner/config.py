@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from rigsa.base import SAMPLES, Fingerprint
-from rigsa.encoding import Encoding
+from rigsa.encoding import Encoding, is_encoding
 from rigsa.record import expect_fields
 from rigsa_kernels.linear import ALPHA_INIT, Numerics
 
@@ -124,7 +124,7 @@ def saved_layer(layer: str, found: Any) -> SavedLayer:
     if (
         not is_shape
         or not 0 <= found["entries"] <= min(shape[0] * shape[1], 2**31 - 1)
-        or found["encoding"] not in get_args(Encoding)
+        or not is_encoding(found["encoding"])
         or (found["encoding"] == "dense" and found["entries"] != shape[0] * shape[1])
         or re.fullmatch(f"[0-9a-f]{{{4 * SAMPLES}}}", sample) is None
     ):

@@ -46,7 +46,7 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
         "ticket_learning_rate": 0.0, "ticket_alpha_learning_rate": 0.0,
         "match": "", "match_level": 0, "init_seed": -1, "density": 0.0, "gradient_share": 0.3, "l0_penalty": 1.25e-7,
-        "mask_images": 64, "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
+        "mask_images": 64, "tile": "", "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
         "loss": "answer", "group_by_length": False,
         "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
@@ -168,6 +168,7 @@ def test_every_field_can_be_overridden(field):
         "gate": "model",
         "quantize": "nf4",
         "format": "text",
+        "tile": "16x32",
         "validation_share": 0.2,
         "score": "exact",
     }.get(field.name, value)

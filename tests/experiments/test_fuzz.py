@@ -144,6 +144,16 @@ def masks_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
     return path, lambda: [pattern.to_mask().tolist() for pattern in load_masks(model, path).values()]
 
 
+def tile_masks_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
+    path, tiles = folder / "mask.safetensors", torch.tensor([0, 2], dtype=torch.int32)
+    patterns = {
+        name: SparsePattern.from_tiles(tiles, layer.pattern.shape, "2x3")
+        for name, layer in gated_linears(model).items()
+    }
+    save_masks(patterns, path, base_fingerprint(model))
+    return path, lambda: [pattern.to_mask().tolist() for pattern in load_masks(model, path).values()]
+
+
 def level_of(folder: Path, model: nn.Module) -> tuple[Path, Load]:
     path, _ = masks_of(folder, model)
     patterns = load_masks(model, path)
@@ -292,6 +302,7 @@ LOADERS: dict[str, Callable[..., tuple[Path, Load]]] = {
     "adapter_config.json of RIGSA": of_peft("adapter_config.json", "rigsa"),
     "adapter_model.safetensors of RIGSA": of_peft("adapter_model.safetensors", "rigsa"),
     "masks": masks_of,
+    "masks of tiles": tile_masks_of,
     "masks of a finished level": level_of,
     "checkpoint": checkpoint_of,
     "marker of a checkpoint": lambda folder, model: checkpoint_of(folder, model, "done"),

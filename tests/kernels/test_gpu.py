@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from oracle import ALPHAS, eager_results, truth
+from oracle import ALPHAS, DENSITIES, TILES, eager_results, truth
 from test_triton_products import DTYPES, check_all, check_whole_numbers, make, whole_numbers
 
 from rigsa.masks import TrainedLayer, prune, random_patterns
@@ -29,12 +29,20 @@ SHAPES = [(1, 64, 64), (17, 100, 70), (860, 576, 576), (860, 1536, 576), (33, 20
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("density", ["dense", "packed", "sparse", "empty", "full"])
+@pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_match_float64(shape, density, dtype, exact):
     for alpha in ALPHAS:
         problem = make(*shape, density, alpha, dtype, exact)
         problem.compare(problem.on("cuda").launch())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", TILES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_in_tiles_match_float64(shape, density, dtype):
+    problem = make(*shape, density, 0.1, dtype)
+    problem.compare(problem.on("cuda").launch())
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -51,7 +59,7 @@ def test_exact_sums_are_rounded_once_to_the_nearest(density, exact):
     check_whole_numbers(problem, [result.cpu() for result in problem.on("cuda").launch()])
 
 
-@pytest.mark.parametrize("density", ["dense", "packed"])
+@pytest.mark.parametrize("density", ["dense", "packed", *TILES])
 def test_runs_repeat_to_the_bit(density):
     problem = make(860, 576, 576, density).on("cuda")
     first, second = problem.launch(), problem.launch()
@@ -143,11 +151,11 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tens
 
 
 @pytest.mark.parametrize("numerics", ["auto", "exact", "composed"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_step_does_not_wait_for_the_device(packed, numerics):
+@pytest.mark.parametrize("kind", ["dense", "packed", "rows", "columns", 16])
+def test_a_step_does_not_wait_for_the_device(kind, numerics):
     """PyTorch raises at any synchronisation; the first steps may compile and measure the weights."""
-    model = packed_model(numerics=numerics)
-    if not packed:
+    model = packed_model(numerics=numerics, tile=None if kind in ("dense", "packed") else kind)
+    if kind == "dense":
         for layer in gated_linears(model).values():
             layer.set_pattern(SparsePattern.dense(*layer.pattern.shape))
     optimizer, x = MaskedAdamW(model), torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
@@ -166,6 +174,10 @@ def test_free_entries_are_read_and_written_as_on_the_cpu(dtype):
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator).to(dtype) for shape in ((50, 100), (300, 70))]
     patterns = [SparsePattern.from_mask(torch.rand(m.shape, generator=generator) < 0.3) for m in matrices]
+    for tile in ("rows", "columns", 32):
+        tiles = torch.tensor([0, 2, 3], dtype=torch.int32)
+        patterns.append(SparsePattern.from_tiles(tiles, (70, 90), tile))
+        matrices.append(torch.randn(70, 90, generator=generator).to(dtype))
     values = [torch.randn(pattern.nnz, generator=generator) for pattern in patterns]
     alphas = [torch.rand(1, generator=generator) for _ in patterns]
     results = []
@@ -195,9 +207,10 @@ def test_gradients_from_a_whole_product_match_float64(density, dtype):
     check_all([result.cpu() for result in results], want[2:], sizes[2:], eager[2:], dtype)
 
 
+@pytest.mark.parametrize("tile", [None, "rows", "columns", 16])
 @pytest.mark.parametrize("numerics", ["auto", "composed", "exact"])
-def test_w0_comes_back_bit_for_bit(numerics):
-    model = packed_model(numerics=numerics)
+def test_w0_comes_back_bit_for_bit(numerics, tile):
+    model = packed_model(numerics=numerics, tile=tile)
     frozen = [layer.weight.detach().clone() for layer in gated_linears(model).values()]
     optimizer, x = MaskedAdamW(model, lr=1e-2), torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
     for _ in range(4):

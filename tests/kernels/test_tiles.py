@@ -146,14 +146,18 @@ def test_smaller_problems_have_the_same_gradient(tiling, tokens, dtype):
         assert ((got.double() - want).abs() <= tokens * torch.finfo(dtype).eps * sizes).all()
 
 
-def test_the_batch_of_tiles_is_taken_and_right():
+def test_batches_of_tiles_are_taken_and_right(monkeypatch):
     shape, tile = (130, 300), (32, 32)
-    assert multiplies_tiles(5, tile, shape)
+    assert multiplies_tiles(5 * 32 * 32, tile, shape)
+    assert not multiplies_tiles(5 * 32 * 32, (8, 8), shape)
+    assert not multiplies_tiles(15 * 32 * 32, tile, shape)
     tiles = torch.tensor([3, 9, 12, 29, 48], dtype=torch.int32)  # of 5 x 10; the last row and column are edges
     pattern = SparsePattern.from_tiles(tiles, shape, tile)
     dy, x = torch.randn(40, 130), torch.randn(40, 300)
-    got = reference.sampled_grad(dy, x, pattern.tensors, pattern.nnz)
-    torch.testing.assert_close(got, pattern.gather(dy.t() @ x))
+    for limit in (reference.BATCH_NUMBERS, 2 * 40 * 64, 1):  # one batch, two tiles a batch, one
+        monkeypatch.setattr(reference, "BATCH_NUMBERS", limit)
+        got = reference.sampled_grad(dy, x, pattern.tensors, pattern.nnz)
+        torch.testing.assert_close(got, pattern.gather(dy.t() @ x))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,7 @@ def test_tiles_in_few_columns_save_those_and_tiles_everywhere_save_x():
         for tiles in (torch.tensor([0, 3, 19], dtype=torch.int32), torch.arange(0, 64, 3, dtype=torch.int32))
     )
     assert keeps_columns(32, 256)
-    assert not keeps_columns(65, 256)
+    assert not keeps_columns(33, 256)
     assert 50 * 32 * 4 <= saved_bytes(few, x) < 50 * 32 * 4 + 200
     assert saved_bytes(many, x) >= x.nbytes
 
@@ -291,6 +295,23 @@ def test_16_bits_train_on_either_path(tile, numerics):
     for layer in (ours, packed):
         layer.to(torch.bfloat16)
     torch.testing.assert_close(train(ours), train(packed), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("tile", ["rows", "columns", 16])
+def test_a_base_in_four_bits_trains_the_same_entries(tile):
+    """A fused product there decodes the bit mask of the tiles."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    trained = []
+    for one in layer_of(tile, 0.2, (64, 64)):
+        torch.manual_seed(0)
+        linear = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+        weight = bitsandbytes.nn.Params4bit(torch.randn(64, 64), quant_type="nf4", requires_grad=False)
+        linear.weight = weight
+        layer = GatedSparseLinear(linear.to("cpu"), seed=1, key=2, pattern=one.pattern, alpha_init=0.1)
+        assert layer.is_nf4
+        train(layer)
+        trained.append(layer.rigsa_values.detach())
+    torch.testing.assert_close(*trained)
 
 
 def test_a_compiled_layer_equals_the_eager_one():
@@ -324,7 +345,7 @@ class TestTheChecksCanFail:
 
         monkeypatch.setattr(reference, "strips_of", turned)
         with pytest.raises(AssertionError):
-            test_the_batch_of_tiles_is_taken_and_right()
+            test_batches_of_tiles_are_taken_and_right(monkeypatch)
 
     def test_a_column_beside_the_right_one(self, monkeypatch):
         def beside(*arguments: object) -> ops.Columns | None:

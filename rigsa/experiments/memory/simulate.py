@@ -33,12 +33,13 @@ from rigsa.experiments.tasks.task import Batch, Size
 from rigsa.experiments.train import is_set_by_hand, make_optimizer, stepping_in_backward
 from rigsa.scores import GradientScore
 from rigsa_kernels import GatedSparseLinear, GatedSparseWeight, MaskedAdamW, gated_linears
-from rigsa_kernels.dispatch import kernels_win
+from rigsa_kernels.dispatch import kernels_win, multiplies_tiles
 from rigsa_kernels.format import WORD_BITS, SparsePattern
 from rigsa_kernels.nf4 import RUN, nf4_base
 from rigsa_kernels.optim import StateDtype
-from rigsa_kernels.reference import sampled_grad_bytes, samples
+from rigsa_kernels.reference import sampled_grad_bytes, samples, tiled_grad_bytes
 from rigsa_kernels.selection import adaptable, select_linears
+from rigsa_kernels.tiles import Tile, assume_columns, grid_shape, is_tiled, is_whole_lines, tile_size
 
 NF4_BLOCK = 64
 """Weights that share a scale, as bitsandbytes has it by default."""
@@ -280,21 +281,49 @@ def _simulate(layer: GatedSparseLinear, config: Config, device: torch.device, de
     if not isinstance(layer, GatedSparseWeight):  # which always composes
         layer.numerics = "composed" if config.numerics == "auto" else config.numerics
     if density < 1:
-        n, k = layer.out_features, layer.in_features
-        words = torch.empty(-(-k // WORD_BITS), n, dtype=torch.int32)
-        offsets, row_base = torch.empty_like(words, dtype=torch.int16), torch.empty(n, dtype=torch.int32)
-        layer.set_pattern(SparsePattern(n, k, max(round(density * n * k), 1), words, offsets, row_base))
+        layer.bound = 0.0  # values without data need not be drawn
+        layer.set_pattern(_pattern(layer.pattern.shape, density, config))
+
+
+def _pattern(shape: tuple[int, int], density: float, config: Config) -> SparsePattern:
+    """A pattern without data: of tiles where the method takes any, else packed."""
+    n, k = shape
+    if config.method.reads("tile") and config.tile:
+        return _tile_pattern(shape, density, tile_size(config.tile, shape))
+    return _packed_pattern(shape, max(round(density * n * k), 1))
+
+
+def _packed_pattern(shape: tuple[int, int], free: int) -> SparsePattern:
+    n, k = shape
+    words = torch.empty(-(-k // WORD_BITS), n, dtype=torch.int32)
+    offsets, row_base = torch.empty_like(words, dtype=torch.int16), torch.empty(n, dtype=torch.int32)
+    return SparsePattern(n, k, free, words, offsets, row_base)
+
+
+def _tile_pattern(shape: tuple[int, int], density: float, tile: Tile) -> SparsePattern:
+    """Tiles are taken to stand in as many columns of the grid as they can: then most of x is kept for backward."""
+    (n, k), (rows, columns) = shape, grid_shape(shape, tile)
+    tiles = max(round(density * rows * columns), 1)
+    free = min(tiles * tile[0] * tile[1], n * k)
+    index = torch.empty(tiles, dtype=torch.int32), torch.empty(2, tiles, dtype=torch.int32)
+    pattern = SparsePattern(n, k, free, None, None, None, *index, torch.empty(0, *tile, dtype=torch.int8))
+    touched = min(min(tiles, columns) * tile[1], k)
+    assume_columns(pattern.tensors, None if touched == k else torch.empty(touched, dtype=torch.int64))
+    return pattern
 
 
 def _position_lists(layer: GatedSparseLinear, device: torch.device) -> Iterator[Tensor]:
     """The lists that operators in PyTorch on a CPU keep while a pattern lives (`rigsa_kernels.format`).
 
-    A kernel on a GPU finds entries without lists.
+    A kernel on a GPU finds entries without lists, but for those that decode the bit mask of tiles.
     """
     n, k, nnz = layer.out_features, layer.in_features, layer.rigsa_values.numel()
-    if device.type == "cpu" and not layer.pattern.is_dense:
+    if device.type == "cuda" and layer.is_nf4 and layer.pattern.tiles is not None:
+        yield from _packed_pattern((n, k), nnz).tensors
+    if device.type == "cpu" and not layer.pattern.is_dense and not is_whole_lines(layer.pattern.tile, (n, k)):
         yield torch.empty(nnz, dtype=torch.int64)
-        if samples(nnz, (n, k), layer.dtype):
+        by_tiles = layer.pattern.tiles is not None and multiplies_tiles(nnz, layer.pattern.tile or (1, 1), (n, k))
+        if samples(nnz, (n, k), layer.dtype) and not by_tiles:
             yield torch.empty(n + 1, dtype=torch.int32)
             yield torch.empty(nnz, dtype=torch.int32)
 
@@ -305,6 +334,9 @@ def _temporary_bytes(device: torch.device, operator: Any, arguments: tuple[Any, 
         return 0
     dy, x, values, _, pattern = arguments[:5]
     n, k = dy.shape[-1], x.shape[-1]
+    if is_tiled(pattern):
+        tile = (pattern[2].shape[1], pattern[2].shape[2])
+        return tiled_grad_bytes(x.numel() // k, (n, k), x.dtype, values.numel(), tile, device)
     if device.type == "cuda":
         return 0 if kernels_win(device, x.dtype) else n * k * x.dtype.itemsize
     return sampled_grad_bytes(x.numel() // k, (n, k), x.dtype, values.numel() if pattern else None)

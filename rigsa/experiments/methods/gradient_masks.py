@@ -88,7 +88,7 @@ def score_entries(
     return gradient_scores(model.train(), values, loss_of, batches, score)
 
 
-GRADIENT_OPTIONS = (*fields_of(Gates), "ranking", "density", "mask_images")
+GRADIENT_OPTIONS = (*fields_of(Gates), "ranking", "density", "tile", "mask_images")
 _USUAL = {**FROM_ZERO, "density": PAPER_DENSITY}
 
 SIFT = GradientMask(

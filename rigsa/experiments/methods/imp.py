@@ -115,8 +115,10 @@ def choose(experiment: Experiment, level: int) -> tuple[dict[str, SparsePattern]
         for name, layer in gated_linears(experiment.model).items()
     }
     try:
-        fraction = keep_fraction(config, trained, level + 1)
-        return prune(trained, keep_fraction=fraction, ranking=config.ranking, criterion=config.criterion)
+        return prune(
+            trained, keep_fraction=keep_fraction(config, trained, level + 1), ranking=config.ranking,
+            criterion=config.criterion, tile=config.tile or None,
+        )  # fmt: skip
     except ValueError as error:
         raise RigsaError(f"level {level + 1} cannot be chosen: {error}") from error
 
@@ -144,7 +146,7 @@ def keep_fraction(config: Config, layers: dict[str, TrainedLayer], level: int) -
 IMP = Imp(
     name="imp",
     help="iterative magnitude pruning: train the dense adapter, prune it to tickets, train each (RIGSA)",
-    options=(*fields_of(Gates), *fields_of(Pruning), *fields_of(Tickets), "ranking", "density"),
+    options=(*fields_of(Gates), *fields_of(Pruning), *fields_of(Tickets), "ranking", "density", "tile"),
     look=Look("blue", "o", "solid", by_level=True),
     is_reference=True,
 )

@@ -46,7 +46,7 @@ class LtSft(TicketMethod):
 LT_SFT = LtSft(
     name="lt-sft",
     help="train all entries from zero, keep those that changed most, train these again (Ansell et al. 2022)",
-    options=(*fields_of(Gates), *fields_of(Tickets), "ranking", "density"),
+    options=(*fields_of(Gates), *fields_of(Tickets), "ranking", "density", "tile"),
     look=Look("green", "^", (0, (1, 1))),
     usual={**FROM_ZERO, "density": PAPER_DENSITY},
     quickstart_learning_rate=2e-4,

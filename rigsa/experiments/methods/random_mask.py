@@ -5,6 +5,7 @@ Matched to a run it is that run's ticket, shuffled: as many entries in each laye
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
@@ -14,6 +15,7 @@ from rigsa.experiments.methods import matched
 from rigsa.experiments.methods.matched import Matched, matched_folder, matched_level
 from rigsa.masks import random_patterns
 from rigsa_kernels import SparsePattern, gated_linears
+from rigsa_kernels.tiles import grid_of
 
 if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
@@ -52,29 +54,30 @@ class RandomMask(Matched):
 
 
 def draw_ticket(experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-    """Draw as many entries in each layer as the density says, or as the matched ticket has there.
+    """Draw as many entries in each layer as the density says, or as the matched ticket has there. Tiles are as many as
+    come closest to that.
 
     Raises:
         RigsaError: the density leaves a layer empty, or the matched ticket cannot be read.
     """
-    config, layers = experiment.config, gated_linears(experiment.model)
-    if config.density:
-        counts = {name: round(config.density * layer.num_weights) for name, layer in layers.items()}
-    else:
+    config, tile = experiment.config, experiment.config.tile or None
+    shapes = {name: layer.pattern.shape for name, layer in gated_linears(experiment.model).items()}
+    densities = dict.fromkeys(shapes, config.density)
+    if not config.density:
         ticket = load_ticket(experiment.model, matched_folder(config))
-        counts = {name: pattern.nnz for name, pattern in ticket.items()}
-    shapes = {name: layer.pattern.shape for name, layer in layers.items()}
+        densities = {name: pattern.density for name, pattern in ticket.items()}
+    counts = {name: round(densities[name] * math.prod(grid_of(shape, tile))) for name, shape in shapes.items()}
     try:
-        patterns = random_patterns(shapes, counts, seed=config.seed, device=experiment.model.device)
+        patterns = random_patterns(shapes, counts, seed=config.seed, device=experiment.model.device, tile=tile)
     except ValueError as error:
         raise RigsaError(f"--density {config.density}: {error}") from error
-    return patterns, {"kept": sum(counts.values())}
+    return patterns, {"kept": sum(pattern.nnz for pattern in patterns.values())}
 
 
 RANDOM_MASK = RandomMask(
     name="random-mask",
     help="the control: one level whose ticket is drawn at random, as dense as an imp run's last one",
-    options=(*fields_of(Gates), *fields_of(Tickets), *matched.OPTIONS, "density"),
+    options=(*fields_of(Gates), *fields_of(Tickets), *matched.OPTIONS, "density", "tile"),
     look=Look("red", "s", (0, (5, 2)), by_level=True),
     matches="imp",
 )

@@ -23,7 +23,7 @@ class SuperMask(TicketMethod):
 SUPER = SuperMask(
     name="super",
     help="train the entries whose pretrained weight is largest, or smallest (Super-Tuning)",
-    options=(*fields_of(Gates), "ranking", "density", "super_rank"),
+    options=(*fields_of(Gates), "ranking", "density", "tile", "super_rank"),
     look=Look("black", "X", (0, (1, 3))),
     usual={**FROM_ZERO, "density": PAPER_DENSITY},
 )

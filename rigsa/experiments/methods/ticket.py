@@ -38,7 +38,9 @@ def highest(
         RigsaError: a layer would be left empty, or a score is not finite.
     """
     try:
-        patterns = largest_patterns(scores, density=config.density, ranking=config.ranking, by=by, largest=largest)
+        patterns = largest_patterns(
+            scores, density=config.density, ranking=config.ranking, by=by, largest=largest, tile=config.tile or None
+        )
     except ValueError as error:
         raise RigsaError(f"--density {config.density}: {error}") from error
     return patterns, {"kept": sum(pattern.nnz for pattern in patterns.values())}

@@ -1,0 +1,105 @@
+"""``--tile`` in runs: tickets of whole tiles are chosen, kept from level to level, resumed, matched and planned."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from test_methods import DENSITY, command, config_of, experiment, last_level
+
+from rigsa.experiments.adapter import base_fingerprint, load_masks, save_masks
+from rigsa.experiments.methods.registry import METHODS
+from rigsa.run import main
+from rigsa_kernels import SparsePattern, gated_linears
+from rigsa_kernels.tiles import grid_of, tile_size
+
+IN_TILES = [name for name, method in METHODS.items() if method.reads("tile")]
+
+
+def masks(method, model, run, level):  # type: ignore[no-untyped-def]
+    return load_masks(experiment(method, model, run).model, run / f"level_{level}" / "mask.safetensors")
+
+
+def test_the_methods_that_take_tiles():
+    assert {"imp", "random-mask", "sift", "fisher", "sam", "rosa", "lt-sft", "super"} <= set(IN_TILES)
+
+
+@pytest.mark.parametrize(("method", "tile"), [("random-mask", "columns"), ("sift", "rows"), ("lt-sft", "4x8")])
+def test_a_run_trains_whole_tiles(method, tile, small_model_folder, tmp_path):
+    config = config_of(method, small_model_folder, tile=tile, density=0.2)
+    assert main(command(config, tmp_path / "run")) == 0
+    for name, pattern in masks(method, small_model_folder, tmp_path / "run", 1).items():
+        assert pattern.tile == tile_size(tile, pattern.shape), name
+        assert len(pattern.tiles) == round(0.2 * math.prod(grid_of(pattern.shape, tile)))
+    metrics = json.loads((last_level(tmp_path / "run") / "metrics.json").read_text())
+    assert metrics["pruning"]["kept"] == metrics["free"]
+
+
+def test_imp_prunes_tiles_to_tiles_and_a_control_matches_them(small_model_folder, tmp_path):
+    config = config_of("imp", small_model_folder, tile="4", prunings=2, keep_fraction=0.9, max_steps=2)
+    run = tmp_path / "imp"
+    assert main(command(config, run)) == 0
+    first, second = (masks("imp", small_model_folder, run, level) for level in (1, 2))
+    for name, pattern in second.items():
+        assert pattern.tile == first[name].tile == (4, 4)
+        assert not (pattern.to_mask() & ~first[name].to_mask()).any()
+    finished = {path.relative_to(run): path.read_bytes() for path in run.rglob("*.safetensors")}
+    shutil.rmtree(run / "level_2")  # as if it had been interrupted there
+    assert main(command(config, run)) == 0
+    assert finished == {path.relative_to(run): path.read_bytes() for path in run.rglob("*.safetensors")}
+    control = config_of("random-mask", small_model_folder, tile="4", density=0.0, match=str(run), max_steps=2)
+    assert main(command(control, tmp_path / "control")) == 0
+    for name, pattern in masks("random-mask", small_model_folder, tmp_path / "control", 2).items():
+        assert (pattern.tile, pattern.nnz) == ((4, 4), second[name].nnz)
+
+
+@pytest.mark.parametrize("tile", ["0", "4x", "x4", "diagonal", "4x4x4", "-3"])
+def test_what_is_no_tile_is_one_error(tile, small_model_folder, tmp_path, capsys):
+    asked = command(config_of("sift", small_model_folder), tmp_path / "run")
+    assert main([*asked, f"--tile={tile}"]) == 1
+    error = capsys.readouterr().err
+    assert "--tile: expected a number from 1, ROWSxCOLUMNS, rows or columns" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_tiles_too_large_for_the_density_are_named(small_model_folder, tmp_path, capsys):
+    asked = command(config_of("sift", small_model_folder, tile="32"), tmp_path / "run")
+    assert main(asked) == 1
+    assert f"--density: {DENSITY} leaves" in (error := capsys.readouterr().err)
+    assert "1 tiles" in error
+
+
+def test_a_mask_file_says_its_tiles(small_model_folder, tmp_path):
+    model = experiment("sift", small_model_folder, tmp_path).model
+    patterns = {
+        name: SparsePattern.from_tiles(torch.tensor([1, 2], dtype=torch.int32), layer.pattern.shape, 4)
+        for name, layer in gated_linears(model).items()
+    }
+    path = tmp_path / "mask.safetensors"
+    save_masks(patterns, path, base_fingerprint(model))
+    assert all(pattern.equals(patterns[name]) for name, pattern in load_masks(model, path).items())
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"4x4", b"3x5"))
+    assert path.read_bytes() != data
+    with pytest.raises(Exception, match=r"damaged: mask: expected whole tiles of 3 x 5"):
+        load_masks(model, path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_plan_knows_what_columns_keep(device, small_model_folder, tmp_path, capsys):
+    """Columns keep less of x than entries do, and no tile needs the bit mask."""
+    peaks = {}
+    for tile in ("", "rows", "columns", "4"):
+        out = tmp_path / f"{device}{tile}.json"
+        arguments = ["--method", "random-mask", "--density", "0.1", "--tile", tile, "--device", device]
+        shape = ["--preset", "smoke", "--model", str(small_model_folder), "--batch-size", "8"]
+        shape += ["--micro-batch-size", "8"]
+        assert main(["plan", *arguments, *shape, "--json", str(out)]) == 0, capsys.readouterr().err
+        peaks[tile] = json.loads(out.read_text())["levels"][0]["bytes"]
+    assert peaks["columns"]["activations"] < 0.95 * peaks[""]["activations"]
+    assert peaks["rows"]["activations"] == pytest.approx(peaks[""]["activations"], rel=0.02)
+    if device == "cuda":
+        assert all(peaks[tile]["adapter"] < peaks[""]["adapter"] for tile in ("rows", "columns", "4"))
