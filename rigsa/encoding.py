@@ -43,7 +43,7 @@ def is_encoding(text: str) -> bool:
     return text in ("dense", "bits", "columns") or _TILES.fullmatch(text) is not None
 
 
-def _tile_of(encoding: str) -> Tile | None:
+def tile_of(encoding: str) -> Tile | None:
     """The tile that an encoding is of; None for entries."""
     found = _TILES.fullmatch(encoding)
     return None if found is None else (int(found[1]), int(found[2]))
@@ -51,7 +51,7 @@ def _tile_of(encoding: str) -> Tile | None:
 
 def layout(encoding: str, shape: tuple[int, int], entries: int) -> Layout:
     """Name to dtype and shape of the tensors that an encoding consists of."""
-    if tile := _tile_of(encoding):
+    if tile := tile_of(encoding):
         return layout("bits", grid_shape(shape, tile), 0)
     rows, columns = shape
     if encoding == "bits":
@@ -91,7 +91,7 @@ def decode(encoding: str, tensors: Mapping[str, Tensor], shape: tuple[int, int],
     rows, columns = shape
     if encoding == "dense":
         return SparsePattern.dense(rows, columns)
-    if tile := _tile_of(encoding):
+    if tile := tile_of(encoding):
         if tile_size(tile, shape) != tile:
             raise ValueError(f"expected tiles within {rows} x {columns}, found {tile[0]} x {tile[1]}")
         grid = decode("bits", tensors, grid_shape(shape, tile), None)

@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from rigsa.base import SAMPLES, Fingerprint
-from rigsa.encoding import Encoding
+from rigsa.encoding import Encoding, is_encoding
 from rigsa.record import expect_fields
 from rigsa_kernels.linear import ALPHA_INIT, Numerics
 
@@ -121,12 +121,15 @@ def saved_layer(layer: str, found: Any) -> SavedLayer:
     expect_fields(f"layers: {layer}: base", found["base"], {"sample": str, "nf4": bool})
     shape, sample = found["shape"], found["base"]["sample"]
     is_shape = len(shape) == 2 and all(type(size) is int and 0 < size < 2**31 for size in shape)
-    if (
-        not is_shape
-        or not 0 <= found["entries"] <= min(shape[0] * shape[1], 2**31 - 1)
-        or found["encoding"] not in get_args(Encoding)
-        or (found["encoding"] == "dense" and found["entries"] != shape[0] * shape[1])
-        or re.fullmatch(f"[0-9a-f]{{{4 * SAMPLES}}}", sample) is None
-    ):
-        raise ValueError(f"layers: {layer}: {str(found)[:200]} is out of range")
+    weights = math.prod(shape) if is_shape else 0
+    checks = {
+        "shape": is_shape,
+        "entries": 0 <= found["entries"] <= min(weights, 2**31 - 1)
+        and (found["encoding"] != "dense" or found["entries"] == weights),
+        "encoding": is_encoding(found["encoding"]),
+        "base": re.fullmatch(f"[0-9a-f]{{{4 * SAMPLES}}}", sample) is not None,
+    }
+    for field, holds in checks.items():
+        if not holds:
+            raise ValueError(f"layers: {layer}: {field}: {str(found[field])[:100]} is out of range")
     return SavedLayer((shape[0], shape[1]), found["entries"], found["encoding"], Fingerprint(**found["base"]))
