@@ -811,12 +811,14 @@ def test_a_layer_with_an_adapter_of_another_method_is_refused():
 @pytest.mark.parametrize(
     "options",
     [
-        {"density": 0}, {"density": 1.5}, {"init": "best"}, {"seed": -1}, {"alpha_init": float("inf")},
+        {"density": 0}, {"density": 1.5}, {"density": "0.1"}, {"density": True}, {"alpha_init": "1"},
+        {"init_scale": None}, {"seed": True}, {"in_place": "no"}, {"density": float("nan")},
+        {"init": "best"}, {"seed": -1}, {"alpha_init": float("inf")},
         {"init_scale": -1}, {"values_dtype": "int8"}, {"numerics": "fast"}, {"layers": {"a": 3}},
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}: "):
         RigsaConfig(**options)
 
 
@@ -849,6 +851,22 @@ def test_a_file_that_does_not_fit_its_configuration_is_refused(folder):
     for loader in LOADERS.values():
         with pytest.raises(RigsaError, match="not an adapter of a layer"):
             logits(loader(make_llama(), folder))
+
+
+def test_a_pickle_is_refused_before_the_model_is_touched(folder):
+    model = wrapped()
+    model.save_pretrained(folder / "pickled", safe_serialization=False)
+    assert (folder / "pickled" / "adapter_model.bin").exists()
+    base = make_llama()
+    for load in (
+        lambda: PeftModel.from_pretrained(base, folder / "pickled"),
+        lambda: PeftModel.from_pretrained(base, str(folder), subfolder="pickled"),
+        lambda: model.load_adapter(folder / "pickled", "other"),
+    ):
+        with pytest.raises(ValueError, match=r"adapter_model.bin: expected adapter_model.safetensors, got a pickle"):
+            load()
+    assert not gated_linears(base)
+    assert set(model.peft_config) == {"default"}
 
 
 def test_a_configuration_from_a_file_without_its_tensors_is_refused(folder):
