@@ -44,7 +44,7 @@ def tile_size(tile: str | int | Tile, shape: tuple[int, int]) -> Tile:
     n, k = shape
     if tile in ("rows", "columns"):
         return (1, max(k, 1)) if tile == "rows" else (max(n, 1), 1)
-    sides = str(tile).split("x") if isinstance(tile, str | int) else list(tile)
+    sides = list(tile) if isinstance(tile, tuple | list) else str(tile).split("x")
     sides = sides * 2 if len(sides) == 1 else sides
     if len(sides) != 2 or not all(str(side).isdecimal() and 0 < int(side) < 2**31 for side in sides):
         raise ValueError(f"tile: expected a number from 1, ROWSxCOLUMNS, 'rows' or 'columns', got {tile!r}")

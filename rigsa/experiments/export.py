@@ -54,7 +54,8 @@ def export_run(run: Path, to: Format, out: Path | None = None, level: int | None
         export_adapter(experiment.model.eval(), folder, to)
     metrics = read_record(experiment.folder(level) / METRICS_FILE, metrics_of(config))
     number = f"{experiment.task.num_training:,} {unit(config)}"
-    data = f"{title(config)} ({config.data}, {number}), rigsa {config.method}, level {level}"
+    source = number if config.is_text else f"{config.data}, {number}"  # the title of texts is the name of their file
+    data = f"{title(config)} ({source}), rigsa {config.method}, level {level}"
     write_card(experiment.model, folder, to, data=data, measured=_measured(config, metrics), licence=licence)
     return folder
 

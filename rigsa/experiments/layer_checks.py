@@ -58,3 +58,10 @@ def _check_kept(config: Config, sizes: Mapping[str, int], shapes: Mapping[str, t
             option = "density" if config.density else "keep-fraction"
             value = config.density or config.keep_fraction
             raise RigsaError(f"--{option}: {value} leaves {name} empty ({number:,} {what}); keep more, or fewer levels")
+    share = config.density or (config.keep_fraction if config.method.reads("keep_fraction") else 1.0)
+    if what == "tiles" and share < 1 and all(config.method.most_kept(config, n) == n for n in units.values()):
+        largest = max(units.values())
+        raise RigsaError(
+            f"--tile: {config.tile} prunes nothing, as no layer has more than {largest:,} of such tiles; "
+            "take smaller ones"
+        )

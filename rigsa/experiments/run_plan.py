@@ -21,8 +21,8 @@ def describe(experiment: Experiment, plans: Sequence[LevelPlan]) -> str:
         "data": experiment.task.describe(),
         "method": f"{config.method}: {config.method.help}",
         "adapter": f"{adapted} linear layers with {experiment.num_weights:,} weights",
-        "levels": f"{config.method.summary(config)}; {steps:,} steps of {config.batch_size} {unit} each "
-        f"({config.accumulation_steps} x {config.micro_batch_size})",
+        "levels": f"{config.method.summary(config)}{_tiles(experiment)}; "
+        f"{steps:,} steps of {config.batch_size} {unit} each ({config.accumulation_steps} x {config.micro_batch_size})",
         "memory": _memory(plans),
         "folder": str(experiment.run),
     }
@@ -33,6 +33,13 @@ def _slow(experiment: Experiment) -> str:
     if experiment.config.dtype == "float32" or has_bfloat16_products(experiment.model.device.type):
         return ""
     return ", which has no fast products of bfloat16: --dtype float32 is several times as fast"
+
+
+def _tiles(experiment: Experiment) -> str:
+    tile = experiment.config.tile
+    if not tile or not experiment.config.method.reads("tile"):
+        return ""
+    return f", in whole {tile}" if tile in ("rows", "columns") else f", in tiles of {tile}"
 
 
 def _memory(plans: Sequence[LevelPlan]) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
+from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from peft.config import PeftConfig
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
 
 from rigsa.base import SAMPLES, Fingerprint
@@ -64,11 +67,18 @@ class RigsaConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        for name in ("density", "alpha_init", "init_scale"):
+            value = getattr(self, name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not is_number and not (name == "density" and value is None):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+        if not isinstance(self.in_place, bool):
+            raise ValueError(f"in_place: expected True or False, got {self.in_place!r}")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density: expected more than 0 and at most 1, got {self.density}")
         if self.init not in get_args(Init):
             raise ValueError(f"init: expected one of {', '.join(get_args(Init))}, got {self.init!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+        if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected 0 to 2**64 - 1, got {self.seed}")
         if not math.isfinite(self.alpha_init):
             raise ValueError(f"alpha_init: expected a finite number, got {self.alpha_init}")
@@ -81,6 +91,21 @@ class RigsaConfig(PeftConfig):
             raise ValueError(f"numerics: expected one of {', '.join(get_args(Numerics))}, got {self.numerics!r}")
         for layer, found in (self.layers or {}).items():
             saved_layer(layer, found)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As in PEFT, which asks for it before it loads an adapter.
+
+        Raises:
+            ValueError: the folder has its tensors in a pickle alone, which PEFT would read.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME}: expected {SAFETENSORS_WEIGHTS_NAME}, got a pickle; pickles are never read, "
+                "so save the adapter as PEFT does by default, with safe_serialization=True"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -121,12 +146,15 @@ def saved_layer(layer: str, found: Any) -> SavedLayer:
     expect_fields(f"layers: {layer}: base", found["base"], {"sample": str, "nf4": bool})
     shape, sample = found["shape"], found["base"]["sample"]
     is_shape = len(shape) == 2 and all(type(size) is int and 0 < size < 2**31 for size in shape)
-    if (
-        not is_shape
-        or not 0 <= found["entries"] <= min(shape[0] * shape[1], 2**31 - 1)
-        or not is_encoding(found["encoding"])
-        or (found["encoding"] == "dense" and found["entries"] != shape[0] * shape[1])
-        or re.fullmatch(f"[0-9a-f]{{{4 * SAMPLES}}}", sample) is None
-    ):
-        raise ValueError(f"layers: {layer}: {str(found)[:200]} is out of range")
+    weights = math.prod(shape) if is_shape else 0
+    checks = {
+        "shape": is_shape,
+        "entries": 0 <= found["entries"] <= min(weights, 2**31 - 1)
+        and (found["encoding"] != "dense" or found["entries"] == weights),
+        "encoding": is_encoding(found["encoding"]),
+        "base": re.fullmatch(f"[0-9a-f]{{{4 * SAMPLES}}}", sample) is not None,
+    }
+    for field, holds in checks.items():
+        if not holds:
+            raise ValueError(f"layers: {layer}: {field}: {str(found[field])[:100]} is out of range")
     return SavedLayer((shape[0], shape[1]), found["entries"], found["encoding"], Fingerprint(**found["base"]))

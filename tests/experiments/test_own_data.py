@@ -117,7 +117,8 @@ def test_every_family_trains_on_texts(name, models, files, tmp_path):
     assert check_run(out, "imp")["drift"]["tokens"] > 0
     assert main(["export", str(out), "--to", "merged"]) == 0
     card = (out / "export" / "merged" / "README.md").read_text()
-    assert "messages.jsonl (" in card
+    assert re.search(r"Trained on: messages\.jsonl \(\d+ examples\), rigsa imp, level 1", card)
+    assert str(files["messages"].parent) not in card  # where the file lay is nobody's business
     assert "exact match" in card
 
 

@@ -163,6 +163,7 @@ def test_batches_of_tiles_are_taken_and_right(monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: tile_size(1.5, (4, 4)), "tile: expected a number from 1, .*, got 1.5"),
         (lambda: tile_size("diagonal", (4, 4)), "tile: expected a number from 1, ROWSxCOLUMNS, 'rows' or 'columns'"),
         (lambda: tile_size(0, (4, 4)), "got 0"),
         (lambda: tile_size("4x4x4", (4, 4)), "got '4x4x4'"),

@@ -178,6 +178,47 @@ def test_a_saved_adapter_is_loaded_to_the_bit(tmp_path, density, loader):
         assert torch.equal(one.rigsa_values, other.rigsa_values)  # the same initial values come back
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("tile", ["rows", "columns", 8, "5x12"])
+def test_a_ticket_of_tiles_comes_back_as_tiles(tmp_path, tile, loader):
+    model = wrapped(density=None)
+    random_ticket(model, density=0.3, tile=tile)
+    trained(model).save_pretrained(tmp_path)
+    loaded = LOADERS[loader](make_llama(), tmp_path)
+    assert torch.equal(logits(model), logits(loaded))
+    for one, other in zip(gated_linears(model).values(), gated_linears(loaded).values(), strict=True):
+        assert other.pattern.tile == one.pattern.tile is not None
+        assert torch.equal(one.pattern.to_mask(), other.pattern.to_mask())
+
+
+def test_a_tile_that_is_none_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = wrapped(density=None)
+    random_ticket(model, density=0.3, tile=8)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.0.mlp.up_proj.rigsa_adapter.rigsa_tile"
+    for wrong, why in ([0, 8], "rows and columns of a tile"), ([4, 4], "rigsa_bits"), ([8, 9999], "rigsa_bits"):
+        save_file(tensors | {key: torch.tensor(wrong, dtype=torch.int32)}, path)
+        with pytest.raises(RigsaError, match=why):
+            logits(PeftModel.from_pretrained(make_llama(), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("shape", [0, 3]), ("entries", 10**9), ("encoding", "tiles 0x3"), ("base", {"sample": "zz", "nf4": False})],
+)
+def test_a_layer_out_of_range_in_the_configuration_is_named_with_its_field(folder, field, value):
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    saved["layers"]["model.layers.0.mlp.up_proj"][field] = value
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=rf"up_proj: {field}: .* is out of range"):
+        PeftConfig.from_pretrained(folder)
+
+
 def test_a_loaded_adapter_is_trained_on_and_saved_again(tmp_path):
     model = trained(wrapped())
     model.save_pretrained(tmp_path / "one")
@@ -772,12 +813,14 @@ def test_a_layer_with_an_adapter_of_another_method_is_refused():
 @pytest.mark.parametrize(
     "options",
     [
-        {"density": 0}, {"density": 1.5}, {"init": "best"}, {"seed": -1}, {"alpha_init": float("inf")},
+        {"density": 0}, {"density": 1.5}, {"density": "0.1"}, {"density": True}, {"alpha_init": "1"},
+        {"init_scale": None}, {"seed": True}, {"in_place": "no"}, {"density": float("nan")},
+        {"init": "best"}, {"seed": -1}, {"alpha_init": float("inf")},
         {"init_scale": -1}, {"values_dtype": "int8"}, {"numerics": "fast"}, {"layers": {"a": 3}},
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}: "):
         RigsaConfig(**options)
 
 
@@ -810,6 +853,22 @@ def test_a_file_that_does_not_fit_its_configuration_is_refused(folder):
     for loader in LOADERS.values():
         with pytest.raises(RigsaError, match="not an adapter of a layer"):
             logits(loader(make_llama(), folder))
+
+
+def test_a_pickle_is_refused_before_the_model_is_touched(folder):
+    model = wrapped()
+    model.save_pretrained(folder / "pickled", safe_serialization=False)
+    assert (folder / "pickled" / "adapter_model.bin").exists()
+    base = make_llama()
+    for load in (
+        lambda: PeftModel.from_pretrained(base, folder / "pickled"),
+        lambda: PeftModel.from_pretrained(base, str(folder), subfolder="pickled"),
+        lambda: model.load_adapter(folder / "pickled", "other"),
+    ):
+        with pytest.raises(ValueError, match=r"adapter_model.bin: expected adapter_model.safetensors, got a pickle"):
+            load()
+    assert not gated_linears(base)
+    assert set(model.peft_config) == {"default"}
 
 
 def test_a_configuration_from_a_file_without_its_tensors_is_refused(folder):

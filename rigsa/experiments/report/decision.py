@@ -25,7 +25,7 @@ def deciding(report: Report) -> Measure:
 def decision_table(report: Report) -> tuple[Table, str]:
     """A row a setting, the best first, and a sentence that says which to take and why."""
     measure = deciding(report)
-    order = sorted(report.settings, key=lambda setting: _rank(setting, measure))
+    order = sorted(report.settings, key=lambda setting: (_rank(setting, measure), _rank(setting, report.loss)))
     best = order[0]
     alike = {setting.label: _alike(setting, best, measure) for setting in order}
     rows = [[*_row(report, setting, measure), _judgement(setting, best, alike[setting.label])] for setting in order]
@@ -36,7 +36,7 @@ def decision_table(report: Report) -> tuple[Table, str]:
         f"p of {CERTAIN} or more; with one seed the scores differ by {ERRORS} standard errors or less."
     )
     table = Table("Which to take", note, columns, rows).without_empty_columns()
-    return table, _sentence(order, alike, measure)
+    return table, _sentence(report, order, alike, measure)
 
 
 def _others(report: Report, measure: Measure) -> list[Measure]:
@@ -94,17 +94,28 @@ def _judgement(setting: Setting, best: Setting, alike: bool | None) -> str:
     return {True: "alike", False: "worse", None: "not known"}[alike]
 
 
-def _sentence(order: list[Setting], alike: dict[str, bool | None], measure: Measure) -> str:
+def _untrained(report: Report, measure: Measure) -> float | None:
+    """The best value that an untrained model has; None where it was not measured."""
+    values = [found.mean for name in report.bases() if (found := report.before(measure, name)) is not None]
+    return (min if measure.less_is_better else max)(values, default=None)
+
+
+def _sentence(report: Report, order: list[Setting], alike: dict[str, bool | None], measure: Measure) -> str:
     best = order[0]
     found = best.estimate(measure, best.final)
     if found is None:
         return "No run has measured what decides."
     value = f"{measure.name} {measure.text(found)}{' %' if measure.unit == '%' else f' {measure.unit}'}"
+    base = _untrained(report, measure)
+    if base is not None and (found.mean >= base if measure.less_is_better else found.mean <= base):
+        return f"Take none yet: the best, {best.label} ({value}), is no better than the untrained model; train longer."
     unknown = [setting.label for setting in order if alike[setting.label] is None]
     even = [setting for setting in order if alike[setting.label]]
     fewest = min(even, key=lambda setting: trainable(next(iter(setting.at(setting.final).values()))))
     if fewest is best:
         text = f"Take {best.label}: {value}, the best."
+        if others := [setting.label for setting in even if setting is not best]:
+            text += f" {', '.join(others)} cannot be told from it, with no fewer trained numbers."
     else:
         text = (
             f"Take {fewest.label}: it cannot be told from {best.label}, the best ({value}), and has the fewest trained "

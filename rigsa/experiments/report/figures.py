@@ -235,7 +235,8 @@ def density_figure(report: Report) -> Drawing:
         by_density.invert_xaxis()
         figure.legend(loc="outside lower center", ncols=4)
         config = report.config
-        figure.suptitle(f"{title(config)}, {measure.name}: {config.model} on {config.data}", fontsize=11)
+        name = measure.name if config.is_text else f"{title(config)}, {measure.name}"
+        figure.suptitle(f"{name}: {config.model} on {config.data}", fontsize=11)
     return Drawing(
         "figure.png",
         "Figure 5. Accuracy by level and by density",

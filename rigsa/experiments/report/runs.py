@@ -28,11 +28,18 @@ from rigsa.experiments.run_folder import (
 
 TASKS = {"piqa": "PIQA", "hellaswag": "HellaSwag", "gsm8k": "GSM8k"}
 SAME = (
-    "model", "data", "format", "validation_share", "max_length", "score", "answer_tokens", "test_images", "eval_shots",
+    "model",
+    "data",
+    "format",
+    "validation_share",
+    "max_length",
+    "score",
+    "test_images",
+    "eval_shots",
     "system_prompt",
-)  # fmt: skip
+)
 """Fields in which the runs of one report agree; those that measured source tasks agree in `SAME_TASKS` too, those
-that measured drift in the number of its prompts."""
+that measured drift in the number of its prompts, those that scored answers in how long these may be."""
 SAME_TASKS = ("limit", "data_dir")
 
 
@@ -264,6 +271,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     _check_same(runs, SAME)
     _check_same([run for run in runs if run.config.tasks], SAME_TASKS)
     _check_same([run for run in runs if run.config.drift], ("drift_prompts",))
+    _check_same([run for run in runs if run.config.score != "none"], ("answer_tokens",))
     known = [run for run in runs if "tokenizer" in run.base]
     for run in known[1:]:
         here, there = known[0].base["tokenizer"], run.base["tokenizer"]

@@ -97,7 +97,7 @@ def read_examples(rows: Sequence[Row], format_name: str) -> list[Example]:
 
 
 def _columns(row: dict[str, Any]) -> str:
-    return ", ".join(map(str, row)) or "none"
+    return ", ".join(f"{name} (null)" if value is None else str(name) for name, value in row.items()) or "none"
 
 
 def _messages(row: dict[str, Any], place: str) -> Example:

@@ -38,10 +38,11 @@ def test_a_run_trains_whole_tiles(method, tile, small_model_folder, tmp_path):
     assert metrics["pruning"]["kept"] == metrics["free"]
 
 
-def test_imp_prunes_tiles_to_tiles_and_a_control_matches_them(small_model_folder, tmp_path):
+def test_imp_prunes_tiles_to_tiles_and_a_control_matches_them(small_model_folder, tmp_path, capsys):
     config = config_of("imp", small_model_folder, tile="4", prunings=2, keep_fraction=0.9, max_steps=2)
     run = tmp_path / "imp"
     assert main(command(config, run)) == 0
+    assert "2 tickets, in tiles of 4; 2 steps" in capsys.readouterr().out
     first, second = (masks("imp", small_model_folder, run, level) for level in (1, 2))
     for name, pattern in second.items():
         assert pattern.tile == first[name].tile == (4, 4)
@@ -70,6 +71,14 @@ def test_tiles_too_large_for_the_density_are_named(small_model_folder, tmp_path,
     assert main(asked) == 1
     assert f"--density: {DENSITY} leaves" in (error := capsys.readouterr().err)
     assert "1 tiles" in error
+
+
+def test_tiles_too_large_to_prune_any_are_refused(small_model_folder, tmp_path, capsys):
+    assert (
+        main(command(config_of("imp", small_model_folder, tile="64", density=0.0, prunings=1), tmp_path / "run")) == 1
+    )
+    assert "--tile: 64 prunes nothing, as no layer has more than " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mask_file_says_its_tiles(small_model_folder, tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_report import edit, make, write_run
 
+from rigsa.errors import RigsaError
 from rigsa.experiments.report.decision import decision_table
 from rigsa.experiments.report.runs import read_report
 
@@ -13,14 +15,18 @@ TEXTS = {"data": "chats.jsonl", "format": "messages", "source_tasks": ""}
 COUNTS = {"tokens": 300, "examples": 100, "perplexity": 2.0}
 
 
-def write_texts(folder: Path, method: str, seed: int, loss: float, right: float | None = None, rank: int = 8) -> None:
+def write_texts(
+    folder: Path, method: str, seed: int, loss: float, right: float | None = None, rank: int = 8, **options: Any
+) -> None:
     """A run on texts that ended with this loss and, if it has a score, so many right answers in per cent."""
     score = "none" if right is None else "exact"
-    config = make(method, **TEXTS, seed=seed, score=score, **({"rank": rank} if method == "lora" else {}))
+    config = make(method, **TEXTS, seed=seed, score=score, **({"rank": rank} if method == "lora" else {}), **options)
     run = write_run(folder / f"{method}-{rank}-{seed}", config, levels=(0,))
     for place in ("base", "level_0"):
-        held = {"accuracy": 50.0, "loss": loss, **COUNTS}
-        answered = {} if right is None else {"exact": {"accuracy": right, "stderr": 5.0, "examples": 100}}
+        trained = place == "level_0"
+        held = {"accuracy": 50.0, "loss": loss if trained else 10.0, **COUNTS}
+        share = right if trained else 0.0
+        answered = {} if right is None else {"exact": {"accuracy": share, "stderr": 5.0, "examples": 100}}
         edit(run / place / "metrics.json", test={"held-out": held} | answered, validation=held)
 
 
@@ -54,6 +60,33 @@ def test_one_seed_of_a_score_goes_by_its_standard_error(other, judged, tmp_path)
     rows, sentence = decided(tmp_path)
     assert [(row[0], row[-1]) for row in rows] == [("full", "best"), ("lora", judged)]
     assert sentence.startswith(f"Take {'lora' if judged == 'alike' else 'full'}: ")
+
+
+def test_among_equal_scores_the_lower_loss_is_first(tmp_path):
+    write_texts(tmp_path, "full", 0, 2.0, right=40.0)
+    write_texts(tmp_path, "lora", 0, 1.0, right=40.0)
+    rows, sentence = decided(tmp_path)
+    assert [(row[0], row[-1]) for row in rows] == [("lora", "best"), ("full", "alike")]
+    assert sentence.endswith(", the best. full cannot be told from it, with no fewer trained numbers.")
+
+
+@pytest.mark.parametrize(("loss", "right"), [(1.0, 0.0), (10.5, None)])
+def test_what_is_no_better_than_the_untrained_model_is_not_taken(loss, right, tmp_path):
+    write_texts(tmp_path, "lora", 0, loss, right=right)
+    write_texts(tmp_path, "full", 0, 11.0, right=right)
+    sentence = decided(tmp_path)[1]
+    assert sentence.startswith("Take none yet: the best, lora (")
+    assert sentence.endswith("), is no better than the untrained model; train longer.")
+
+
+def test_only_runs_that_scored_answers_agree_in_their_length(tmp_path):
+    write_texts(tmp_path / "loss", "lora", 0, 1.0, answer_tokens=8)
+    write_texts(tmp_path / "loss", "full", 0, 2.0, answer_tokens=9)
+    assert [row[0] for row in decided(tmp_path / "loss")[0]] == ["lora", "full"]
+    write_texts(tmp_path / "score", "lora", 0, 1.0, right=2.0, answer_tokens=8)
+    write_texts(tmp_path / "score", "full", 0, 2.0, right=2.0, answer_tokens=9)
+    with pytest.raises(RigsaError, match=r"--answer-tokens is [89] and [89]"):
+        decided(tmp_path / "score")
 
 
 def test_a_run_that_diverged_is_not_the_best(tmp_path):

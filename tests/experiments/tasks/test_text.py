@@ -119,6 +119,7 @@ TOOL = {"role": "tool", "content": "7"}
         ("{", r"line 3: not JSON"),
         ("[1]", r"line 3: expected an object with columns, got \[1\]"),
         ({"prompt": "a"}, r"line 3: expected the columns of the format messages, got prompt"),
+        ({"messages": None}, r"line 3: expected the columns of the format messages, got messages \(null\)"),
         ({"messages": []}, r"line 3, column messages: expected a list of turns"),
         ({"messages": [SAYS, USER]}, r"line 3: roles out of order; expected system or user .*, got assistant"),
         ({"messages": [USER, USER, SAYS]}, r"line 3: roles out of order; expected assistant after user, got user"),
