@@ -108,7 +108,14 @@ def _register_with_peft() -> None:
         importlib.import_module("rigsa.peft_tuner")
 
 
+def _spare_gates() -> None:
+    import importlib
+
+    importlib.import_module("rigsa.trainer_groups").spare_gates()
+
+
 when_imported("peft", _register_with_peft)
+when_imported("transformers.trainer", _spare_gates)
 
 
 def _save_adapted_models() -> None:

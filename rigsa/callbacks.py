@@ -44,7 +44,7 @@ class AdapterCheckpoints(TrainerCallback):
     and a warning says so. A run that goes on then ends with the bits of one that was never interrupted.
 
     It also sees to it that the model that the Trainer saves is the one that carries the adapter, and that the optimiser
-    does not decay gates among other parameters, as the Trainer's default one does with a ``weight_decay``.
+    does not decay gates among other parameters. The Trainer's own does not (`rigsa.trainer_groups`).
     """
 
     def on_init_end(
@@ -66,7 +66,7 @@ class AdapterCheckpoints(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Raises ValueError where the Trainer's own groups of parameters would decay gates."""
+        """Raises ValueError where groups of parameters that the Trainer was given would decay gates."""
         for found in decayed_gates(optimizer.param_groups if optimizer is not None else ()):
             raise ValueError(how_to_spare_gates(found))
 

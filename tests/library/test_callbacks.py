@@ -411,14 +411,21 @@ def test_a_four_bit_base_trains_under_a_trainer(tmp_path):
     assert Path(tmp_path / "run" / "checkpoint-8" / "rigsa_config.json").exists()
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_the_trainers_own_optimiser_may_not_decay_gates(tmp_path, decay):
+def test_the_trainers_own_optimiser_decays_values_and_no_gates(tmp_path):
+    trainer = make_trainer(adapted(), tmp_path, weight_decay=0.1, max_steps=1)
+    trainer.train()
+    decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for layer in gated_linears(trainer.model).values():
+        assert decays[id(layer.rigsa_values)] == 0.1
+        assert decays[id(layer.rigsa_alpha)] == 0
+
+
+def test_an_optimiser_that_decays_gates_is_refused(tmp_path):
     """Its error has the line to write, and nothing is trained before."""
-    trainer = make_trainer(adapted(), tmp_path, weight_decay=decay, max_steps=1)
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
+    trainer = make_trainer(model, tmp_path, optimizers=(optimizer, None), max_steps=1)
     before = state(trainer.model)
-    if decay:
-        with pytest.raises(ValueError, match=r"weight_decay: 0\.1 of group 0 .*rigsa\.parameter_groups\(model\)"):
-            trainer.train()
-        assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
-    else:
+    with pytest.raises(ValueError, match=r"weight_decay: 0\.1 of group 0 .*rigsa\.parameter_groups\(model\)"):
         trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
