@@ -9,7 +9,7 @@ Adapt a model
     restore_weights(model)                W0 in the weights of tickets, which compose into them for a pass
     adapter_summary(model)                how much is adapted, in one line
     left_out(model)                       which weights in matrices are not, and how many
-    verify_adapted(model, *inputs)        runs the model, and refuses layers that an adapter does not reach
+    verify_adapted(model, *inputs)        runs the model, and names the layers that an adapter does not reach
     gated_linears(model)                  the layers by name; each is a GatedSparseLinear
     MaskedAdamW(model, lr=2e-3)           the optimiser; parameter_groups(model) for one of your own
     stepping_in_backward(optimizer)       a context in which no whole gradient is ever in memory

@@ -36,8 +36,8 @@ from rigsa_kernels.replace import gated_linears
 def keep_adapter_in_checkpoints(model: nn.Module) -> None:
     """Have `model`, which carries an adapter, save it and load it in transformers' ways; see the head of this file.
 
-    `replace_linears` and `load_adapter` do this for the model that they are given. It has to be the model that is
-    saved, the one that the Trainer gets, and not a part of it. Called again it changes nothing.
+    `replace_linears` and `load_adapter` do this for the model that they are given, and ``save_pretrained`` for a model
+    of which a part was adapted. Called again it changes nothing.
     """
     model._rigsa_trained = set(trained_beside(model))  # type: ignore[assignment]  # saved, even if it is frozen later
     if "_rigsa_loads" not in model.__dict__:
@@ -52,11 +52,20 @@ def keep_adapter_in_checkpoints(model: nn.Module) -> None:
 
 
 def _take_adapter(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Load an adapter's tensors that a state consists of, and take them out of it."""
+    """Load an adapter's tensors that a state consists of, and take them out of it.
+
+    Raises:
+        RigsaError: the adapter cannot be loaded, or is that of another model, of which `model` is a part.
+    """
     model._rigsa_loads = f"{prefix}{RECORD}" in state_dict  # type: ignore[assignment]
     if model._rigsa_loads:
         own = [name for name in state_dict if name.startswith(prefix)]
         load_tensors(model, {name.removeprefix(prefix): state_dict.pop(name) for name in own})
+    elif layer := next((name for name in gated_linears(model) if f"{prefix}{name}.values" in state_dict), ""):
+        raise RigsaError(
+            f"{prefix}{layer}: this state is an adapter of the model around this {type(model).__name__}; write "
+            "rigsa.load_adapter(model, folder), or give the Trainer rigsa.AdapterCheckpoints()"
+        )
 
 
 def _nothing_is_missing(model: nn.Module, incompatible: Any) -> None:

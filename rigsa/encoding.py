@@ -44,7 +44,7 @@ def is_encoding(text: str) -> bool:
 
 
 def tile_of(encoding: str) -> Tile | None:
-    """The tile that an encoding is of; None for entries."""
+    """The tile that an encoding is of, rows and columns; None for entries."""
     found = _TILES.fullmatch(encoding)
     return None if found is None else (int(found[1]), int(found[2]))
 

@@ -20,17 +20,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rigsa.base import base_name
 from rigsa.errors import RigsaError
-from rigsa.files import write_json
+from rigsa.files import write_folder, write_json
 from rigsa.peft_format import CONFIG_FILE, TENSORS_FILE
 from rigsa.placing import trained_beside
 from rigsa.saving import save_adapter
@@ -56,12 +58,14 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], to: Format)
 
     Args:
         model: with gated sparse layers, its own or PEFT's.
-        folder: made where it is missing; its files of the same names are replaced.
+        folder: made where it is missing; its files of the same names are replaced. That of ``merged`` must not be there
+            yet.
         to: the format.
 
     Raises:
         ValueError: `to` is unknown, or `model` has no gated layer.
-        RigsaError: the format has no room for the adapter, a number is not finite, or a file cannot be written.
+        RigsaError: the format has no room for the adapter, a number is not finite, or a file cannot be written; of
+            ``merged`` as in `write_merged`.
     """
     if to not in get_args(Format):
         raise ValueError(f"to: expected one of {', '.join(get_args(Format))}, got {to!r}")
@@ -70,7 +74,7 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], to: Format)
     if to == "safetensors":
         save_adapter(model, folder)
     elif to == "merged":
-        _export_merged(model, folder)
+        write_merged(model, folder)
     else:
         _check_linear(layers)
         make = _supertuning if to == "supertuning" else _shira
@@ -165,23 +169,63 @@ def _write(
     write_json(folder / CONFIG_FILE, json.loads(json.dumps(config | common)))
 
 
-def _export_merged(model: Any, folder: Path) -> None:
-    if hasattr(model, "merge_adapter"):  # PEFT is around it
-        model.merge_adapter()
-        try:
-            base = model.get_base_model()
-            _save_plain(base, folder, _plain_state(base))
-        finally:
-            model.unmerge_adapter()
-        return
+def write_merged(
+    model: nn.Module, folder: Path, *, tokenizer: Any = None, keep_adapter: bool = True, dequantize: bool = False
+) -> None:
+    """Write the plain model that an adapter makes of its base to a new folder, which is there as a whole or not at all.
+
+    Args:
+        model: of transformers, with gated layers, its own or PEFT's.
+        folder: must not be there yet.
+        tokenizer: written beside the model.
+        keep_adapter: False leaves `model` merged, which takes less memory. PEFT's own layers stay as they are.
+        dequantize: as in `rigsa.merge_linears`.
+
+    Raises:
+        RigsaError: `folder` is there, `model` is not of transformers, cannot be merged (`rigsa.merge_linears`), or the
+            folder cannot be written.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise RigsaError(f"to: 'merged' writes models of transformers, got a {type(model).__name__}")
+    refuse_to_overwrite(folder)
+    with _merged(model, keep_adapter, dequantize) as (plain, state):
+
+        def write(temporary: Path) -> None:
+            try:
+                type(plain).save_pretrained(plain, temporary, state_dict=state)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(str(error)) from error
+
+        write_folder(folder, write)
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raises RigsaError where something is called `folder`."""
+    if folder.exists() or folder.is_symlink():
+        raise RigsaError(f"{folder}: expected a folder that is not there yet")
+
+
+@contextmanager
+def _merged(model: Any, keep_adapter: bool, dequantize: bool) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+    """The plain model and its state."""
+    of_peft = hasattr(model, "merge_adapter")  # PEFT is around it
     try:
-        merge_linears(model, keep_adapter=True)
+        if of_peft:
+            model.merge_adapter()
+        else:
+            merge_linears(model, keep_adapter=keep_adapter, dequantize=dequantize)
     except ValueError as error:
         raise RigsaError(str(error)) from error
     try:
-        _save_plain(model, folder, model.state_dict())
+        plain = model.get_base_model() if of_peft else model
+        yield plain, _plain_state(plain) if of_peft else plain.state_dict()
     finally:
-        unmerge_linears(model)
+        if of_peft:
+            model.unmerge_adapter()
+        elif keep_adapter:
+            unmerge_linears(model)
 
 
 def _plain_state(base: nn.Module) -> dict[str, Tensor]:
@@ -194,9 +238,3 @@ def _plain_state(base: nn.Module) -> dict[str, Tensor]:
         if ".original_module." not in name and ".rigsa_adapter." not in name:
             state[re.sub(r"(\.base_layer)+\.", ".", name)] = tensor
     return state
-
-
-def _save_plain(model: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
-    if not hasattr(model, "save_pretrained"):
-        raise RigsaError(f"to: 'merged' writes models of transformers, got a {type(model).__name__}")
-    type(model).save_pretrained(model, folder, state_dict=dict(state))

@@ -20,6 +20,7 @@ from rigsa_kernels.format import SparsePattern, carry
 from rigsa_kernels.in_place import InPlaceWeight, Peers, optimizer_steps, restore
 from rigsa_kernels.init import initial_values
 from rigsa_kernels.nf4 import SCALES, dequantize, is_nf4_linear, load_scales, nf4_base, scales_of
+from rigsa_kernels.roles import has_left
 from rigsa_kernels.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,8 @@ class GatedSparseLinear(nn.Module):
     With a packed pattern, `weight` holds ``W0 + alpha * D`` from a pass until the optimiser's next step or
     `restore_weight`. `frozen_matrix`, state dicts and copies show W0 at any time. On the other paths the matrix that
     every call of a step needs is made once and kept until an optimiser steps or a parameter changes (a write through
-    ``.data`` outside an optimiser is not seen). It is not part of the state dict.
+    ``.data`` outside an optimiser is not seen, nor one to a weight that was made in inference mode). It is not part of
+    the state dict.
 
     Where `enabled` is set to False, the layer is the frozen one alone; nothing that is trained or saved changes.
     """
@@ -193,7 +195,8 @@ class GatedSparseLinear(nn.Module):
         combine_dtype = torch.promote_types(self.dtype, torch.float32)
         self._values_dtype = values_dtype or combine_dtype
         if alpha is None:
-            alpha = nn.Parameter(torch.empty(1, dtype=combine_dtype, device=self.weight.device))
+            with torch.inference_mode(False):  # as the values
+                alpha = nn.Parameter(torch.empty(1, dtype=combine_dtype, device=self.weight.device))
         self.rigsa_alpha = alpha
         self.set_pattern(pattern or SparsePattern.dense(self.out_features, self.in_features))
 
@@ -297,17 +300,23 @@ class GatedSparseLinear(nn.Module):
     def set_pattern(self, pattern: SparsePattern) -> None:
         """Adopt `pattern`, rewind the values to their initial ones and close the gate (RIGSA, section 4.4).
 
-        `rigsa_values` becomes a new parameter: an optimiser made before knows nothing of it.
+        `rigsa_values` becomes a new parameter: an optimiser made before knows nothing of it, and
+        refuses its next step.
         """
         if pattern.shape != (self.out_features, self.in_features):
             raise ValueError(f"pattern: expected [{self.out_features}, {self.in_features}], got {list(pattern.shape)}")
-        pattern = pattern.to(self.weight.device)
-        self._adopt_indices(pattern)
-        self.rigsa_values = nn.Parameter(
-            initial_values(
-                pattern, self.bound, seed=self.seed, key=self.key, dtype=self._values_dtype, device=self.weight.device
+        pattern, device = pattern.to(self.weight.device), self.weight.device
+        if (before := self._parameters.get("rigsa_values")) is not None:
+            has_left(before, f"a {self.out_features} x {self.in_features} layer")
+        with torch.inference_mode(False):  # in it a write to them could not be seen, nor could they be trained later
+            if any(indices.is_inference() for indices in pattern.tensors):
+                pattern = pattern.map(torch.clone)
+            self._adopt_indices(pattern)
+            self.rigsa_values = nn.Parameter(
+                initial_values(
+                    pattern, self.bound, seed=self.seed, key=self.key, dtype=self._values_dtype, device=device
+                )
             )
-        )
         with torch.no_grad():
             self.rigsa_alpha.fill_(self.alpha_init)
 

@@ -107,6 +107,9 @@ class MaskedAdamW(torch.optim.Optimizer):
     else is that of the ``TrainingArguments``.
     """
 
+    asks_layers = True
+    """Whether a step finds parameters that have left the model (`rigsa_kernels.roles`)."""
+
     def __init__(
         self,
         params: nn.Module | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],

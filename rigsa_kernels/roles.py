@@ -1,4 +1,5 @@
 """Which parameters are gates, and which are values, asked by identity: an optimiser may be given them without names.
+And which a layer has let go of, so that an optimiser of any kind that still holds one says so at its next step.
 
 A gated layer knows its own parameters at any time, also where FSDP has put shards in their place or a copy of the model
 was made. A mark on the parameter would be lost there.
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rigsa_kernels.in_place import living_layers
 
@@ -64,3 +66,27 @@ def _warn_of_decayed_gates(optimizer: Optimizer, *_: object) -> None:
 
 
 register_optimizer_step_pre_hook(_warn_of_decayed_gates)
+
+
+_left = WeakIdKeyDictionary()
+
+
+def has_left(parameter: Tensor, layer: str) -> None:
+    """Note that `layer`, in words, holds another parameter from here on in place of `parameter`."""
+    _left[parameter] = layer
+
+
+def _refuse_what_has_left(optimizer: Optimizer, *_: object) -> None:
+    """Before every step of every optimiser but ours, which asks the layers themselves."""
+    if not len(_left) or getattr(optimizer, "asks_layers", False):
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    lost = [_left[param] for param in params if param in _left]
+    if lost:
+        raise ValueError(
+            f"params: {len(lost)} of {len(params)} parameters are no longer those of the model (of {lost[0]}"
+            f"{', ...' if len(lost) > 1 else ''}), which took another pattern; make a new optimiser"
+        )
+
+
+register_optimizer_step_pre_hook(_refuse_what_has_left)

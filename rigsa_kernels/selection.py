@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,7 @@ def select_linears(
 ) -> tuple[dict[str, nn.Linear], list[tuple[str, str]]]:
     """``(to replace, left alone with the reason)`` among the linear layers of `model` that `include` names."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
+    heads = language_model_heads(model)
     of_peft, saved = adapters_of_peft(model), _below(model, modules_to_save)
     selected: dict[str, nn.Linear] = {}
     skipped: list[tuple[str, str]] = []
@@ -52,7 +52,7 @@ def select_linears(
             skipped.append((name, "it is trained as it is (modules_to_save)"))
         elif not matches(name, module, include) or matches(name, module, exclude):
             skipped.append((name, NOT_SELECTED))
-        elif module is head:
+        elif module in heads:
             skipped.append((name, "the language-model head"))
         elif not _holds_its_weight(module):
             skipped.append((name, "its weight or bias is computed from other parameters (a parametrisation)"))
@@ -69,6 +69,17 @@ def select_linears(
         else:
             selected[name] = module
     return selected, skipped
+
+
+def language_model_heads(model: nn.Module) -> set[nn.Module]:
+    """What `model`, and every model of transformers inside it, calls its output embeddings."""
+    heads: set[nn.Module] = set()
+    for module in model.modules():
+        get_head = getattr(module, "get_output_embeddings", None)
+        with suppress(NotImplementedError):  # of a model without
+            head = get_head() if callable(get_head) else None
+            heads |= {head} if isinstance(head, nn.Module) else set()
+    return heads
 
 
 @dataclass(frozen=True)

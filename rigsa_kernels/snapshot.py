@@ -10,8 +10,8 @@ class Snapshot:
     """Remembers tensors by identity, address and version counter.
 
     It holds the tensors and an alias of their memory. So neither an object nor an address that it compares with can be
-    used again for something else while the snapshot lives. A write through ``.data`` moves nothing that it looks at;
-    an exchange of ``.data`` moves the address.
+    used again for something else while the snapshot lives. A write through ``.data``, or to a tensor that was made in
+    inference mode, moves nothing that it looks at; an exchange of ``.data`` moves the address.
     """
 
     __slots__ = ("_aliases", "_are_plain", "_marks", "_tensors")

@@ -1,9 +1,11 @@
 """The versions that are asked for fit each other, on a machine with a GPU and on one without."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -38,6 +40,21 @@ def test_the_torch_that_is_installed_takes_the_pinned_triton():
     for requirement in asked:
         if requirement.name == "triton" and (requirement.marker is None or requirement.marker.evaluate()):
             assert requirement.specifier.contains(PINS["triton"])
+
+
+def test_types_are_found_after_an_editable_install(tmp_path):
+    """Type checkers and editors follow a path, and no import hook."""
+    project = tmp_path / "project"
+    unwanted = shutil.ignore_patterns(".*", "docs", "tests", "benchmarks", "experiments", "__pycache__")
+    shutil.copytree(ROOT, project, ignore=unwanted)
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=project, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        (link,) = (name for name in wheel.namelist() if ".dist-info/" not in name)
+        assert link.endswith(".pth")
+        assert wheel.read(link).decode().split() == [str(project)]
+    for package in ("rigsa", "rigsa_kernels"):
+        assert (project / package / "py.typed").exists()
 
 
 @pytest.mark.parametrize("torch", TRITON_OF_CUDA_BUILD)

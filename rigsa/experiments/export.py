@@ -13,7 +13,7 @@ from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.measures import HELD_OUT, accuracies, title, unit
 from rigsa.experiments.records import metrics_of, read_record
 from rigsa.experiments.run_folder import METRICS_FILE, finished_level
-from rigsa.export import Format, export_adapter
+from rigsa.export import Format, export_adapter, refuse_to_overwrite, write_merged
 
 EXPORTS = "export"
 """The folder in a run folder that holds its exports, each under the name of its format."""
@@ -25,7 +25,7 @@ def export_run(run: Path, to: Format, out: Path | None = None, level: int | None
     Args:
         run: folder of a run with gated layers.
         to: the format.
-        out: the folder to write; by default one in the run folder.
+        out: the folder to write; by default one in the run folder. That of a merged model must not be there yet.
         level: of the adapter; the last finished one by default.
         licence: of the adapter, for the card.
 
@@ -39,13 +39,19 @@ def export_run(run: Path, to: Format, out: Path | None = None, level: int | None
     config, level = load(run), finished_level(run, level)
     if config.method.peft or not config.method.gated:
         raise RigsaError(f"{run}: expected a run of a method with gated layers alone, got {config.method}")
+    folder = run / EXPORTS / to if out is None else out
+    if to == "merged":
+        refuse_to_overwrite(folder)  # before a model is loaded
     experiment = Experiment.prepare(config, run)
     experiment.attach()
     experiment.restore(level)
-    folder = run / EXPORTS / to if out is None else out
-    export_adapter(experiment.model.eval(), folder, to)
     if to == "merged":
-        experiment.task.conversation.tokenizer.save_pretrained(folder)
+        try:
+            write_merged(experiment.model.eval(), folder, tokenizer=experiment.task.conversation.tokenizer)
+        except RigsaError as error:
+            raise RigsaError(f"{error} (rigsa merge {run} has --dtype and --dequantize)") from error
+    else:
+        export_adapter(experiment.model.eval(), folder, to)
     metrics = read_record(experiment.folder(level) / METRICS_FILE, metrics_of(config))
     number = f"{experiment.task.num_training:,} {unit(config)}"
     source = number if config.is_text else f"{config.data}, {number}"  # the title of texts is the name of their file

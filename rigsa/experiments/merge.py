@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from rigsa.errors import RigsaError
@@ -19,10 +18,10 @@ from rigsa.experiments.config_file import load
 from rigsa.experiments.experiment import restore_level
 from rigsa.experiments.model import load_model, quantize_linears
 from rigsa.experiments.run_folder import finished_level, level_folder
-from rigsa.files import write_folder
+from rigsa.export import refuse_to_overwrite, write_merged
 from rigsa.saving import CONFIG_FILE as ADAPTER_CONFIG
 from rigsa.saving import load_adapter, read_record
-from rigsa_kernels import gated_linears, merge_linears, rounding_losses
+from rigsa_kernels import gated_linears, rounding_losses
 from rigsa_kernels.linear import HALF_DTYPES
 from rigsa_kernels.nf4 import is_nf4_linear
 
@@ -58,27 +57,16 @@ def run_merge(source: Path, out: Path, wishes: Wishes) -> str:
         RigsaError: `out` is there, `source` is neither or is damaged, its base cannot be had or is in four bits without
             `Wishes.dequantize`, or rounding would take the adapter away.
     """
-    if out.exists() or out.is_symlink():
-        raise RigsaError(f"--out {out}: expected a folder that is not there yet")
+    refuse_to_overwrite(out)
     is_adapter = (source / ADAPTER_CONFIG).exists()
     model, tokenizer = _of_adapter(source, wishes) if is_adapter else _of_run(source, wishes)
     if wishes.dtype is not None:
         nn.Module.to(model, wishes.dtype)
     done = _in_words(model)
     try:
-        merge_linears(model, dequantize=wishes.dequantize)
-    except ValueError as error:
+        write_merged(model, out, tokenizer=tokenizer, keep_adapter=False, dequantize=wishes.dequantize)
+    except RigsaError as error:
         raise RigsaError(f"{source}: {str(error).replace('merge model.float()', 'give --dtype float32')}") from error
-
-    def write(folder: Path) -> None:
-        try:
-            model.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
-
-    write_folder(out, write)
     return f"{done}: {out}" + ("" if tokenizer is not None else " (without a tokenizer: the base has none)")
 
 

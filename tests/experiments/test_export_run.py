@@ -51,6 +51,13 @@ def test_the_last_level_of_a_run_is_exported(talking_run, expected, tmp_path, ca
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)  # of logits of size 5
 
 
+def test_a_merged_model_is_not_written_over_another_folder(talking_run, tmp_path, capsys):
+    (tmp_path / "mine").touch()
+    assert main(["export", str(talking_run), "--to", "merged", "--out", str(tmp_path)]) == 1
+    assert f"{tmp_path}: expected a folder that is not there yet" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_an_earlier_level_goes_into_the_run_folder(talking_run, capsys):
     assert main(["export", str(talking_run), "--to", "safetensors", "--level", "0"]) == 0
     assert (talking_run / "export" / "safetensors" / "rigsa_config.json").exists()

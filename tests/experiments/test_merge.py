@@ -106,7 +106,7 @@ def test_what_cannot_be_merged_is_one_message_and_nothing_is_written(adapter, ta
     young = shutil.copytree(talking_run, tmp_path / "young", ignore=shutil.ignore_patterns("done"))
     before = {path: path.stat().st_mtime_ns for path in base.iterdir()}
     for arguments, message in [
-        ([folder, "--out", base], f"--out {base}: expected a folder that is not there yet"),
+        ([folder, "--out", base], f"{base}: expected a folder that is not there yet"),
         ([folder, "--out", out, "--level", "1"], "--level: expected none for"),
         ([folder, "--out", out, "--base", tmp_path / "nowhere"], "nowhere: cannot be loaded"),
         ([folder, "--out", out, "--base", talking_run.parent / "model"], "that can be loaded here"),

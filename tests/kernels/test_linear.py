@@ -221,6 +221,50 @@ def test_autocast_runs_in_its_dtype_and_trains(numerics):
     torch.testing.assert_close(y.double(), expected(layer, x), atol=0.05, rtol=0.02)
 
 
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_autocast_takes_the_dtype_that_a_linear_layer_takes(dtype, packed, numerics):
+    """It leaves float64 alone."""
+    layer, x = make_layer(dtype, numerics=numerics), torch.randn(5, 40).to(dtype)
+    if packed:
+        layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, plain = layer(x), layer.restored()(x)
+    assert y.dtype == plain.dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    torch.testing.assert_close(y.double(), expected(layer, x), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_made_in_inference_mode_computes_as_any_other(dtype, packed, numerics):
+    with torch.inference_mode():
+        layer, x = make_layer(dtype, numerics=numerics), torch.randn(5, 40).to(dtype)
+        if packed:
+            layer.set_pattern(SparsePattern.from_mask(half_mask(layer)))
+        for trained in (None, layer.rigsa_values, layer.rigsa_alpha):
+            if trained is not None:
+                trained.mul_(3)
+            y = layer(x)
+            assert torch.equal(y, layer(x))
+            torch.testing.assert_close(y.double(), expected(layer, x), atol=0.05, rtol=0.02)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+
+
+def test_a_layer_adapted_in_inference_mode_can_be_trained():
+    linear, mask = nn.Linear(40, 12), torch.rand(12, 40) < 0.5
+    with torch.inference_mode():
+        layer = GatedSparseLinear(linear, seed=3, key=5, pattern=SparsePattern.from_mask(mask), alpha_init=0.1)
+        layer(torch.randn(5, 40))
+    x = torch.randn(5, 40)
+    layer(x).sum().backward()
+    sgd(layer).step()
+    torch.testing.assert_close(layer(x), expected(layer, x).float())
+
+
 def test_switching_is_logged(caplog):
     layer, x = make_layer(torch.bfloat16), torch.randn(5, 40)
     with caplog.at_level("INFO", "rigsa_kernels"):

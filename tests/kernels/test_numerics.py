@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.adapter_share import WEIGHT_STD, K, N, adapter_share, composed, exact, float8, threshold
-from rigsa_kernels import composed_is_safe
+from rigsa_kernels import GatedSparseLinear, SparsePattern, composed_is_safe
 from rigsa_kernels.linear import rms
 
 
@@ -48,3 +49,25 @@ def test_rule_switches_at_the_threshold():
         for sign in (1, -1):
             alpha = torch.tensor([sign * factor * threshold(torch.bfloat16)])
             assert bool(composed_is_safe(alpha, delta, rms(weight).item(), torch.bfloat16)) is safe
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("free", ["largest", "smallest", "random", "all"])
+def test_the_rule_looks_at_the_weights_that_the_difference_is_added_to(free, in_place):
+    """Of heavy-tailed weights the largest have a rounding step many times that of all, the smallest one far below."""
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 64, bias=False).bfloat16()
+    linear.weight.data = (torch.distributions.StudentT(3.0).sample((64, 128)) * 0.02).bfloat16()
+    weights = linear.weight.detach().float()
+    order = {"largest": -weights.abs(), "smallest": weights.abs(), "random": torch.rand(64, 128)}
+    mask = torch.ones(64, 128, dtype=torch.bool)
+    if free != "all":
+        mask = order[free] < order[free].flatten().kthvalue(400).values
+    layer = GatedSparseLinear(linear, seed=0, key=1, pattern=SparsePattern.from_mask(mask), in_place=in_place)
+    edge = torch.finfo(torch.bfloat16).eps * weights[mask].square().mean().sqrt() / rms(layer.rigsa_values)
+    for factor in (0.9, 1.1, 0.9):
+        with torch.no_grad():
+            layer.rigsa_alpha.fill_((factor * edge).item())
+        layer(torch.randn(2, 128).bfloat16())  # in place, the weight holds the sum from here on
+        assert bool(layer.is_safe(torch.bfloat16)) == (factor > 1)
+        assert layer.merging_loses() == (factor < 1)

@@ -717,6 +717,21 @@ def test_parameters_that_left_the_model_are_named_and_nothing_is_changed(leave):
     train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("leave", [take_ticket, load_ticket])
+def test_an_optimiser_of_another_kind_does_not_step_what_has_left_the_model(leave, kind):
+    model = make_model()
+    optimizer = kind(trainable(model), lr=0.1)
+    train(model, optimizer, 2)
+    leave(model)
+    fill_gradients(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"params: . of 4 parameters are no longer those of the model \(of a .* layer"):
+        optimizer.step()
+    assert same_snapshot(before, snapshot(optimizer))
+    train(model, kind(trainable(model), lr=0.1), 1)
+
+
 def test_parameters_stay_those_of_the_model():
     """Moved, saved and loaded in place, frozen, its pattern moved; and of a model that nobody holds, none is missed."""
     model = make_model(0.5)

@@ -30,6 +30,13 @@ def test_both_packages_offer_it():
     assert rigsa.replace_linears is rigsa_kernels.replace_linears
 
 
+def test_the_head_of_a_model_inside_another_module_is_left_alone():
+    model = nn.ModuleDict({"policy": make_llama(), "value": nn.Linear(32, 1)})
+    replace_linears(model)
+    assert type(model["policy"].lm_head) is nn.Linear
+    assert isinstance(model["value"], GatedSparseLinear)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_replaces_all_linears_of_a_decoder_but_the_head(tied):
     model = make_llama(tie_word_embeddings=tied)

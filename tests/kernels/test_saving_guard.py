@@ -18,7 +18,9 @@ from rigsa_kernels import gated_linears, merge_linears, replace_linears
 folder = sys.argv[1]
 model = replace_linears(make_llama(), density=0.3, alpha_init=0.5)
 assert "rigsa" not in sys.modules
-for one in (model, __import__("copy").deepcopy(model)):
+around = make_llama()
+replace_linears(around.model)
+for one in (model, __import__("copy").deepcopy(model), around):
     try:
         one.save_pretrained(folder)
     except RuntimeError as error:

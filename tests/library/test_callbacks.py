@@ -248,6 +248,49 @@ def test_a_copy_saves_itself(tmp_path, copy_of):
     assert_equal(other, again)
 
 
+PARTS = {"decoder": lambda model: model.model, "one decoder layer": lambda model: model.model.layers[0]}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_of_which_a_part_was_adapted_saves_the_adapter(tmp_path, part):
+    model, untouched = make_llama(), make_llama()
+    replace_linears(PARTS[part](model), density=0.4, alpha_init=0.5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a rigsa adapter"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    load_adapter(untouched, tmp_path, strict=True)
+    assert_equal(model, untouched)
+    again = make_llama()
+    replace_linears(PARTS[part](again), density=0.4)
+    with pytest.raises(RigsaError, match=r"adapter of the model around .*write rigsa\.load_adapter\(model, folder\)"):
+        again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    again.load_state_dict(model.state_dict())
+    assert_equal(model, again)
+
+
+def test_a_model_inside_a_module_that_was_adapted_saves_the_adapter(tmp_path):
+    whole = nn.ModuleDict({"inner": make_llama(), "other": nn.Linear(4, 4)})
+    replace_linears(whole, include="inner.*", alpha_init=0.5)
+    whole["inner"].save_pretrained(tmp_path)
+    untouched = make_llama()
+    load_adapter(untouched, tmp_path, strict=True)
+    assert_equal(whole["inner"], untouched)
+
+
+def test_a_trainer_resumes_a_model_of_which_a_part_was_adapted(tmp_path):
+    def make():
+        model = make_llama()
+        replace_linears(model.model, density=0.4, alpha_init=0.1)
+        return model
+
+    expected, resumed = make(), make()
+    make_trainer(expected, tmp_path / "whole").train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(make(), tmp_path / "run", DieAt(6)).train()
+    make_trainer(resumed, tmp_path / "run").train(resume_from_checkpoint=True)
+    assert_equal(expected, resumed)
+
+
 @pytest.mark.parametrize("end", [restore_linears, merge_linears])
 def test_a_model_without_its_adapter_saves_itself_as_ever(tmp_path, end):
     model = end(adapted())

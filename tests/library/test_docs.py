@@ -1,11 +1,14 @@
 """The page of the library runs, block after block, in an empty folder."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import Dataset
+from transformers import LlamaForCausalLM
 
 import rigsa
 from conftest import WORDS, make_llama
@@ -39,6 +42,20 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "adapter-4bit" / "rigsa_config.json").exists()
 
 
+def test_the_block_that_loads_is_all_that_a_new_process_needs(tmp_path):
+    make_llama().save_pretrained(tmp_path / "base")
+    model = rigsa.replace_linears(LlamaForCausalLM.from_pretrained(tmp_path / "base"), density=0.3, alpha_init=0.5)
+    rigsa.save_adapter(model, tmp_path / "adapter")
+    (block,) = (block for block in BLOCKS if "import load_adapter\n" in block)
+    code = (
+        f"BASE = 'base'\n{block}\nimport torch\n"
+        f"torch.save(fresh(torch.tensor({Sentences.ids[:4].tolist()})).logits.detach(), 'logits')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits"), model(Sentences.ids[:4]).logits)
+
+
 def test_help_shows_the_public_names_on_one_page():
     page = rigsa.__doc__
     assert len(page.splitlines()) < 60
@@ -51,9 +68,6 @@ def test_help_shows_the_public_names_on_one_page():
 
 
 def test_importing_the_library_imports_no_transformers():
-    import subprocess
-    import sys
-
     code = "import sys, rigsa; print({'transformers', 'matplotlib', 'peft', 'numpy.random'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "transformers" not in found.stdout

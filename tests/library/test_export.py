@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn as nn
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -143,6 +144,25 @@ def test_a_merged_model_is_plain_and_the_adapted_one_stays(base, tmp_path):
         export_adapter(model, tmp_path / str(number), "merged")
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / str(number))), before)
         assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("make", [native, under_peft])
+def test_a_merged_model_is_written_as_a_whole_or_not_at_all_and_never_over_another(base, tmp_path, make, monkeypatch):
+    model = make(base, density=0.2)
+    before = logits(model)
+    here = {path: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(RigsaError, match="expected a folder that is not there yet"):
+        export_adapter(model, base, "merged")
+    assert {path: path.read_bytes() for path in base.iterdir()} == here
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "save_pretrained", full)
+    with pytest.raises(RigsaError, match="No space left"):
+        export_adapter(model, tmp_path / "new", "merged")
+    assert [path.name for path in tmp_path.iterdir()] == []
+    assert torch.equal(logits(model), before)
 
 
 def test_our_own_format_loads_onto_a_bare_model(base, tmp_path):

@@ -1,11 +1,20 @@
-"""Families of models: adapted, trained for three steps, saved, loaded onto a bare base, and compared."""
+"""Families of models: adapted, trained for three steps, saved, loaded onto a bare base, merged, and compared."""
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from rigsa import MaskedAdamW, gated_linears, load_adapter, prune, replace_linears, save_adapter
+from rigsa import (
+    MaskedAdamW,
+    gated_linears,
+    load_adapter,
+    merge_linears,
+    prune,
+    replace_linears,
+    save_adapter,
+    unmerge_linears,
+)
 
 SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 30, 11, 6]])
@@ -75,7 +84,7 @@ def train(model, inputs, steps=3):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trained_saved_loaded_and_compared(tmp_path, family):
+def test_trained_saved_loaded_merged_and_compared(tmp_path, family):
     inputs = FAMILIES[family][3]
     heads = NEW_HEADS.get(family, ())
     model = replace_linears(make(family), alpha_init=0.1, modules_to_save=heads)
@@ -100,3 +109,15 @@ def test_trained_saved_loaded_and_compared(tmp_path, family):
     saved, loaded = model.state_dict(), by_hand.state_dict()
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+    merge_linears(by_hand, keep_adapter=True)
+    assert by_hand.state_dict().keys() == make(family).state_dict().keys()
+    by_hand.save_pretrained(tmp_path / "merged")
+    plain = type(by_hand).from_pretrained(tmp_path / "merged").eval()
+    merged, loaded = by_hand.state_dict(), plain.state_dict()
+    assert all(torch.equal(merged[name], loaded[name]) for name in merged)
+    with torch.no_grad():
+        assert torch.equal(by_hand(**inputs).logits, expected.logits)
+        torch.testing.assert_close(plain(**inputs).logits, expected.logits)  # Mamba's sums follow where tensors lie
+    restored = unmerge_linears(by_hand).state_dict()
+    assert all(torch.equal(saved[name], restored[name]) for name in saved)

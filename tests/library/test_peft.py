@@ -200,7 +200,11 @@ def test_a_tile_that_is_none_is_refused(tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     key = "base_model.model.model.layers.0.mlp.up_proj.rigsa_adapter.rigsa_tile"
-    for wrong, why in ([0, 8], "rows and columns of a tile"), ([4, 4], "rigsa_bits"), ([8, 9999], "rigsa_bits"):
+    for wrong, why in (
+        ([0, 8], "rigsa_tile: expected two numbers from 1"),
+        ([4, 4], "rigsa_bits"),
+        ([8, 9999], "rigsa_bits"),
+    ):
         save_file(tensors | {key: torch.tensor(wrong, dtype=torch.int32)}, path)
         with pytest.raises(RigsaError, match=why):
             logits(PeftModel.from_pretrained(make_llama(), tmp_path))
@@ -238,9 +242,10 @@ def test_auto_peft_model_and_auto_model_find_the_base(tmp_path):
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")))
 
 
-def test_a_pruned_adapter_keeps_its_ticket_on_disk(tmp_path):
+@pytest.mark.parametrize("tile", [None, 4, "rows", "3x8"])
+def test_a_pruned_adapter_keeps_its_ticket_on_disk(tmp_path, tile):
     model = trained(wrapped(density=None))
-    prune(model, keep_fraction=0.5)
+    prune(model, keep_fraction=0.5, tile=tile)
     trained(model).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())["layers"]
     loaded = PeftModel.from_pretrained(make_llama(), tmp_path)
@@ -248,6 +253,7 @@ def test_a_pruned_adapter_keeps_its_ticket_on_disk(tmp_path):
     for name, layer in adapted_layers(loaded).items():
         assert ticket_of(layer).level == 1
         assert saved[name]["entries"] == layer.pattern.nnz
+        assert layer.pattern.equals(adapted_layers(model)[name].pattern)
 
 
 def test_tickets_of_the_library_are_those_of_the_bare_model():
