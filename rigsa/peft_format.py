@@ -2,8 +2,8 @@
 
 Under the method RIGSA a layer called NAME has ``base_model.model.NAME.rigsa_adapter.rigsa_values`` and
 ``.rigsa_alpha``, the tensors of its pattern's encoding (``.rigsa_bits``, or ``.rigsa_columns`` and ``.rigsa_rows``:
-`rigsa.encoding`; of tiles also ``.rigsa_tile``, their rows and columns), and ``.rigsa_ticket``: how the pattern came
-about.
+`rigsa.encoding`), and ``.rigsa_ticket``: how the pattern came about. A pattern of tiles has ``.rigsa_tile`` as well,
+their rows and columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor
 
-from rigsa.encoding import Encoding, Layout, choose_encoding, decode, encode, layout, tile_of
+from rigsa.encoding import Encoding, Layout, choose_encoding, decode, encode, is_encoding, layout, tile_of
 from rigsa.record import expect_fields, from_json
 from rigsa.state import Ticket
 from rigsa_kernels.format import SparsePattern
@@ -32,25 +32,16 @@ TICKET_BYTES = 160
 """The ticket as JSON, filled up with spaces: a file's tensors have shapes that are known before it is read."""
 
 
-def pattern_layout(encoding: Encoding, shape: tuple[int, int], entries: int) -> Layout:
-    """Name to dtype and shape of the tensors that say which entries are free."""
-    of_tiles: Layout = {} if tile_of(encoding) is None else {"tile": (torch.int32, (2,))}
-    return layout(encoding, shape, entries) | of_tiles
+def layer_layout(encoding: Encoding, shape: tuple[int, int], entries: int) -> Layout:
+    """Dtype and shape of those of `PARTS` that a layer has whose pattern is encoded so."""
+    tile: Layout = {} if tile_of(encoding) is None else {"tile": (torch.int32, (2,))}
+    return layout(encoding, shape, entries) | tile | {"ticket": (torch.uint8, (TICKET_BYTES,))}
 
 
-def pattern_tensors(pattern: SparsePattern) -> dict[str, Tensor]:
-    """The tensors of `pattern_layout`, on the CPU."""
-    of_tiles = {} if pattern.tile is None else {"tile": torch.tensor(pattern.tile, dtype=torch.int32)}
-    return encode(pattern, choose_encoding(pattern)) | of_tiles
-
-
-def _encoding_of(parts: Mapping[str, Tensor]) -> Encoding:
-    tile = parts.get("tile")
-    if tile is None:
-        return "columns" if "columns" in parts else "bits" if "bits" in parts else "dense"
-    if tile.dtype != torch.int32 or tuple(tile.shape) != (2,) or int(tile.min()) < 1:
-        raise ValueError(f"{PREFIX}tile: expected two numbers from 1 in torch.int32, got {tile.dtype} {tile.tolist()}")
-    return f"tiles {int(tile[0])}x{int(tile[1])}"
+def layer_parts(pattern: SparsePattern, ticket: Ticket) -> dict[str, Tensor]:
+    """The tensors of `layer_layout`, on the CPU: what `parse_layer` takes."""
+    tile = {} if pattern.tile is None else {"tile": torch.tensor(pattern.tile, dtype=torch.int32)}
+    return encode(pattern, choose_encoding(pattern)) | tile | {"ticket": ticket_to_bytes(ticket)}
 
 
 def parse_layer(shape: tuple[int, int], parts: Mapping[str, Tensor], values: Tensor) -> tuple[SparsePattern, Ticket]:
@@ -65,7 +56,7 @@ def parse_layer(shape: tuple[int, int], parts: Mapping[str, Tensor], values: Ten
         ValueError: the tensors are not those of a pattern of this shape with so many values.
     """
     encoding = _encoding_of(parts)
-    expected = pattern_layout(encoding, shape, values.numel())
+    expected = layout(encoding, shape, values.numel())
     for name, (dtype, size) in expected.items():
         found = parts.get(name)
         if found is None or found.dtype != dtype or tuple(found.shape) != size:
@@ -75,6 +66,16 @@ def parse_layer(shape: tuple[int, int], parts: Mapping[str, Tensor], values: Ten
     if tuple(values.shape) != pattern.values_shape:
         raise ValueError(f"{PREFIX}values: expected {list(pattern.values_shape)}, got {list(values.shape)}")
     return pattern, ticket_from(parts["ticket"]) if "ticket" in parts else Ticket(kind="given")
+
+
+def _encoding_of(parts: Mapping[str, Tensor]) -> Encoding:
+    """Raises ValueError where a tile is given that is none."""
+    if "tile" not in parts:
+        return "columns" if "columns" in parts else "bits" if "bits" in parts else "dense"
+    encoding = "tiles " + "x".join(map(str, parts["tile"].tolist()))
+    if not is_encoding(encoding):
+        raise ValueError(f"{PREFIX}tile: expected rows and columns of a tile, got {parts['tile'].tolist()}")
+    return encoding
 
 
 def ticket_to_bytes(ticket: Ticket) -> Tensor:

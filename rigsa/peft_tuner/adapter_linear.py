@@ -18,15 +18,7 @@ from torch import Tensor
 
 from rigsa.encoding import Encoding
 from rigsa.errors import RigsaError
-from rigsa.peft_format import (
-    PARTS,
-    PREFIX,
-    TICKET_BYTES,
-    parse_layer,
-    pattern_layout,
-    pattern_tensors,
-    ticket_to_bytes,
-)
+from rigsa.peft_format import PARTS, PREFIX, layer_layout, layer_parts, parse_layer
 from rigsa.state import Ticket, note_ticket, same_pattern, ticket_of
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.linear import GatedSparseLinear
@@ -83,9 +75,8 @@ class AdapterLinear(GatedSparseLinear):
     def await_saved(self, encoding: Encoding, entries: int) -> None:
         """Make room for the pattern and the values of a file."""
         device = self.weight.device
-        for part, (dtype, shape) in pattern_layout(encoding, self._pattern.shape, entries).items():
+        for part, (dtype, shape) in layer_layout(encoding, self._pattern.shape, entries).items():
             self.register_buffer(f"{PREFIX}{part}", torch.zeros(shape, dtype=dtype, device=device))
-        self.register_buffer(f"{PREFIX}ticket", torch.zeros(TICKET_BYTES, dtype=torch.uint8, device=device))
         self._make_values(self._pattern.shape if encoding == "dense" else (entries,))
         self._awaited = encoding, entries
 
@@ -123,9 +114,8 @@ class AdapterLinear(GatedSparseLinear):
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         if self._awaited is None:
-            for part, tensor in pattern_tensors(self.pattern).items():
+            for part, tensor in layer_parts(self.pattern, ticket_of(self)).items():
                 destination[f"{prefix}{PREFIX}{part}"] = tensor
-            destination[f"{prefix}{PREFIX}ticket"] = ticket_to_bytes(ticket_of(self))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         """A state brings its pattern along. Where that has as many entries as before, the parameter stays the same."""
