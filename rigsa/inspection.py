@@ -5,6 +5,7 @@ A ticket is given as an adapted model, as the folder of a saved adapter, or as p
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from rigsa_kernels.select import bit_mask, count_bits
 
 TicketSource = nn.Module | str | os.PathLike[str] | Mapping[str, SparsePattern]
 Patterns = dict[str, SparsePattern]
+ENTRIES = "entries"
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def intersection(*tickets: TicketSource) -> Patterns:
 def describe(tickets: Mapping[str, TicketSource]) -> str:
     """A table of densities with a line for each layer and a column for each ticket, and what each two share.
 
+    A line says the unit of each ticket where one is made of tiles.
+
     Args:
         tickets: label to ticket.
 
@@ -128,11 +132,26 @@ def describe(tickets: Mapping[str, TicketSource]) -> str:
     for name in first:
         lines.append(f"{name:{width}}" + "".join(f"  {found[label][name].density:{wide}.2%}" for label in found))
     lines.append(f"{'all layers':{width}}" + "".join(f"  {density(found[label]):{wide}.2%}" for label in found))
+    units = {label: unit(ticket) for label, ticket in found.items()}
+    if set(units.values()) != {ENTRIES}:
+        lines.append(f"{'unit':{width}}" + "".join(f"  {units[label]:>{wide}}" for label in found))
     labels = list(found)
     for number, one in enumerate(labels):
         for other in labels[number + 1 :]:
             lines.append(f"{one} and {other} share {overlap(found[one], found[other]).share:.2%} of their entries")
     return "\n".join(lines)
+
+
+def unit(ticket: Patterns) -> str:
+    """What is free or frozen as a whole: ``entries``, ``rows``, ``columns``, or the largest tile, as ``32x32``."""
+    sizes = {name: pattern.tile for name, pattern in ticket.items() if pattern.tile is not None}
+    if not sizes:
+        return ENTRIES
+    if all(tile == (1, ticket[name].shape[1]) for name, tile in sizes.items()):
+        return "rows"
+    if all(tile == (ticket[name].shape[0], 1) for name, tile in sizes.items()):
+        return "columns"
+    return "{}x{}".format(*max(sizes.values(), key=math.prod))  # narrow layers have smaller ones
 
 
 def density(ticket: Patterns) -> float:

@@ -29,6 +29,7 @@ from rigsa import (
     union,
 )
 from rigsa.encoding import choose_encoding, decode, digest, encode, is_encoding, layout
+from rigsa.inspection import describe, patterns_of
 from rigsa.masks import TrainedLayer, largest_patterns, norms_of_tiles
 from rigsa.masks import prune as prune_layers
 from rigsa.state import restore_snapshot
@@ -234,3 +235,14 @@ def test_tickets_of_one_tile_are_joined_in_tiles():
     assert all(pattern.tile == (4, 4) for pattern in intersection(first, first).values())
     random_ticket(second, 0.3, seed=5)
     assert all(pattern.tile is None for pattern in union(first, second).values())
+
+
+def test_a_table_of_tickets_names_their_units():
+    tickets = {}
+    for tile in (None, "rows", "columns", 8, "8x40"):
+        model = replace_linears(make_llama())
+        random_ticket(model, density=0.5, tile=tile)
+        tickets[str(tile)] = patterns_of(model)
+    (line,) = [line for line in describe(tickets).splitlines() if line.startswith("unit")]
+    assert line.split() == ["unit", "entries", "rows", "columns", "8x8", "8x40"]
+    assert "unit" not in describe({"one": tickets["None"]})
