@@ -460,7 +460,8 @@ def parameter_groups(
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ValueError("params: the model has no trainable parameter; call replace_linears(model) first")
-    return _gates_apart(_others_apart(named, other_weight_decay), alpha_lr, alpha_weight_decay)
+    others, gates = _gates_apart(_others_apart(named, other_weight_decay), alpha_lr, alpha_weight_decay)
+    return others + gates
 
 
 def _groups(
@@ -482,21 +483,25 @@ def _groups(
             "params: expected a model or a list of groups, got bare parameters, among which gates cannot be told "
             "from values; pass the model"
         )
-    groups = _gates_apart(params, alpha_lr, alpha_weight_decay or 0.0)
-    if len(groups) == len(params) and not (alpha_lr is None and alpha_weight_decay is None):
+    others, gates = _gates_apart(params, alpha_lr, alpha_weight_decay)
+    if not gates and not (alpha_lr is None and alpha_weight_decay is None):
         raise ValueError(
-            "alpha_lr, alpha_weight_decay: expected none beside groups without a gate among other parameters; pass the "
-            "model (under a Trainer as optimizer_cls_and_kwargs=(MaskedAdamW, {'model': model}))"
+            "alpha_lr, alpha_weight_decay: expected none beside groups without gates, or whose gates are in a group of "
+            "their own with an lr; pass the model (under a Trainer as optimizer_cls_and_kwargs=(MaskedAdamW, {'model': "
+            "model}))"
         )
-    return groups
+    return others + gates
 
 
 def _gates_apart(
-    groups: list[dict[str, Any]], alpha_lr: float | None, alpha_weight_decay: float
-) -> list[dict[str, Any]]:
-    """`groups` of which each that holds gates and others has given its gates to a group of their own."""
-    options = {"weight_decay": alpha_weight_decay, "state_dtype": "float32"}
-    options |= {} if alpha_lr is None else {"lr": alpha_lr}
+    groups: list[dict[str, Any]], alpha_lr: float | None, alpha_weight_decay: float | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The groups of all the rest, and those of gates, with the options given here; gates are not decayed by default.
+
+    A group of gates alone that has an ``lr`` was made for them, and stays among the others as it is.
+    """
+    given = {} if alpha_lr is None else {"lr": alpha_lr}
+    given |= {} if alpha_weight_decay is None else {"weight_decay": alpha_weight_decay}
     others, apart, known = [], [], parameters_called(GATE)
     for group in groups:
         if isinstance(group["params"], set):  # which PyTorch refuses
@@ -506,10 +511,13 @@ def _gates_apart(
         is_gate = [id(_parameter(item)) in known for item in params]
         if any(is_gate) and not all(is_gate):
             others.append(group | {"params": [item for item, own in zip(params, is_gate, strict=True) if not own]})
-            apart.append(group | {"params": [item for item, own in zip(params, is_gate, strict=True) if own]} | options)
+            gates = {"params": [item for item, own in zip(params, is_gate, strict=True) if own]}
+            apart.append(group | gates | {"weight_decay": 0.0, "state_dtype": "float32"} | given)
+        elif any(is_gate) and given and "lr" not in group:
+            apart.append(group | {"params": params, "state_dtype": "float32"} | given)
         else:
             others.append(group | {"params": params})
-    return others + apart
+    return others, apart
 
 
 def _others_apart(named: Sequence[tuple[str, Tensor]], other_weight_decay: float | None) -> list[dict[str, Any]]:

@@ -869,14 +869,24 @@ def test_under_a_trainer_gates_have_their_rate_and_no_decay(way, tmp_path):
     assert max(moved) == pytest.approx(0.04, rel=0.05)
 
 
-def test_the_trainers_own_groups_decay_packed_values_and_say_that_they_decay_gates(tmp_path):
+def test_the_trainers_own_groups_decay_packed_values(tmp_path):
     """Values are not taken for biases because they have one dimension, nor for norms by their names."""
-    with pytest.warns(
-        UserWarning, match=r"weight_decay: 0\.3 of group 0 would pull the gates .*parameter_groups\(model"
-    ):
-        model, _, optimizer = trained_by(lambda model: {}, tmp_path, weight_decay=0.3, learning_rate=0.01)
+    model, _, optimizer = trained_by(lambda model: {}, tmp_path, weight_decay=0.3, learning_rate=0.01)
     assert {layer.rigsa_values.dim() for layer in gated_linears(model).values()} == {1}
     assert by_role(optimizer, model)["rigsa_values"] == {(0.01, 0.3)}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_gates_in_groups_without_names_take_the_options_given_for_them(alone):
+    """Whether they stand among other parameters or in a group of their own, as a Trainer makes them."""
+    model = make_model()
+    layers = gated_linears(model).values()
+    values, gates = [layer.rigsa_values for layer in layers], [layer.rigsa_alpha for layer in layers]
+    groups = [{"params": values}, {"params": gates, "weight_decay": 0.3}] if alone else [{"params": values + gates}]
+    kept = MaskedAdamW([dict(group) for group in groups], lr=0.01, weight_decay=1.0)
+    assert by_role(kept, model)["rigsa_alpha"] == {(0.01, 0.3 if alone else 0.0)}
+    given = MaskedAdamW([dict(group) for group in groups], lr=0.01, alpha_lr=0.5, alpha_weight_decay=0.1)
+    assert by_role(given, model)["rigsa_alpha"] == {(0.5, 0.1)}
 
 
 @pytest.mark.parametrize(
