@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.checks import Problem, make_problem
 from benchmarks.memory import extra_bytes, held_bytes, saved_bytes, tensors_of
@@ -40,7 +39,7 @@ from benchmarks.providers import (
     tune_gated,
 )
 from benchmarks.shapes import Batch, block_shapes
-from rigsa.experiments.tasks.evaluation import answer_logits
+from rigsa.experiments.tasks.evaluation import training_loss
 
 CPU = torch.device("cpu")
 TILES_64 = "ours, 3.46 % in tiles of 64"
@@ -60,7 +59,7 @@ class Contest:
         self.trainee, self.ids = trainee, ids
 
     def forward(self) -> torch.Tensor:
-        return F.cross_entropy(answer_logits(self.trainee.model, {"input_ids": self.ids}), self.ids[:, 0])
+        return training_loss(self.trainee.model, {"input_ids": self.ids, "targets": self.ids[:, :1]})
 
     def step(self) -> None:
         self.forward().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import math
 import subprocess
@@ -42,6 +43,16 @@ from rigsa_kernels import SparsePattern
 
 CPU = torch.device("cpu")
 SHAPE = (48, 64)
+
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+COMMANDS = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem not in ("conftest", "__init__")]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_module_finds_what_it_imports(name):
+    """Some are commands that nothing else imports."""
+    importlib.import_module(f"benchmarks.{name}")
 
 
 def bench(name="a", ratio=1.0, spread=0.01, group="g", median=1e-2, **info):  # type: ignore[no-untyped-def]
