@@ -160,10 +160,15 @@ def density(ticket: Patterns) -> float:
     return sum(pattern.nnz for pattern in ticket.values()) / max(weights, 1)
 
 
+WIDEST, INCHES_A_LABEL = 14.0, 0.16
+"""Of the panel of densities, and of the name of a layer in it."""
+
+
 def plot_densities(tickets: Mapping[str, TicketSource], path: str | os.PathLike[str]) -> None:
     """Draw the density of every layer, a line for each ticket, into a file of a kind that matplotlib knows.
 
-    Of two tickets or more, a second panel shows the share of the entries that each two have in common.
+    Of two tickets or more, a second panel shows the share of the entries that each two have in common. Where the layers
+    are too many for a page, every second or third of them has its name below.
 
     Args:
         tickets: label to ticket.
@@ -177,14 +182,16 @@ def plot_densities(tickets: Mapping[str, TicketSource], path: str | os.PathLike[
     found = dict(zip(tickets, _alike(*tickets.values()), strict=True))
     labels = {name: name.replace("$", r"\$") for name in found}
     layers = list(next(iter(found.values())))
-    wide, square = max(6.0, 0.16 * len(layers)), 2.5 + 0.5 * len(found)
+    every = math.ceil(len(layers) * INCHES_A_LABEL / WIDEST)
+    wide, square = min(WIDEST, max(6.0, INCHES_A_LABEL * len(layers))), 2.5 + 0.5 * len(found)
     panels = 1 if len(found) == 1 else 2
     size = (wide + (panels - 1) * square, max(4.5, (panels - 1) * square))
     figure = Figure(figsize=size, layout="constrained")
     axes: Any = figure.subplots(1, panels, squeeze=False, width_ratios=[wide, square][:panels])[0]
     for name, ticket in found.items():
         axes[0].plot([100 * pattern.density for pattern in ticket.values()], marker=".", label=labels[name])
-    axes[0].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+    axes[0].set_xticks(range(0, len(layers), every), layers[::every], rotation=90, fontsize=6)
+    axes[0].margins(x=0.01)
     axes[0].set_ylabel("density (%)")
     axes[0].set_ylim(bottom=0)
     axes[0].legend()

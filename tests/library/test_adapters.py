@@ -258,6 +258,14 @@ def test_tickets_of_models_and_folders(folders, tmp_path):
         overlap(model, intersection(model) | {UP: SparsePattern.dense(2, 2)})
 
 
+@pytest.mark.parametrize("layers", [1, 87, 88, 400])
+def test_a_figure_of_many_layers_fits_a_page(layers, tmp_path):
+    ticket = {f"layers.{number}.mlp.up_proj": SparsePattern.dense(2, 2) for number in range(layers)}
+    plot_densities({"one": ticket}, tmp_path / "densities.png")
+    width = int.from_bytes((tmp_path / "densities.png").read_bytes()[16:20], "big")
+    assert 600 <= width <= 1400  # pixels, a hundred an inch
+
+
 def test_random_tickets_share_what_chance_gives():
     one, other = adapted(0, 0.3), adapted(0, 0.3)
     random_ticket(one, 0.3, seed=1)
