@@ -1,7 +1,7 @@
 """One batch, several adapters: each row is computed with the adapter that it names.
 
 Every layer splits its input by adapter, multiplies each part as that adapter's layer alone would, and puts the rows
-back in their order. So a row has the bits that it has in a batch of its adapter's rows alone.
+back in their order. So an adapted layer gives a row the bits that it has in a batch of its adapter's rows alone.
 """
 
 from __future__ import annotations
