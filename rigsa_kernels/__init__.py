@@ -1,9 +1,10 @@
 """Gated sparse adapters: the storage format, the operators, the layer and its optimiser. Needs PyTorch only."""
 
 from rigsa_kernels import saving_guard  # noqa: F401 (models that are adapted from now on do not lose it when saved)
+from rigsa_kernels.exactness import composed_is_safe
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.init import layer_key, uniform_init
-from rigsa_kernels.linear import GatedSparseLinear, composed_is_safe
+from rigsa_kernels.linear import GatedSparseLinear
 from rigsa_kernels.merging import merge_linears, rounding_losses, unmerge_linears
 from rigsa_kernels.ops import gated_linear
 from rigsa_kernels.optim import MaskedAdamW, parameter_groups, stepping_in_backward

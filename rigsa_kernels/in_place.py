@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rigsa_kernels import free_entries  # noqa: F401 (defines the operators)
+from rigsa_kernels.exactness import need_two_products
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.snapshot import Snapshot
 
@@ -136,15 +137,18 @@ def restore(weights: Iterable[InPlaceWeight]) -> None:
             weight._mark_written(None)
 
 
+FLAG_BYTES = 16
+
+
 class Peers:
-    """Layers of one model, which are composed and restored together. It keeps none of them alive.
+    """Layers of one model, which are composed, restored and measured together. It keeps none of them alive.
 
     A copy of it is empty: copied layers join one by one (`GatedSparseLinear.__setstate__`).
     """
 
     def __init__(self) -> None:
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._composed: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._derived: weakref.WeakSet[Any] = weakref.WeakSet()
         _all_peers.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -156,25 +160,44 @@ class Peers:
     def compose(self, layer: Any) -> None:
         """Compose `layer`, and with it all that were composed before and have fallen back to W0 or gone stale."""
         chosen = [layer, *(other for other in self._layers if other is not layer and other.awaits_composing())]
-        self._composed.update(chosen)
+        self._derived.update(chosen)
         compose(
             [other.in_place_weight for other in chosen],
             [other.rigsa_values for other in chosen],
             [other.rigsa_alpha for other in chosen],
         )
 
-    def may_be_composed(self) -> bool:
-        """Whether there is a layer that was composed and whose parameters no optimiser has changed since."""
-        return len(self._composed) > 0
+    def find_flags(self, layer: Any, dtype: torch.dtype) -> None:
+        """Give `layer` its flag for a fused kernel, and with it all whose own is no longer true, in a few launches."""
+        device = layer.rigsa_values.device
+        chosen = [
+            layer,
+            *(
+                other
+                for other in self._layers
+                if other is not layer and other.rigsa_values.device == device and other.awaits_flag(dtype)
+            ),
+        ]
+        self._derived.update(chosen)
+        # A kernel is compiled for flags at multiples of 16 bytes, and once more for others.
+        rows = need_two_products(chosen, dtype)[:, None].repeat(1, FLAG_BYTES)
+        for other, row in zip(chosen, rows[:, :1].unbind(), strict=True):
+            other.keep_flag(dtype, row)
 
-    def restore(self, stepped: set[int]) -> None:
-        """Restore the layers among whose parameters are `stepped`, by identity.
+    def has_derived(self) -> bool:
+        """Whether there is a weight or a flag that was made of parameters which no optimiser has changed since."""
+        return len(self._derived) > 0
+
+    def after_step(self, stepped: set[int]) -> None:
+        """Restore the weights, and drop the flags, of the layers among whose parameters are `stepped`, by identity.
 
         An optimiser that steps in backward asks many times a step, so layers that are done are not looked at again.
         """
-        done = [layer for layer in self._composed if layer.trains_any_of(stepped)]
+        done = [layer for layer in self._derived if layer.trains_any_of(stepped)]
         restore(own for layer in done if (own := layer.in_place_weight) is not None)
-        self._composed.difference_update(done)
+        for layer in done:
+            layer.forget_flag()
+        self._derived.difference_update(done)
 
 
 _all_peers: weakref.WeakSet[Peers] = weakref.WeakSet()
@@ -195,14 +218,14 @@ def optimizer_steps() -> int:
 
 
 def after_step(stepped: Iterable[Tensor]) -> None:
-    """Count a step, and bring W0 back into the weights of the layers whose parameters it has changed."""
+    """Count a step. Of the layers whose parameters it has changed, restore the weights and drop the flags."""
     global _optimizer_steps
     _optimizer_steps += 1
-    composed = [peers for peers in _all_peers if peers.may_be_composed()]
-    if composed:
+    concerned = [peers for peers in _all_peers if peers.has_derived()]
+    if concerned:
         numbers = {id(parameter) for parameter in stepped}
-        for peers in composed:
-            peers.restore(numbers)
+        for peers in concerned:
+            peers.after_step(numbers)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rigsa_kernels import ops
 from rigsa_kernels.dispatch import GENERATION_TOKENS, HALF_DTYPES, Path, choose_path
+from rigsa_kernels.exactness import composed_is_safe, need_two_products, rms
 from rigsa_kernels.format import SparsePattern, carry
 from rigsa_kernels.in_place import InPlaceWeight, Peers, optimizer_steps, restore
 from rigsa_kernels.init import initial_values
@@ -61,23 +62,6 @@ def _pattern_in(state_dict: dict[str, Tensor], prefix: str, shape: tuple[int, in
     if tiles is not None and tile is not None:
         return SparsePattern.from_tiles(tiles, shape, (int(tile[0]), int(tile[1])))
     return SparsePattern.dense(*shape) if words is None else SparsePattern.from_words(words, shape[1])
-
-
-def rms(tensor: Tensor) -> Tensor:
-    """Root mean square in float32 (float64 of float64); 0 for an empty tensor."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=dtype) / math.sqrt(max(tensor.numel(), 1))
-
-
-def composed_is_safe(alpha: Tensor, values: Tensor, weight_rms: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether rounding ``W0 + alpha * D`` to `dtype` keeps the adapter: a boolean tensor, shape ``(1,)``.
-
-    The rule is ``|alpha| * rms(D) >= eps * rms(W0)`` with the dtype's eps. `weight_rms` is that of W0 at the free
-    entries, where the sum is rounded. tests/kernels/test_numerics.py holds what the rule rests on: in bfloat16, the
-    whole adapter term reaches y at the threshold, with about 20 % noise, a third of it at a tenth of the threshold and
-    next to nothing at a hundredth. In float32 and float64 composing is always safe.
-    """
-    return alpha.abs() * rms(values) >= torch.finfo(dtype).eps * weight_rms
 
 
 @dataclass(slots=True, frozen=True)
@@ -214,7 +198,8 @@ class GatedSparseLinear(nn.Module):
         self._way: _Way | None = None
         self._base_kept: tuple[Snapshot, torch.dtype, list[Tensor]] | None = None
         self._weight_rms: tuple[Snapshot, Tensor] | None = None
-        self._threshold: Tensor | None = None
+        self._threshold: tuple[torch.dtype, Tensor] | None = None
+        self._flag: tuple[torch.dtype, Snapshot, Tensor] | None = None
         self._was_exact: bool | None = None
         # FSDP and functional_call put another tensor in the weight's place for a pass, which must not be written to.
         self._home = weakref.ref(self.weight)
@@ -562,23 +547,55 @@ class GatedSparseLinear(nn.Module):
         """Whether `exact_in_training` is what `auto` goes by (`rigsa_kernels.switching`)."""
         return (self.rule_device or self._trio()[0].device).type != "cpu"
 
-    def composing_norm(self) -> Tensor:
-        """``|alpha|`` times the 2-norm of the values from which composing is safe: a scalar on the layer's device.
+    def composing_norm(self, dtype: torch.dtype) -> Tensor:
+        """``|alpha|`` times the 2-norm of the values from which composing in `dtype` is safe: a scalar on the layer's
+        device.
 
-        `composed_is_safe` with its root of the count on the other side. It changes with the pattern only.
+        `composed_is_safe` with its root of the count on the other side. It changes with the weight and the pattern
+        only.
         """
         weight_rms = self._free_weight_rms()
-        if self._threshold is None:
+        if self._threshold is None or self._threshold[0] != dtype:
             root = math.sqrt(max(self.rigsa_values.numel(), 1))
-            self._threshold = torch.finfo(self.dtype).eps * root * weight_rms
-        return self._threshold
+            self._threshold = dtype, torch.finfo(dtype).eps * root * weight_rms
+        return self._threshold[1]
 
     def _exact_flag(self, dtype: torch.dtype) -> Tensor:
         """The device's decision, for the fused path: a boolean of shape ``(1,)`` that nobody waits for."""
-        if self.numerics == "auto" and dtype in HALF_DTYPES:
-            return ~self.is_safe(dtype)
-        exact = self.numerics == "exact"
-        return torch.full((1,), exact, dtype=torch.bool, device=self.rigsa_alpha.device)
+        if self.numerics != "auto" or dtype not in HALF_DTYPES:
+            exact = self.numerics == "exact"
+            return torch.full((1,), exact, dtype=torch.bool, device=self.rigsa_alpha.device)
+        if self._home() is not self._trio()[0]:  # in the next pass its parameters are other tensors
+            return need_two_products([self], dtype)
+        if self._lacks_flag(dtype):
+            self._peers.find_flags(self, dtype)
+        assert self._flag is not None
+        return self._flag[2]
+
+    def _lacks_flag(self, dtype: torch.dtype) -> bool:
+        return self._flag is None or self._flag[0] != dtype or not self._flag[1].is_of(*self._trio())
+
+    def awaits_flag(self, dtype: torch.dtype) -> bool:
+        """Whether the last pass multiplied in `dtype` by a flag of the device, which is no longer that of the present
+        values."""
+        way = self._way
+        return (
+            way is not None
+            and isinstance(way.exact, Tensor)
+            and way.dtype == dtype
+            and self.enabled
+            and self.numerics == "auto"
+            and self._home() is self._trio()[0]
+            and self._lacks_flag(dtype)
+        )
+
+    def keep_flag(self, dtype: torch.dtype, flag: Tensor) -> None:
+        """Until the parameters change, or `forget_flag`."""
+        self._flag = dtype, Snapshot(*self._trio()), flag
+
+    def forget_flag(self) -> None:
+        """An optimiser has changed the values or the gate, and may not have told their version counters."""
+        self._flag = None
 
     @torch.no_grad()
     def is_safe(self, dtype: torch.dtype) -> Tensor:
@@ -638,7 +655,7 @@ class GatedSparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold W0 and nothing that was made from it."""
         self.restore_weight()
-        made = ("in_place_weight", "_way", "_base_kept", "_weight_rms", "_threshold", "_home", "_made")
+        made = ("in_place_weight", "_way", "_base_kept", "_weight_rms", "_threshold", "_flag", "_home", "_made")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

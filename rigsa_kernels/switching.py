@@ -1,6 +1,6 @@
 """When `auto` goes from two products to one in training on a GPU, without the host waiting for the device.
 
-The rule is `rigsa_kernels.linear.composed_is_safe`. Its answer for all layers is measured on the device before each
+The rule is `rigsa_kernels.exactness.composed_is_safe`. Its answer for all layers is measured on the device before each
 step of the optimiser and copied to the host meanwhile; the host reads it before the next step, when it has long been
 there. So a decision is one or two steps old, which depends on nothing but the steps: a run repeats, and one that is
 resumed goes on with the decisions that its optimiser's state holds.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rigsa_kernels.dispatch import HALF_DTYPES
+from rigsa_kernels.exactness import need_two_products
 from rigsa_kernels.linear import GatedSparseLinear, layer_starts
 
 
@@ -41,7 +42,7 @@ class Switch:
         if not layers:
             return
         self._adopt(layers, self._resolve())
-        exact = measure(layers)
+        exact = need_two_products(layers)
         if exact.is_cuda:
             self._measured = torch.empty(exact.shape, dtype=torch.bool, pin_memory=True)
             self._measured.copy_(exact, non_blocking=True)
@@ -92,12 +93,3 @@ class Switch:
             return
         for layer, flag in zip(layers, exact, strict=True):
             layer.exact_in_training = flag
-
-
-def measure(layers: list[GatedSparseLinear]) -> Tensor:
-    """Whether each layer needs two products: boolean ``[len(layers)]`` on their device, from a handful of launches."""
-    values = [layer.rigsa_values.detach() for layer in layers]
-    gates = torch.cat([layer.rigsa_alpha.detach() for layer in layers]).abs()
-    norms = torch.stack(torch._foreach_norm([value.reshape(-1) for value in values], 2, torch.float32))
-    thresholds = torch.stack([layer.composing_norm() for layer in layers])
-    return ~(gates * norms >= thresholds)

@@ -1,4 +1,4 @@
-"""What the choice between the exact and the composed path rests on (`rigsa_kernels.linear.composed_is_safe`)."""
+"""What the choice between the exact and the composed path rests on (`rigsa_kernels.exactness.composed_is_safe`)."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.adapter_share import WEIGHT_STD, K, N, adapter_share, composed, exact, float8, threshold
 from rigsa_kernels import GatedSparseLinear, SparsePattern, composed_is_safe
-from rigsa_kernels.linear import rms
+from rigsa_kernels.exactness import rms
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
