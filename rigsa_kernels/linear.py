@@ -33,6 +33,10 @@ DERIVED = ("rigsa_word_offsets", "rigsa_row_base")
 """What follows from a pattern's bit mask: older state dicts hold it, and nobody reads it."""
 INDICES = ("rigsa_words", "rigsa_tiles", "rigsa_tile")
 """What a state dict holds of a pattern."""
+NO_CAPTURE = (
+    "CUDA graph: a layer in training cannot be captured, as its matrix is made outside the graph and a replay would "
+    "use an old one; capture in evaluation mode, or train without a graph"
+)
 _claims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """A weight, and a weak reference to the layer that composes it in place."""
 
@@ -370,6 +374,8 @@ class GatedSparseLinear(nn.Module):
         weight, values, alpha = self._trio()
         settings, way = self._settings(x), self._way
         if way is None or way.settings != settings or not way.made_from.is_of(weight, values, alpha):
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                self._refuse_preparing()
             self._way = None  # or it would keep the matrix before the next one
             way = self._way = self._find_way(x, settings)
         if x.is_cuda and self.training and torch.cuda.is_current_stream_capturing():
@@ -626,13 +632,19 @@ class GatedSparseLinear(nn.Module):
             logger.info("%s x %s layer: %s from here on", self.out_features, self.in_features, how)
         self._was_exact = exact
 
+    def _refuse_preparing(self) -> None:
+        """What a capture runs is recorded and not done, so a weight that is composed in it would hold W0 after all."""
+        if self.training and self.numerics == "auto":
+            raise RuntimeError(NO_CAPTURE)
+        raise RuntimeError(
+            "CUDA graph: expected a pass of the model, in the same mode and after the last change of its parameters, "
+            "before the capture, as a layer prepares its matrix in the first pass"
+        )
+
     def _refuse_capture(self, way: _Way) -> None:
         """A captured graph replays products; what is decided and written once a step would not be part of it."""
         if self.enabled and (way.operand is not None or self.numerics == "auto"):
-            raise RuntimeError(
-                "CUDA graph: a layer in training cannot be captured, as its matrix is made outside the graph and a "
-                "replay would use an old one; capture in evaluation mode, or train without a graph"
-            )
+            raise RuntimeError(NO_CAPTURE)
 
     def _trio(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weight, values and gate, in an nn.DataParallel replica, too, which has no parameters."""
