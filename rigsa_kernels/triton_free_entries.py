@@ -35,6 +35,31 @@ GATHER, SCATTER, COMPOSE = 0, 1, 2
 
 
 @triton.jit
+def _move(table_ptr, row, at, position, alpha, free, MATRIX: tl.constexpr, PACKED: tl.constexpr, VALUE: tl.constexpr,
+          TASK: tl.constexpr):  # fmt: skip
+    """Do TASK between the entries `at` of a matrix and the places `position` of its packed vector, where `free`."""
+    packed_ptr = pointers(table_ptr, row, 1, position, PACKED)
+    matrix_ptr = pointers(table_ptr, row, 0, at, MATRIX)
+    if TASK == 0:
+        tl.store(packed_ptr, tl.load(matrix_ptr, mask=free, other=0.0), mask=free)
+    else:
+        entry = tl.load(packed_ptr, mask=free, other=0.0)
+        if TASK == 2:
+            value = tl.load(pointers(table_ptr, row, 2, position, VALUE), mask=free, other=0.0).to(tl.float32)
+            entry = entry.to(tl.float32) + alpha * value
+        tl.store(matrix_ptr, entry.to(MATRIX), mask=free)
+
+
+@triton.jit
+def _gate(table_ptr, row, ALPHA: tl.constexpr, TASK: tl.constexpr):
+    """alpha, float32; 0 for a TASK that takes none."""
+    if TASK == 2:
+        return tl.load(pointers(table_ptr, row, 3, 0, ALPHA)).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
 def free_entries_kernel(table_ptr, owners_ptr, MATRIX: tl.constexpr, PACKED: tl.constexpr, VALUE: tl.constexpr,
                         ALPHA: tl.constexpr, TASK: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
     """TASK: 0 reads the free entries into the packed vector, 1 writes it to them, 2 writes packed + alpha * values.
@@ -48,22 +73,13 @@ def free_entries_kernel(table_ptr, owners_ptr, MATRIX: tl.constexpr, PACKED: tl.
     words_ptr = pointers(table_ptr, row, 4, 0, tl.int32)
     word_offsets_ptr = pointers(table_ptr, row, 5, 0, tl.int16)
     num_words = (K + 31) // 32
-    if TASK == 2:
-        alpha = tl.load(pointers(table_ptr, row, 3, 0, ALPHA)).to(tl.float32)
+    alpha = _gate(table_ptr, row, ALPHA, TASK)
     for word in range(0, num_words, WORDS):
         q = word + tl.arange(0, WORDS)[None, :, None]
         ok = (n < N) & (q < num_words)
         free, position = free_entries(*load_words(words_ptr, word_offsets_ptr, row_base, q * N + n, ok))
-        packed_ptr = pointers(table_ptr, row, 1, position, PACKED)
-        matrix_ptr = pointers(table_ptr, row, 0, n * K + q * 32 + tl.arange(0, 32)[None, None, :], MATRIX)
-        if TASK == 0:
-            tl.store(packed_ptr, tl.load(matrix_ptr, mask=free, other=0.0), mask=free)
-        else:
-            entry = tl.load(packed_ptr, mask=free, other=0.0)
-            if TASK == 2:
-                value = tl.load(pointers(table_ptr, row, 2, position, VALUE), mask=free, other=0.0).to(tl.float32)
-                entry = entry.to(tl.float32) + alpha * value
-            tl.store(matrix_ptr, entry.to(MATRIX), mask=free)
+        at = n * K + q * 32 + tl.arange(0, 32)[None, None, :]
+        _move(table_ptr, row, at, position, alpha, free, MATRIX, PACKED, VALUE, TASK)
 
 
 @triton.jit
@@ -83,24 +99,15 @@ def tile_entries_kernel(table_ptr, owners_ptr, MATRIX: tl.constexpr, PACKED: tl.
     columns = (K + TILE_K - 1) // TILE_K
     top, left = tile // columns * TILE_N, tile % columns * TILE_K
     height, breadth = min(TILE_N, N - top), min(TILE_K, K - left)
-    if TASK == 2:
-        alpha = tl.load(pointers(table_ptr, row, 3, 0, ALPHA)).to(tl.float32)
+    alpha = _gate(table_ptr, row, ALPHA, TASK)
     for down in range(0, height, ROWS):
         n = down + tl.arange(0, ROWS)[:, None]
         for right in range(0, breadth, LINE):
             k = right + tl.arange(0, LINE)[None, :]
             free = (n < height) & (k < breadth)
             position = first + n * width + k
-            packed_ptr = pointers(table_ptr, row, 1, position, PACKED)
-            matrix_ptr = pointers(table_ptr, row, 0, (top + n) * K + left + k, MATRIX)
-            if TASK == 0:
-                tl.store(packed_ptr, tl.load(matrix_ptr, mask=free, other=0.0), mask=free)
-            else:
-                entry = tl.load(packed_ptr, mask=free, other=0.0)
-                if TASK == 2:
-                    value = tl.load(pointers(table_ptr, row, 2, position, VALUE), mask=free, other=0.0).to(tl.float32)
-                    entry = entry.to(tl.float32) + alpha * value
-                tl.store(matrix_ptr, entry.to(MATRIX), mask=free)
+            at = (top + n) * K + left + k
+            _move(table_ptr, row, at, position, alpha, free, MATRIX, PACKED, VALUE, TASK)
 
 
 def gather_free_(packed: list[Tensor], matrices: list[Tensor], patterns: list[Tensor]) -> None:
