@@ -89,9 +89,16 @@ def _decode(size: str, numerator: str) -> GpuTarget:
     return GpuTarget("decode", numerator, BASE, 1.03, False, words, "ms_per_token", (("size", size),))
 
 
+def _tiles(tile: str | int) -> GpuTarget:
+    words = f"Gradient at the free entries, 3.46 % in {tile if isinstance(tile, str) else f'tiles of {tile}'}"
+    where = (("what", "gradient"),)
+    return GpuTarget("kernels", f"{OURS}, {tile}", LIBRARY, 1.0, False, words, "us", where, TICKET)
+
+
 SIZES = ("135M", "1.7B")
 GPU_TARGETS = (
     *(_product(what, bound) for what, bound in (("y", 1.05), ("dx", 1.05), ("gradient", 1.2))),
+    *(_tiles(tile) for tile in ("rows", "columns", 64)),
     *(_step(size, TICKET_NAME, FULL, 0.9) for size in SIZES),
     *(_step(size, TICKET_NAME, FROZEN, 1.1, "peak_gib") for size in SIZES),
     *(_decode(size, name) for size in SIZES for name in (TICKET_NAME, MERGED)),

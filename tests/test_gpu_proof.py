@@ -10,14 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu_proof import bits, correct, promises
+from benchmarks.gpu_proof import bits, correct, peft_models, promises, training
 from benchmarks.gpu_proof.__main__ import parse
 from benchmarks.gpu_proof.behaviour import Loop, accumulation, checkpointing, compare
 from benchmarks.gpu_proof.cases import KernelCase, LayerCase
@@ -236,6 +237,15 @@ class TestTheChecksCanFail:
         other.step()
         assert not compare(plain, other)["ok"]
 
+    def test_a_peft_model_that_is_not_left_as_it_was(self, tmp_path):
+        setting = in_an_hour(tmp_path)
+        ids, found = peft_models._ids(setting), []
+        for change, check in product((0, 1), (peft_models.switched_off, peft_models.unloaded)):
+            model = peft_models._adapted(setting, torch.float32, 0.25)
+            model.base_model.model.lm_head.weight.data[0] += change
+            found.append(check(model, ids)["ok"])
+        assert found == [True, True, False, False]
+
     @pytest.mark.parametrize("check", [accumulation, checkpointing])
     def test_a_backward_that_differs(self, tmp_path, check):
         plain, other = (Loop(in_an_hour(tmp_path), 0.1, "composed") for _ in range(2))
@@ -354,3 +364,29 @@ class TestCommandLine:
         checking = set(promises.CHECKED) | {"planned"}
         for stage in PARTS[part]:
             assert len(stage) == 1 or {section.name for section in stage} <= checking
+
+
+class TestRunsOfTheCommandLine:
+    @pytest.fixture
+    def folders(self, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """Where the runs were that a section has started; they end at once."""
+        found: list[Path] = []
+
+        def start(command: list[str], **options: object) -> subprocess.Popen:
+            found.append(Path(command[command.index("--out") + 1]))
+            return honest([sys.executable, "-c", ""], **options)
+
+        honest = subprocess.Popen
+        monkeypatch.setattr(training.subprocess, "Popen", start)
+        monkeypatch.setitem(training.KINDS, "mnist", lambda setting, scratch: [])
+        monkeypatch.setitem(training.KINDS, "quickstart", lambda setting, scratch: [])
+        return found
+
+    def test_mnist_goes_on_where_it_is_kept_and_nothing_else_is(self, folders, tmp_path):
+        kept = replace(in_an_hour(tmp_path), runs=str(tmp_path / "runs"))
+        for setting, kind in product((in_an_hour(tmp_path), kept), ("quickstart", "mnist")):
+            for _ in range(2):
+                training.run(setting, Journal(tmp_path, kind), kind)
+        assert folders[-1] == folders[-2] == tmp_path / "runs" / "mnist"
+        assert len(set(folders)) == len(folders) - 1
+        assert not any(folder.exists() for folder in folders[:6])

@@ -24,7 +24,11 @@ TOKENS = 64
 CLOSE = 0.02
 """Relative difference of gradients that may come from other roundings of 16-bit products."""
 TICKET_SHARE = 0.1
-NUMERICS = {"torch.compile": ("composed",), "autocast": ("composed", "exact")}
+NUMERICS = {
+    "torch.compile": ("composed",),
+    "torch.compile with CUDA graphs": ("composed",),
+    "autocast": ("composed", "exact"),
+}
 """Those that are asked for, where it is not all three: a compilation takes long."""
 
 
@@ -159,6 +163,26 @@ def compiled(plain: Loop, other: Loop) -> dict[str, object]:
     return compare_gradients(plain, other, other.backward)
 
 
+def compiled_with_graphs(plain: Loop, other: Loop) -> dict[str, object]:
+    """The mode ``reduce-overhead`` captures what it has compiled, by itself."""
+    _needs_cuda(other)
+    other.forward = torch.compile(other.model, mode="reduce-overhead")
+    try:
+        return compare_gradients(plain, other, other.backward)
+    except RuntimeError as error:
+        return _refused(error)
+
+
+def graphed_callables(plain: Loop, other: Loop) -> dict[str, object]:
+    """PyTorch's helper that captures a model's passes: it replays right, or says that it cannot."""
+    _needs_cuda(other)
+    try:
+        other.forward = torch.cuda.make_graphed_callables(other.model, (other.x.detach().requires_grad_(),))
+    except RuntimeError as error:
+        return _refused(error)
+    return compare_gradients(plain, other, other.backward)
+
+
 def accumulation(plain: Loop, other: Loop) -> dict[str, object]:
     """Two halves of a batch, each with half of its weight, against the whole batch."""
 
@@ -249,6 +273,8 @@ CHECKS: dict[str, Check] = {
     "gradient accumulation": accumulation,
     "autocast": autocast,
     "torch.compile": compiled,
+    "torch.compile with CUDA graphs": compiled_with_graphs,
+    "graphed callables": graphed_callables,
     "CUDA graph of forward and backward": graph_of_passes,
     "CUDA graph of a step": graph_of_a_step,
 }

@@ -72,6 +72,7 @@ CHECKED = {
     "correct": "Every kernel and path within the error bound of float64, repeating to the bit, outputs all written",
     "bits": "Initial values, selection and AdamW have the bits of the CPU",
     "behaviour": "No wait for the device; streams, graphs, compile, checkpointing, accumulation, autocast right",
+    "peft": "PEFT's models train, switch off, save, load, merge and leave the base as it was",
     "sanitizer": "memcheck and racecheck find nothing",
     "gpu_tests": "The tests marked gpu pass",
 }

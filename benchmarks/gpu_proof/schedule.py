@@ -44,6 +44,7 @@ PARTS: dict[int, list[Stage]] = {
             _section("behaviour", 90),
             _section("sanitizer", 120),
             _section("gpu_tests", 120),
+            _section("peft", 90, "peft_models"),
             _section("planned", 90),
         ],
         [_section("host", 20)],

@@ -22,12 +22,14 @@ class Setting:
     dry: tiny sizes on a CPU, to prove that everything runs.
     deadline: of the section, on `time.monotonic`; its process is killed then.
     data: a folder with MNIST's IDX files; "" for none.
+    runs: a folder where the run of the section `mnist` is kept, so that the next command goes on with it; "" for none.
     """
 
     out: Path
     dry: bool
     deadline: float
     data: str = ""
+    runs: str = ""
 
     @property
     def device(self) -> torch.device:

@@ -24,14 +24,15 @@ SHORT = [
 
 
 def run(setting: Setting, journal: Journal, kind: str) -> None:
-    """`kind` is a key of `KINDS`. The run itself is not kept: its adapters are large."""
+    """`kind` is a key of `KINDS`. A run is not kept, as its adapters are large, but for mnist's where `runs` says so:
+    the command of a run goes on with what it finds."""
     with tempfile.TemporaryDirectory() as name:
         _train(setting, journal, kind, Path(name))
 
 
 def _train(setting: Setting, journal: Journal, kind: str, scratch: Path) -> None:
     options = KINDS[kind](setting, scratch)
-    folder = scratch / "run"
+    folder = Path(setting.runs).resolve() / kind if setting.runs and kind == "mnist" else scratch / "run"
     command = [sys.executable, "-m", "rigsa.run", "imp", "--out", str(folder), *options]
     journal.note(command=" ".join(command[1:]))
     finished, code = True, 0
