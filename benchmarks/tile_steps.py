@@ -5,6 +5,10 @@
 Processor time of one thread, which waits for nobody: contestants take turns, and of each the least time counts beside
 the least of full fine-tuning, with the median over the rounds of the ratio within a round. Memory is that of the same
 steps: what a forward pass saves for backward, and the peak.
+
+Two contestants say where the time of rows goes that the frozen model does not take: rows of which nothing is trained
+pass through our layers and no more, and rows without an update make their gradients as well. What is left is the
+update, and bringing W0 back and composing anew after it.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 
 from benchmarks.checks import Problem, make_problem
 from benchmarks.memory import extra_bytes, held_bytes, saved_bytes, tensors_of
@@ -32,6 +37,7 @@ from benchmarks.providers import (
     TILES_32,
     TRAINEES,
     Layer,
+    NoUpdate,
     Trainee,
     build_lora,
     build_ours,
@@ -45,6 +51,20 @@ CPU = torch.device("cpu")
 TILES_64 = "ours, 3.46 % in tiles of 64"
 CONTESTANTS = {name: TRAINEES[name] for name in (FULL, FROZEN, ROWS, LORA_16, TICKET_NAME, TILES_32, COLUMNS, SHIRA)}
 CONTESTANTS[TILES_64] = partial(tune_gated, density=TICKET, tile=64, numerics="composed")
+
+
+def rows_in_part(model: nn.Module, trains: bool) -> Trainee:
+    """Rows whose values get a gradient, or none, and which nobody updates."""
+    rows = CONTESTANTS[ROWS](model)
+    for parameter in rows.trained:
+        parameter.requires_grad_(trains)
+    if not trains:  # gradients pass through all layers, as they do in the frozen model
+        model.enable_input_require_grads()
+    return Trainee(model, NoUpdate([]), rows.deltas)
+
+
+CONTESTANTS["rows, nothing trained"] = partial(rows_in_part, trains=False)
+CONTESTANTS["rows, no update"] = partial(rows_in_part, trains=True)
 
 ADAPTED = {
     LORA_16: partial(build_lora, autocast_adapter_dtype=False),
@@ -64,7 +84,7 @@ class Contest:
     def step(self) -> None:
         self.forward().backward()
         self.trainee.optimizer.step()
-        self.trainee.optimizer.zero_grad()
+        self.trainee.model.zero_grad()
 
     def memory(self) -> tuple[int, int]:
         """Bytes that forward saves for backward, and the peak of a step."""

@@ -192,7 +192,7 @@ def test_planned_peak_of_texts_of_unequal_length(size, method, attention):
 
 
 @pytest.mark.parametrize(("method", "options"), [
-    ("sift", FLOAT32), ("sam", {"checkpointing": True}), ("rosa", {}), ("snip", {}), ("grasp", FLOAT32),
+    ("sift", FLOAT32), ("sam", {"checkpointing": True}), ("rosa", {}), ("snip", {}), ("spruft", {}), ("grasp", FLOAT32),
     ("grasp", {"checkpointing": True, "attention": "eager"}),
 ])  # fmt: skip
 def test_planned_peak_of_choosing_a_mask(method, options):
@@ -493,19 +493,24 @@ def test_a_plan_of_nonsense_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_nf4_base_trains_and_resumes(tmp_path):
-    """Half a byte a weight; what is trained is saved and loaded beside it."""
+@pytest.mark.parametrize(
+    ("trained", "level"), [(["imp", "--prunings", "0"], 0), (["random-mask", "--density", "0.2", "--tile", "5x4"], 1)]
+)
+def test_nf4_base_trains_and_resumes(trained, level, tmp_path):
+    """Half a byte a weight; what is trained, all entries or a ticket of tiles, is saved and loaded beside it."""
     pytest.importorskip("bitsandbytes")
     make_llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     command = [
-        "imp", "--model", str(tmp_path / "model"), "--preset", "smoke", "--device", "cpu", "--quantize", "nf4",
-        "--prunings", "0", "--test-images", "10", "--train-images", "20", "--max-steps", "2", "--out",
+        *trained, "--model", str(tmp_path / "model"), "--preset", "smoke", "--device", "cpu", "--quantize", "nf4",
+        "--test-images", "10", "--train-images", "20", "--max-steps", "2", "--out",
         str(tmp_path / "run"), "--numerics", "auto",
     ]  # fmt: skip
     assert main(command) == 0
-    (tmp_path / "run" / "level_0" / "done").unlink()
+    finished = (tmp_path / "run" / f"level_{level}" / "adapter.safetensors").read_bytes()
+    (tmp_path / "run" / f"level_{level}" / "done").unlink()
     assert main(command) == 0
+    assert (tmp_path / "run" / f"level_{level}" / "adapter.safetensors").read_bytes() == finished
 
 
 def test_nf4_refuses_a_layer_it_cannot_hold(small_model_folder, tmp_path, capsys):
