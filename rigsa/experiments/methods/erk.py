@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Erk(TicketMethod):
     """Trains a random mask: ``density`` of all entries or tiles, shared out over layers by `rigsa.masks.erk_counts`."""
 
-    def most_kept(self, config: Config, weights: int) -> int:
-        return weights
+    def shares_over_layers(self, config: Config) -> bool:
+        return True
 
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
         config, tile = experiment.config, experiment.config.tile or None

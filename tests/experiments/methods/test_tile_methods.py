@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_methods import DENSITY, command, config_of, experiment, gradients_of_plain_weights, last_level
 
+from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import base_fingerprint, load_masks, save_masks
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.masks import erk_counts
@@ -69,6 +70,8 @@ def test_erk_shares_out_tiles(small_model_folder, tmp_path):
     assert {name: len(pattern.tiles) for name, pattern in patterns.items()} == erk_counts(grids, 0.2)
     assert sum(len(pattern.tiles) for pattern in patterns.values()) == round(0.2 * sum(map(math.prod, grids.values())))
     assert record["kept"] == sum(pattern.nnz for pattern in patterns.values())
+    with pytest.raises(RigsaError, match="--tile: 64 prunes nothing, as no layer has more than 1 of such tiles"):
+        experiment("erk", small_model_folder, tmp_path, tile="64", density=0.99)
 
 
 def test_imp_prunes_tiles_to_tiles_and_a_control_matches_them(small_model_folder, tmp_path, capsys):
