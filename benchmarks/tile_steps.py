@@ -4,7 +4,8 @@
 
 Processor time of one thread, which waits for nobody: contestants take turns, and of each the least time counts beside
 the least of full fine-tuning, with the median over the rounds of the ratio within a round. Memory is that of the same
-steps: what a forward pass saves for backward, and the peak.
+steps: what a forward pass saves for backward, and the peak. A page fault is memory that a step asks of the system anew:
+what forward saves cannot be used again before backward.
 
 Two contestants say where the time of rows goes that the frozen model does not take: rows of which nothing is trained
 pass through our layers and no more, and rows without an update make their gradients as well. What is left is the
@@ -14,6 +15,7 @@ update, and bringing W0 back and composing anew after it.
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -110,6 +112,16 @@ def seconds(run: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
+def page_faults(run: Callable[[], None]) -> int:
+    """The median over three steps."""
+    counts = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return sorted(counts)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tile_steps", description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -126,13 +138,15 @@ def main() -> None:
         contests[name].step()  # makes the optimiser's state
     memory = {name: contest.memory() for name, contest in contests.items()}
     rounds = [{name: seconds(contest.step) for name, contest in contests.items()} for _ in range(options.rounds)]
+    faults = {name: page_faults(contest.step) for name, contest in contests.items()}
     least = {name: min(times[name] for times in rounds) for name in contests}
-    print("| provider | least | / full | / full, median | / frozen | saved for backward | peak |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print("| provider | least | / full | / full, median | / frozen | saved for backward | peak | page faults |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name in contests:
         ratio = statistics.median(times[name] / times[FULL] for times in rounds)
         cells = [f"{least[name]:.3f} s", f"{least[name] / least[FULL]:.2f}", f"{ratio:.2f}"]
         cells += [f"{least[name] / least[FROZEN]:.2f}", *(f"{size / 2**20:.0f} MiB" for size in memory[name])]
+        cells.append(f"{faults[name]:,}")
         print(f"| {name} | {' | '.join(cells)} |")
     saved = {name: saved_by_layers(build, getattr(torch, options.dtype)) for name, build in ADAPTED.items()}
     print(", ".join(f"{name}: {size / 2**20:.2f} MiB" for name, size in saved.items()), "saved by a block's layers")
