@@ -1,11 +1,15 @@
 """Ways to train all weights of the linear layers on one device beside level 0: peak, time and loss of the same steps.
 
-    python -m benchmarks.all_weights --blocks 1 --steps 24
+    python -m benchmarks.all_weights --blocks 1 --steps 16
 
 Everybody trains the same layers of the same bfloat16 model, SmolLM2-135M with few blocks and random weights, on the
 same prompts, which are learned by heart. A contestant is run once with each learning rate, and its best last loss
 counts. Memory is that of making the optimiser and of two steps: the model with what is trained, gradients, moments and
 activations, each storage once. Time is processor time of one thread, of whole steps and of the optimiser's part.
+
+*Arrives* says what rounding leaves of small updates: under a gradient that never changes, every weight should move by
+the learning rate in each step, 1e-6, which is a hundredth of what two neighbouring bfloat16 numbers of a weight's size
+differ by. An optimiser that rounds to the nearest moves nothing (0 %), one that rounds stochastically all (100 %).
 
 What is not installed is named in the table: ``pip install --no-deps torchao galore_torch apollo_torch``.
 """
@@ -35,6 +39,9 @@ from rigsa_kernels import MaskedAdamW, replace_linears
 
 CPU = torch.device("cpu")
 RATES = (3e-4, 1e-3)
+LOW_RANK_RATES = (3e-3, 1e-2)
+"""A subspace takes a part of the gradient, so these are higher, as they are in the papers."""
+SMALL_RATE, SMALL_STEPS = 1e-6, 30
 LOW_RANK = {"galore": "rank=64, update_proj_gap=50, scale=0.25", "apollo": "rank=64, update_proj_gap=50, scale=1.0"}
 """What transformers hands to GaLore and APOLLO. A subspace is kept for fewer steps than usual, as there are few."""
 
@@ -84,6 +91,8 @@ def of_transformers(model: nn.Module, rate: float, *, name: str) -> torch.optim.
     """GaLore or APOLLO, as a Trainer makes it."""
     family = name.partition("_")[0]
     _need(f"{family}_torch")
+    if "8bit" in name and not torch.cuda.is_available():
+        raise UnavailableError("its step waits for a GPU, and there is none")
     from transformers import Trainer, TrainingArguments
 
     weights_of(model)
@@ -123,12 +132,13 @@ CONTESTANTS: dict[str, Build] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Bytes, seconds a step, seconds of its optimiser, the last loss at each rate."""
+    """Bytes, seconds a step, seconds of its optimiser, the last loss at each rate, the share of small updates made."""
 
     peak: int
     step: float
     update: float
     losses: dict[float, float]
+    arrives: float | None
 
 
 def batches_of(batch: Batch, number: int) -> list[Tensor]:
@@ -180,12 +190,30 @@ def peak_bytes(build: Build, base: nn.Module, ids: Tensor) -> int:
     return extra + held_bytes(t for t in tensors_of(model) if t.untyped_storage()._cdata in there)
 
 
-def race(build: Build, base: nn.Module, batches: list[Tensor], steps: int) -> Outcome:
+def arriving(build: Build, base: nn.Module) -> float:
+    """The mean move of the weights against a constant gradient, as a share of what the learning rate asks for."""
+    torch.manual_seed(0)
+    model = share(base)
+    optimizer = build(model, SMALL_RATE)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    signs = [torch.randint(2, parameter.shape).mul_(2).sub_(1).to(parameter.dtype) for parameter in trained]
+    before = [parameter.detach().clone() for parameter in trained]
+    for _ in range(SMALL_STEPS):
+        for parameter, sign in zip(trained, signs, strict=True):
+            parameter.grad = sign * 1e-3
+        optimizer.step()
+    moved = [-((p.detach().double() - old) * sign).sum() for p, old, sign in zip(trained, before, signs, strict=True)]
+    asked = SMALL_RATE * SMALL_STEPS * sum(parameter.numel() for parameter in trained)
+    return float(sum(moved)) / asked
+
+
+def race(build: Build, base: nn.Module, batches: list[Tensor], steps: int, low_rank: bool) -> Outcome:
     train(build, base, batches, RATES[0], 2)  # compiles where anything is compiled
     peak = peak_bytes(build, base, batches[0])
-    found = {rate: train(build, base, batches, rate, steps) for rate in RATES}
+    found = {rate: train(build, base, batches, rate, steps) for rate in (LOW_RANK_RATES if low_rank else RATES)}
     step, update = (min(times[at] for times in found.values()) for at in (1, 2))
-    return Outcome(peak, step, update, {rate: times[0] for rate, times in found.items()})
+    losses = {rate: times[0] for rate, times in found.items()}
+    return Outcome(peak, step, update, losses, None if low_rank else arriving(build, base))
 
 
 def row(name: str, outcome: Outcome, weights: int, bare: int) -> str:
@@ -196,13 +224,14 @@ def row(name: str, outcome: Outcome, weights: int, bare: int) -> str:
         f"{outcome.step * 1e3:.0f} ms",
     ]
     cells += [f"{outcome.update * 1e3:.0f} ms", f"{outcome.losses[best]:.2f}", f"{best:g}"]
+    cells.append("" if outcome.arrives is None else f"{outcome.arrives:.0%}")
     return f"| {name} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all_weights", description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=1, help="of SmolLM2-135M; default: 1 of its 30")
-    parser.add_argument("--steps", type=int, default=24, help="with each learning rate; default: 24")
+    parser.add_argument("--steps", type=int, default=16, help="with each learning rate; default: 16")
     parser.add_argument("--prompts", type=int, default=8, help="a step; default: 8, of 32 tokens")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -211,13 +240,14 @@ def main() -> None:
     weights = sum(linear.weight.numel() for linear in model_linears(base).values())
     bare = held_bytes(tensors_of(base)) - 2 * weights
     print(f"{weights:,} weights of linear layers, {batch.prompts} prompts of {batch.tokens} tokens, bfloat16")
-    print("| | peak | bytes a weight | step | its update | best last loss | at learning rate |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print("| | peak | bytes a weight | step | its update | best last loss | at learning rate | arrives |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, build in CONTESTANTS.items():
         try:
-            print(row(name, race(build, base, batches, options.steps), weights, bare), flush=True)
+            low_rank = "rank" in name  # a gradient of signs has no low rank, so its updates are not the rate's
+            print(row(name, race(build, base, batches, options.steps, low_rank), weights, bare), flush=True)
         except UnavailableError as error:
-            print(f"| {name} | {error} | | | | | |")
+            print(f"| {name} | {error} | | | | | | |")
             print(f"{name}: {error}", file=sys.stderr)
 
 

@@ -535,6 +535,8 @@ def test_all_weights_are_learned_and_their_bytes_counted(name, tiny_base):
     bare = held_bytes(tensors_of(tiny_base)) - 2 * weights
     least = 2 + 2 + (2 if "8-bit" in name else 4)
     assert (all_weights.peak_bytes(build, tiny_base, batches[0]) - bare) / weights > least
+    arrives = all_weights.arriving(build, tiny_base)
+    assert arrives == pytest.approx(0.0 if "torch" in name else 1.0, abs=0.1)
 
 
 def test_what_is_not_installed_is_named_and_left_out(tiny_base, monkeypatch):

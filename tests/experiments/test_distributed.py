@@ -82,8 +82,7 @@ def run_alone(asked: list[str], out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def worked(small_model_folder: Path, folder: Path) -> tuple[Path, str]:
-    """What `work` left, and what it said while its last run failed. It goes on with a run that is killed here."""
-    kill_in_level_1(small_model_folder, folder / "killed-tiles", *TILES)
+    """What `work` left, and what it said while its last run failed."""
     process = launch(TORCHRUN, __file__, str(small_model_folder), str(folder))
     _, error = process.communicate(timeout=240)
     assert process.returncode == 1, error
@@ -93,12 +92,9 @@ def worked(small_model_folder: Path, folder: Path) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def killed(small_model_folder: Path, folder: Path) -> Path:
-    return kill_in_level_1(small_model_folder, folder / "killed")
-
-
-def kill_in_level_1(model: Path, out: Path, *more: str) -> Path:
-    """All processes of a run, killed in the middle of level 1."""
-    process = launch(TORCHRUN, "-m", "rigsa.run", *imp(model, out, *more))
+    """All processes of a run, killed in the middle of level 1, which trains tiles."""
+    out = folder / "killed"
+    process = launch(TORCHRUN, "-m", "rigsa.run", *imp(small_model_folder, out, *TILES))
     deadline = time.monotonic() + 120
     while not list(out.glob("level_1/checkpoints/*/done")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
@@ -132,25 +128,24 @@ def metrics(run: Path, level: int) -> dict:  # type: ignore[type-arg]
 
 def test_another_number_of_processes_does_not_go_on(killed, small_model_folder, tmp_path, capsys):
     copied = shutil.copytree(killed, tmp_path / "copy")
-    assert main(imp(small_model_folder, copied)) == 1
+    assert main(imp(small_model_folder, copied, *TILES)) == 1
     assert "was made by 2 processes; expected as many to go on, got 1" in capsys.readouterr().err
 
 
-def test_killed_and_run_again_gives_the_bits_of_one_process(killed, alone, small_model_folder):
+def test_killed_and_run_again_gives_the_bits_of_one_process(killed, alone_in_tiles, small_model_folder):
     """Started by torchrun, gone on with by accelerate; one micro-batch a process, so nothing is summed differently."""
-    process = launch(ACCELERATE, "-m", "rigsa.run", *imp(small_model_folder, killed))
+    process = launch(ACCELERATE, "-m", "rigsa.run", *imp(small_model_folder, killed, *TILES))
     out, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
-    assert contents(killed) == contents(alone)
-    assert out.count("| imp |") == LEVELS + 1, "printed by one process"
+    assert contents(killed) == contents(alone_in_tiles)
+    assert out.count("| imp |") == 3, "printed by one process: the base and two levels"
     assert not list(killed.rglob("checkpoints"))
-
-
-def test_tickets_of_tiles_survive_a_kill_and_give_the_bits_of_one_process(worked, alone_in_tiles):
-    """Under DDP, each time."""
-    assert contents(worked[0] / "killed-tiles") == contents(alone_in_tiles)
-    with safe_open(alone_in_tiles / "level_1" / "mask.safetensors", "pt") as file:
+    with safe_open(killed / "level_1" / "mask.safetensors", "pt") as file:
         assert set(json.loads(file.metadata()["rigsa"])["tiles"].values()) == {"5x4"}
+
+
+def test_tickets_of_entries_have_the_bits_of_one_process(worked, alone):
+    assert contents(worked[0] / "entries") == contents(alone)
 
 
 def test_accumulated_gradients_give_the_same_losses_to_rounding(worked, alone):
@@ -282,7 +277,7 @@ def work(model: Path, folder: Path) -> int:
     accumulated(model, folder, rank)
     sharded(model, folder, rank)
     sharded(model, folder, rank, "sharded-tiles", TILES)
-    assert main(imp(model, folder / "killed-tiles", *TILES)) == 0
+    assert main(imp(model, folder / "entries")) == 0
     return diverging(model, folder, rank)
 
 
