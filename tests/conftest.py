@@ -86,7 +86,7 @@ def talking_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokenizer().save_pretrained(folder / "model")
     assert main([
         "imp", "--preset", "smoke", "--model", str(folder / "model"), "--dtype", "float32", "--device", "cpu",
-        "--test-images", "20", "--train-images", "40", "--alpha-learning-rate", "0.5", "--no-drift",
+        "--test-examples", "20", "--train-examples", "40", "--alpha-learning-rate", "0.5", "--no-drift",
         "--out", str(folder / "run"),
     ]) == 0  # fmt: skip
     return folder / "run"

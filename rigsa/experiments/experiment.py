@@ -71,8 +71,8 @@ def _check_numbers(config: Config, num_training: int) -> None:
     steps = steps_per_level(config, num_training)
     if config.rewind_step >= steps:
         raise RigsaError(f"--rewind-step: expected less than the {steps} steps of a level, got {config.rewind_step}")
-    if config.method.reads("mask_images") and config.mask_images > num_training:
-        raise RigsaError(f"--mask-images: there are only {num_training} training examples, got {config.mask_images}")
+    if config.method.reads("mask_examples") and config.mask_examples > num_training:
+        raise RigsaError(f"--mask-examples: there are only {num_training} training examples, got {config.mask_examples}")
     if config.logging_steps > steps - config.rewind_step:
         raise RigsaError(
             f"--logging-steps: expected at most the {steps - config.rewind_step} steps of a level, so that its log "

@@ -25,7 +25,7 @@ from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
 from rigsa.experiments.config import Base, Config
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
-from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
+from rigsa.experiments.methods.gradient_masks import examples_at_a_time, score_entries
 from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import target_logits, training_loss
@@ -147,7 +147,7 @@ class SimulatedModel:
         """One gradient of as many examples as the score takes at a time, and the scores of entries from it."""
         with self._fake:
             memory = self._hold(None)
-            number = images_at_a_time(score, self.config)
+            number = examples_at_a_time(score, self.config)
             batch = _batch(size, number)
             with memory, _told_to_transformers(batch):
                 score_entries(self.model, score, [batch], number)

@@ -287,7 +287,7 @@ class TextualMnist(Task):
     """Images of digits as a task.
 
     Args:
-        config: `data` names the source; `train_images` and `test_images` are the most that are used of a split.
+        config: `data` names the source; `train_examples` and `test_examples` are the most that are used of a split.
 
     Raises:
         RigsaError: as `load_splits`, or there are not enough images for the examples of a test prompt.
@@ -299,7 +299,7 @@ class TextualMnist(Task):
         splits = load_splits(config.data)
         self.config = config
         self.splits = Splits(
-            splits.train.first(config.train_images), splits.validation, splits.test.first(config.test_images)
+            splits.train.first(config.train_examples), splits.validation, splits.test.first(config.test_examples)
         )
         if max(config.shots) > len(self.splits.train):
             raise RigsaError(

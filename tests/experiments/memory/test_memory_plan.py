@@ -36,7 +36,7 @@ from rigsa.experiments.memory.plan import (
     usable,
 )
 from rigsa.experiments.memory.simulate import SimulatedModel
-from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
+from rigsa.experiments.methods.gradient_masks import examples_at_a_time, score_entries
 from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_linears, spare_the_head
@@ -199,7 +199,7 @@ def test_planned_peak_of_choosing_a_mask(method, options):
     pytest.importorskip("peft")
     config = dataclasses.replace(paper(method), micro_batch_size=4, numerics="composed", **options)
     score = METHODS[method].score
-    images = images_at_a_time(score, config)
+    images = examples_at_a_time(score, config)
 
     def choose() -> None:
         model = small_model(config)
@@ -442,7 +442,7 @@ def test_a_plan_that_cannot_fit_is_refused_with_one_that_would():
 def run_options(small_model_folder) -> list[str]:  # type: ignore[no-untyped-def]
     return [
         "--model", str(small_model_folder), "--preset", "smoke", "--dtype", "float32", "--device", "cpu",
-        "--prunings", "1", "--test-images", "20", "--train-images", "40", "--values-dtype", "bfloat16",
+        "--prunings", "1", "--test-examples", "20", "--train-examples", "40", "--values-dtype", "bfloat16",
         "--state-dtype", "int8", "--max-grad-norm", "0", "--micro-batch-size", "4", "--alpha-learning-rate", "0.1",
     ]  # fmt: skip
 
@@ -500,7 +500,7 @@ def test_nf4_base_trains_and_resumes(tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "model")
     command = [
         "imp", "--model", str(tmp_path / "model"), "--preset", "smoke", "--device", "cpu", "--quantize", "nf4",
-        "--prunings", "0", "--test-images", "10", "--train-images", "20", "--max-steps", "2", "--out",
+        "--prunings", "0", "--test-examples", "10", "--train-examples", "20", "--max-steps", "2", "--out",
         str(tmp_path / "run"), "--numerics", "auto",
     ]  # fmt: skip
     assert main(command) == 0
