@@ -276,12 +276,21 @@ class Training:
         "of the optimiser's two moments; paper: not stated, and float32 would not fit its 24 GB",
         choices=get_args(StateDtype),
     )
+    keep_trainable: str = _field(
+        "",
+        "parameters and modules of the model that are trained as they are, beside the adapter and without decay: "
+        "comma-separated patterns such as model.norm or *layernorm",
+        Rule("patterns separated by commas", lambda text: not text or all(text.split(","))),
+    )
     loss: str = _field(
         "answer",
         "mean over what is to be answered (in texts: the assistant's turns), or over all tokens; paper: not stated",
         choices=("answer", "all"),
     )
     group_by_length: bool = _field(False, "draw texts of like length into one batch, so that less is filled up")
+    packing: bool = _field(
+        False, "put several texts of a micro-batch into one row where they fit; none of them sees another"
+    )
     epochs: int = _field(1, "passes over the training examples in each level", COUNT)
     max_steps: int = _field(0, "at most this many steps a level; 0: as many as the epochs have", COUNT_OR_0)
     batch_size: int = _field(16, "prompts per optimiser step", COUNT)
@@ -304,6 +313,11 @@ class Training:
     train_examples: int = _field(0, "use only the first N training examples; 0: all", COUNT_OR_0)
     logging_steps: int = _field(10, "steps between two lines of the training log", COUNT)
     checkpoint_steps: int = _field(100, "steps between two points to resume from; a multiple of logging_steps", COUNT)
+
+    @property
+    def kept(self) -> list[str]:
+        """The patterns of `keep_trainable`."""
+        return [pattern for pattern in self.keep_trainable.split(",") if pattern]
 
     @property
     def accumulation_steps(self) -> int:

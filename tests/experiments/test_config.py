@@ -48,7 +48,7 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "match": "", "match_level": 0, "init_seed": -1, "density": 0.0, "gradient_share": 0.3, "l0_penalty": 1.25e-7,
         "mask_examples": 64, "tile": "", "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
-        "loss": "answer", "group_by_length": False,
+        "keep_trainable": "", "loss": "answer", "group_by_length": False, "packing": False,
         "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
         "checkpointing": False, "step_in_backward": False,
         "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,

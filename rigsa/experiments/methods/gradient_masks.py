@@ -1,7 +1,7 @@
 """Masks from gradients before training: SIFT, FISH masks, SAM, RoSA, SNIP and GraSP.
 
-`rigsa.scores` has the scores. Here a batch is what `mask_batches` draws: one example where a score is made for examples,
-else a micro-batch, as training makes them.
+`rigsa.scores` has the scores. Here a batch is what `mask_batches` draws: one example where a score is made for
+examples, else a micro-batch, as training makes them.
 """
 
 from __future__ import annotations

@@ -145,6 +145,7 @@ class TextTask(Task):
             max(samples.lengths),
             max(len(sample["targets"]) for sample in samples.samples),
             padded=len(set(samples.lengths)) > 1,
+            packed=self.config.packing,
         )
 
     def size(self) -> Size:
