@@ -454,7 +454,7 @@ def planned_size(config: Config, tokens: int | None) -> Size:
         task.meet(load_tokenizer(config), longest_of(model_shape(config.model)))
         return task.size()
     known = tokens or TOKENS.get(config.data, MNIST_TOKENS)
-    return Size(known, 1 if config.loss == "answer" and not config.is_text else known)
+    return Size(known, 1 if config.loss == "answer" and not config.is_text else known, packed=config.packing)
 
 
 def run_compare(options: argparse.Namespace) -> None:

@@ -59,7 +59,7 @@ def smoke(method: str = "imp", device: str = "auto") -> Config:
         batch_size=4,
         micro_batch_size=2,
         warmup_steps=1,
-        test_images=16,
+        test_examples=16,
         drift_prompts=4,
         logging_steps=1,
         checkpoint_steps=2,
