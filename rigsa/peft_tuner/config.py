@@ -6,12 +6,10 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from peft.config import PeftConfig
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
 
 from rigsa.base import SAMPLES, Fingerprint
@@ -91,21 +89,6 @@ class RigsaConfig(PeftConfig):
             raise ValueError(f"numerics: expected one of {', '.join(get_args(Numerics))}, got {self.numerics!r}")
         for layer, found in (self.layers or {}).items():
             saved_layer(layer, found)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As in PEFT, which asks for it before it loads an adapter.
-
-        Raises:
-            ValueError: the folder has its tensors in a pickle alone, which PEFT would read.
-        """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            raise ValueError(
-                f"{folder / WEIGHTS_NAME}: expected {SAFETENSORS_WEIGHTS_NAME}, got a pickle; pickles are never read, "
-                "so save the adapter as PEFT does by default, with safe_serialization=True"
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype | None:

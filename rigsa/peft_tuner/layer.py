@@ -401,6 +401,11 @@ class ParamWrapper(RigsaLayer):
             )
 
     @property
+    def target(self) -> str:
+        """The parameter's name in the base model."""
+        return f"{self.name}.weight" if self.parameter_name == "weight" else self.name
+
+    @property
     def owner(self) -> nn.Module:
         """The module that has the parameter."""
         return self.get_base_layer()
@@ -413,8 +418,7 @@ class ParamWrapper(RigsaLayer):
     def _make(self, **options: Any) -> AdapterLinear:
         fan_ins = {weight.name: weight.fan_in for weight in own_matrices(self.owner)}
         adapter = AdapterWeight(self.owner, self.parameter_name, fan_in=fan_ins.get(self.parameter_name), **options)
-        owner_name = self.name if self.parameter_name == "weight" else self.name.rpartition(".")[0]
-        adapter.name_in_base = f"{owner_name}.{PREFIX}{self.parameter_name}"
+        adapter.name_in_base = f"{self.target.rpartition('.')[0]}.{PREFIX}{self.parameter_name}"
         return adapter
 
     def _frozen_matrix(self) -> Tensor:

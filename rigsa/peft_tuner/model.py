@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import torch.nn as nn
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor
 
 from rigsa.adapters import Rule
@@ -23,6 +23,7 @@ from rigsa.errors import RigsaError
 from rigsa.peft_format import PREFIX
 from rigsa.peft_tuner.config import saved_layer
 from rigsa.peft_tuner.layer import BASE, Conv1DLinear, ParamWrapper, RigsaLayer, RigsaLinear
+from rigsa.peft_tuner.targets import check_names
 from rigsa_kernels.in_place import Peers
 from rigsa_kernels.selection import read_by_the_parent
 
@@ -51,13 +52,13 @@ class RigsaModel(BaseTuner):
         self.__dict__["_read"] = read_by_the_parent(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT, but a layer that cannot be adapted leaves the model as it was."""
+        """As in PEFT, but a name that fits nothing is an error, and any error leaves the model as it was."""
         config: Any = self.peft_config[adapter_name]
         self._check_adapter_name(model, adapter_name)
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._check_layers(config, adapter_name)
+            self._check_layers(self.peft_config[adapter_name], adapter_name)
         except BaseException:
             self._take_out(adapter_name)
             for parameter, flag in flags:
@@ -76,8 +77,12 @@ class RigsaModel(BaseTuner):
                 )
 
     def _check_layers(self, config: Any, adapter_name: str) -> None:
-        """Raises ValueError where layers of a saved adapter are missing; warns where the base is another."""
+        """Raises ValueError where names or layers of a saved adapter are missing; warns where the base is another."""
         here = {layer.name: layer for layer in self._layers() if adapter_name in layer.rigsa_adapter}
+        if config.layers is None:
+            parameters = [layer.target for layer in here.values() if isinstance(layer, ParamWrapper)]
+            check_names(config, self.model, parameters, here)
+            return
         saved = {name: saved_layer(name, found) for name, found in (config.layers or {}).items()}
         missing = [name for name in saved if name not in here]
         if missing:
@@ -91,12 +96,16 @@ class RigsaModel(BaseTuner):
 
     def _take_out(self, adapter_name: str) -> None:
         for name, layer in reversed(list(self.model.named_modules())):  # inner wrappers first
+            parent, _, child = name.rpartition(".")
             if isinstance(layer, RigsaLayer):
                 if adapter_name in layer.rigsa_adapter:
                     layer.delete_adapter(adapter_name)
                 if not layer.rigsa_adapter:
-                    parent, _, child = name.rpartition(".")
                     setattr(self.model.get_submodule(parent), child, layer.base_layer)
+            elif isinstance(layer, ModulesToSaveWrapper):
+                layer.delete_adapter(adapter_name, [one for one in layer.active_adapters if one != adapter_name])
+                if not layer.modules_to_save:
+                    setattr(self.model.get_submodule(parent), child, layer.original_module)
 
     def _create_and_replace(
         self,
@@ -216,9 +225,10 @@ class RigsaModel(BaseTuner):
             if not abs(weight) < float("inf") or (rule == "ties" and weight <= 0):
                 raise ValueError(f"weights: expected finite numbers (above 0 for ties), got {weight}")
         config: Any = copy.deepcopy(self.peft_config[adapters[0]])
-        config.target_modules = {
-            layer.name for layer in self._layers() if any(name in layer.rigsa_adapter for name in adapters)
-        }
+        layers = [layer for layer in self._layers() if any(name in layer.rigsa_adapter for name in adapters)]
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.target_modules = {layer.name for layer in layers if type(layer) is not ParamWrapper}
+        config.target_parameters = [layer.target for layer in layers if type(layer) is ParamWrapper] or None
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
