@@ -11,9 +11,9 @@ from typing import Any
 
 import torch.nn as nn
 
-from rigsa_kernels.hooks import has_own_forward
-from rigsa_kernels.linear import is_plain_linear
-from rigsa_kernels.nf4 import is_nf4_linear
+from .hooks import has_own_forward
+from .linear import is_plain_linear
+from .nf4 import is_nf4_linear
 
 Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
 BASE_OF_PEFT = "base_layer"
