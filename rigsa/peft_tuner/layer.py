@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -25,6 +26,7 @@ from rigsa_kernels.init import layer_key
 from rigsa_kernels.linear import is_plain_linear
 from rigsa_kernels.nf4 import is_nf4_linear
 from rigsa_kernels.selection import own_matrices
+from rigsa_kernels.tiles import grid_of
 
 BASE = "__base__"
 """The name that PEFT gives in a mixed batch to rows without an adapter."""
@@ -150,14 +152,16 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
             matrix = self._frozen_matrix()
             matrix = matrix.float() if matrix.dtype == torch.float64 else matrix
             return largest_patterns(
-                {self.name: matrix}, density=config.density or 1.0, ranking="layer", by="magnitude"
+                {self.name: matrix}, density=config.density or 1.0, ranking="layer", by="magnitude", tile=config.tile
             )[self.name]
         if config.density is None:
             return SparsePattern.dense(*shape)
-        count = round(config.density * shape[0] * shape[1])
+        count = round(config.density * math.prod(grid_of(shape, config.tile)))
         if count == 0:
             raise ValueError(f"density: {config.density} leaves {self.name} empty; keep more")
-        return random_patterns({self.name: shape}, {self.name: count}, seed=config.seed)[self.name]
+        if config.init == "gradient":  # until the batches were asked, when the whole model is there
+            return SparsePattern.dense(*shape)
+        return random_patterns({self.name: shape}, {self.name: count}, seed=config.seed, tile=config.tile)[self.name]
 
     def _frozen_matrix(self) -> Tensor:
         raise NotImplementedError

@@ -36,6 +36,7 @@ from rigsa import (
     gated_linears,
     gradient_ticket,
     load_adapter,
+    magnitude_ticket,
     merge_linears,
     prune,
     random_ticket,
@@ -54,6 +55,7 @@ from rigsa.when_imported import when_imported
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
 ROWS = torch.arange(18).view(3, 6) % len(WORDS)
+BATCHES = [{"input_ids": ROWS, "labels": ROWS}, {"input_ids": IDS, "labels": IDS}]
 LAYERS = 14
 """Linear layers of the small Llama, but the head."""
 
@@ -102,8 +104,6 @@ def test_the_adapter_is_the_one_that_replace_linears_makes(options):
     init = options.pop("init", "random")
     replace_linears(native, **{"density": 0.3, "alpha_init": 0.3} | options)
     if init == "magnitude":
-        from rigsa import magnitude_ticket
-
         magnitude_ticket(native, density=0.3)
     ours = adapted_layers(model)
     assert ours.keys() == gated_linears(native).keys()
@@ -115,6 +115,48 @@ def test_the_adapter_is_the_one_that_replace_linears_makes(options):
             assert torch.equal(getattr(ours[name], part), getattr(layer, part))
             assert torch.equal(getattr(ours[name], part).grad, getattr(layer, part).grad)
     assert torch.equal(logits(model), logits(native))
+
+
+@pytest.mark.parametrize("tile", [None, "rows", 8])
+@pytest.mark.parametrize("init", ["random", "magnitude", "gradient"])
+def test_the_configuration_takes_the_ticket_that_the_library_takes(tmp_path, init, tile):
+    """The same entries as the functions of the library choose, from the configuration alone, saved and loaded."""
+    native = replace_linears(make_llama(), alpha_init=0.3)
+    if init == "random":
+        random_ticket(native, 0.3, tile=tile)
+    elif init == "magnitude":
+        magnitude_ticket(native, 0.3, tile=tile)
+    else:
+        gradient_ticket(native, lambda model, batch: model(**batch).loss, BATCHES, 0.3, tile=tile)
+    model = wrapped(init=init, tile=tile, **({"batches": iter(BATCHES)} if init == "gradient" else {}))
+    assert model.peft_config["default"].batches is None
+    assert torch.equal(logits(model), logits(native))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path)
+    ours, theirs = adapted_layers(model), gated_linears(native)
+    for name, layer in adapted_layers(loaded).items():
+        assert layer.pattern.tile == ours[name].pattern.tile
+        assert layer.pattern.equals(theirs[name].pattern)
+        assert torch.equal(layer.rigsa_values, theirs[name].rigsa_values)
+
+
+def test_a_gradient_ticket_for_a_second_adapter_leaves_the_first_as_it_was():
+    model = trained(wrapped())
+    before = logits(model)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.add_adapter("other", config(init="gradient", batches=BATCHES, density=0.1))
+    assert torch.equal(logits(model), before)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(wrapped(init="gradient", batches=BATCHES, density=0.1)))
+    config_of_the_first = model.peft_config["other"]
+    with pytest.raises(ValueError, match="they went with the first adapter"):
+        get_peft_model(make_llama(), config_of_the_first)
+    base = make_llama()
+    kinds = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match="batches: expected at least one"):
+        get_peft_model(base, config(init="gradient", batches=[]))
+    assert [type(module) for module in base.modules()] == kinds
 
 
 def test_trainable_names_carry_the_prefix_and_nothing_else_is_trained():
@@ -818,6 +860,8 @@ def test_a_layer_with_an_adapter_of_another_method_is_refused():
         {"init_scale": None}, {"seed": True}, {"in_place": "no"}, {"density": float("nan")},
         {"init": "best"}, {"seed": -1}, {"alpha_init": float("inf")},
         {"init_scale": -1}, {"values_dtype": "int8"}, {"numerics": "fast"}, {"layers": {"a": 3}},
+        {"tile": 8}, {"tile": "diagonals", "density": 0.5}, {"init": "gradient"}, {"init": "gradient", "density": 0.5},
+        {"batches": [1]},
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_refused(options):
