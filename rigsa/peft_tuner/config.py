@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ from peft.utils.peft_types import PeftType
 
 from rigsa.base import SAMPLES, Fingerprint
 from rigsa.encoding import Encoding, is_encoding
+from rigsa.peft_tuner.card import write_peft_card
 from rigsa.record import expect_fields
 from rigsa_kernels.linear import ALPHA_INIT, Numerics
 from rigsa_kernels.tiles import tile_size
@@ -116,6 +118,13 @@ class RigsaConfig(PeftConfig):
     def note_layers(self, layers: dict[str, Any]) -> None:
         """Have `layers` stand in the file that this configuration is saved to. In memory they would mean a load."""
         self.__dict__["_layers_to_save"] = layers
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT, with a card beside (`rigsa.peft_tuner.card`) where an adapter is saved."""
+        super().save_pretrained(save_directory, **kwargs)
+        layers = self.__dict__.get("_layers_to_save")
+        if layers is not None:
+            write_peft_card(Path(save_directory), self.base_model_name_or_path or "", layers)
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved."""
