@@ -270,6 +270,12 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
             self.restore_weight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """A state may bring another W0, which is written over W0 and not over what a pass composed."""
+        for adapter in self.adapters.values():
+            adapter.let_go()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         for adapter in self.adapters.values():
             adapter.let_go()
