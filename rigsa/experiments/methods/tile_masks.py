@@ -5,7 +5,7 @@ Sparse Matrices", ICLR 2025). It is `sift` with ``--tile``, under the name and w
 The authors take tiles of 256 x 256 and the gradients of 100 steps of full fine-tuning, rank the tiles of all layers
 together and offer four scores, the norm among them. Here gradients are taken at the pretrained weights, a tile has 64
 rows and columns, because a small model has few larger ones, and tiles are ranked within their layer, because every
-layer keeps some. ``--tile 256 --ranking global`` and more ``--mask-images`` come closer.
+layer keeps some. ``--tile 256 --ranking global`` and more ``--mask-examples`` come closer.
 
 `spruft` trains the rows, that is the output neurons, that matter most by the measure of structured pruning (Li &
 Bhaskara, "An Efficient Row-Based Sparse Fine-Tuning", 2025). The measure is the first-order one of Molchanov et al.,
