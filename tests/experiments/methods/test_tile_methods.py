@@ -10,13 +10,14 @@ import pytest
 import torch
 from test_methods import DENSITY, command, config_of, experiment, gradients_of_plain_weights, last_level
 
+from rigsa import masks as ranking
 from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import base_fingerprint, load_masks, save_masks
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.masks import erk_counts
 from rigsa.run import main
 from rigsa_kernels import SparsePattern, gated_linears
-from rigsa_kernels.tiles import grid_of, tile_size
+from rigsa_kernels.tiles import grid_of, tile_size, tile_sums
 
 IN_TILES = [name for name, method in METHODS.items() if method.reads("tile")]
 
@@ -54,6 +55,12 @@ def test_masks_from_gradients_take_the_tiles_of_the_largest_norm(method, tile, s
         norms = torch.stack([part.norm() for band in score.split(rows, 0) for part in band.split(columns, 1)])
         best = norms.topk(round(0.2 * len(norms))).indices.sort().values
         assert pattern.tiles.tolist() == best.tolist(), name
+
+
+def test_fault_tiles_ranked_by_their_sum(monkeypatch, small_model_folder, tmp_path):
+    monkeypatch.setattr(ranking, "norms_of_tiles", tile_sums)
+    with pytest.raises(AssertionError):
+        test_masks_from_gradients_take_the_tiles_of_the_largest_norm("smt", "4", small_model_folder, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["smt", "spruft"])
