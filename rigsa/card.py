@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,30 +92,18 @@ def write_card(
         ValueError: `model` has no gated layer.
         RigsaError: a file cannot be written.
     """
-    from huggingface_hub import ModelCardData
-
     folder, model = Path(folder), unwrap(model)
     layers = adapted_layers(model)
     patterns = {name: layer.pattern for name, layer in layers.items()}
     base = base_name(model)
-    head = ModelCardData(
-        base_model=base or None, library_name=_LIBRARY[to], license=licence or None,
-        tags=["rigsa", "sparse-adapter", *(["peft"] if _LIBRARY[to] == "peft" else [])],
-    ).to_yaml()  # fmt: skip
     free = sum(pattern.nnz for pattern in patterns.values())
-    lines = [
-        "---", head, "---", "", f"# {folder.resolve().name}", "",
+    what = (
         f"A gated sparse adapter (RIGSA, arXiv 2511.01794) of `{base or 'its base model'}`: {free:,} trained entries, "
         f"{density(patterns):.2%} of the weights of {len(layers)} layers"
-        + (", merged into its weights." if to == "merged" else "."),
-        "", f"- Trained on: {data or 'not said'}", f"- Licence: {licence or 'not said'}",
-        f"- Written by rigsa {__version__}", "", "## Measured", "",
-    ]  # fmt: skip
-    if measured:
-        lines += ["| what | value (95 % interval) |", "|---|---|"]
-        lines += [f"| {name} | {found} |" for name, found in measured.items()]
-    else:
-        lines += ["Nothing was measured."]
+        + (", merged into its weights." if to == "merged" else ".")
+    )
+    tags = ["rigsa", "sparse-adapter"]
+    lines = _beginning(folder.resolve().name, what, _LIBRARY[to], tags, base, data, measured or {}, licence)
     lines += ["", f"![density of every layer]({FIGURE_FILE})", "", "## Load it", ""]
     lines += _how_to_load(to, base)
     write_text(folder / CARD_FILE, "\n".join(lines) + "\n")
@@ -126,6 +114,62 @@ def write_card(
         os.replace(figure, temporary)
 
     write_atomically(folder / FIGURE_FILE, draw)
+
+
+def write_plain_card(
+    folder: Path,
+    name: str,
+    what: str,
+    library: str,
+    base: str,
+    data: str,
+    measured: Mapping[str, Measured],
+    licence: str,
+) -> None:
+    """Write the card of an adapter of another kind.
+
+    Args:
+        folder: where it lies.
+        name: of what is written.
+        what: it is, in words.
+        library: that loads it, ``peft`` or ``transformers``.
+        base: the base model's name.
+        data, measured, licence: as in `write_card`.
+
+    Raises:
+        RigsaError: the file cannot be written.
+    """
+    lines = _beginning(name, f"{what}, of `{base or 'its base model'}`.", library, [], base, data, measured, licence)
+    code = _WITHOUT["supertuning" if library == "peft" else "merged"]
+    code = [line.partition("  #")[0].format(base=base or "BASE") for line in code]
+    write_text(folder / CARD_FILE, "\n".join([*lines, "", "## Load it", "", "```python", *code, "```"]) + "\n")
+
+
+def _beginning(
+    name: str,
+    what: str,
+    library: str,
+    tags: Sequence[str],
+    base: str,
+    data: str,
+    measured: Mapping[str, Measured],
+    licence: str,
+) -> list[str]:
+    """The lines of a card up to the table of what was measured."""
+    from huggingface_hub import ModelCardData
+
+    head = ModelCardData(
+        base_model=base or None, library_name=library, license=licence or None,
+        tags=[*tags, *(["peft"] if library == "peft" else [])],
+    ).to_yaml()  # fmt: skip
+    lines = [
+        "---", head, "---", "", f"# {name}", "", what, "", f"- Trained on: {data or 'not said'}",
+        f"- Licence: {licence or 'not said'}", f"- Written by rigsa {__version__}", "", "## Measured", "",
+    ]  # fmt: skip
+    if not measured:
+        return [*lines, "Nothing was measured."]
+    lines += ["| what | value (95 % interval) |", "|---|---|"]
+    return lines + [f"| {one} | {found} |" for one, found in measured.items()]
 
 
 def _how_to_load(to: Format, base: str) -> list[str]:
