@@ -122,8 +122,8 @@ def collections_pass_over_what_is_there() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def figures_are_blank(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A run draws its report at its end, which takes longer than to train a tiny model. `report/` tests the figures, and
-    a module whose `DRAWS_FIGURES` is true has them."""
+    """A run draws its report at its end, which takes longer than to train a tiny model. `report/` tests the figures.
+    A module whose `DRAWS_FIGURES` is true has them."""
     folder = request.path.parent
     with pytest.MonkeyPatch.context() as patch:
         wanted = folder.name == "report" or getattr(request.module, "DRAWS_FIGURES", False)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from texts import FAMILIES, byte_tokenizer, rows, save_family, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from rigsa.experiments import experiment
+from rigsa.experiments import experiment, sweep
 from rigsa.experiments.chat import run_chat
 from rigsa.experiments.config_file import load
 from rigsa.experiments.export import formats_of
@@ -246,8 +246,10 @@ def test_a_report_needs_no_data(models, files, tmp_path):
     assert "Gated sparse adapters on messages.jsonl" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_a_comparison_ends_with_a_table_and_a_verdict(models, files, tmp_path, capsys):
+def test_a_comparison_ends_with_a_table_and_a_verdict(models, files, tmp_path, capsys, monkeypatch):
+    """Its runs are made in this process, as importing takes longer; `test_sweep.py` has processes of their own."""
     out = tmp_path / "compare"
+    monkeypatch.setitem(sweep.run_sweep.__kwdefaults__, "run", lambda asked, log: main(asked[3:]))
     asked = ["--methods", "imp,lora", "--rank", "2", "--equal", "parameters", "--no-drift"]
     base = ["compare", "--preset", "smoke", "--model", str(models["llama"]), "--data", str(files["messages"])]
     assert main([*base, *asked, "--dtype", "float32", "--device", "cpu", "--out", str(out), "--dry-run"]) == 0
@@ -268,7 +270,17 @@ def test_a_comparison_ends_with_a_table_and_a_verdict(models, files, tmp_path, c
 
 
 def test_a_plan_for_texts_reads_them(models, files, capsys):
-    asked = ["plan", "--preset", "smoke", "--model", str(models["llama"]), "--data", str(files["messages"])]
+    asked = [
+        "plan",
+        "--preset",
+        "smoke",
+        "--prunings",
+        "0",
+        "--model",
+        str(models["llama"]),
+        "--data",
+        str(files["messages"]),
+    ]
     assert main([*asked, "--device", "cpu", "--system-prompt", "default"]) == 0
     longest = max(len(byte_tokenizer().apply_chat_template(row["messages"])["input_ids"]) for row in rows("messages"))
     assert 0 < longest - int(re.search(r"([0-9]+) tokens a prompt", capsys.readouterr().out)[1]) < 12

@@ -218,6 +218,12 @@ def test_planned_peak_of_packed_rows(attention):
     assert planned.peak == pytest.approx(measured, rel=0.03)
 
 
+def test_a_plan_refuses_patterns_that_name_nothing():
+    config = dataclasses.replace(paper("imp"), keep_trainable="model.nrm")
+    with pytest.raises(RigsaError, match=r"--keep-trainable: 'model.nrm' names no parameter and no module"):
+        SimulatedModel(SMALL, config, CPU, 1)
+
+
 def test_planned_peak_for_a_file(tmp_path):
     """What `plan --data FILE` goes by is the largest batch that the file can make."""
     lines = [{"prompt": f"{n} " * 60, "completion": "so " * (10 + n)} for n in range(100, 150)]
