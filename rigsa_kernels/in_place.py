@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rigsa_kernels import free_entries  # noqa: F401 (defines the operators)
-from rigsa_kernels.format import SparsePattern
-from rigsa_kernels.snapshot import Snapshot
+from . import free_entries  # noqa: F401 (defines the operators)
+from ._ops import ops as operators
+from .format import SparsePattern
+from .snapshot import Snapshot
 
 
 class InPlaceWeight:
@@ -39,7 +40,7 @@ class InPlaceWeight:
         self.base_values = weight.new_empty(pattern.nnz)
         self._made_from: Snapshot | None = None
         with _writing():
-            torch.ops.rigsa.gather_free_([self.base_values], [weight.detach()], pattern.tensors)
+            operators.gather_free_([self.base_values], [weight.detach()], pattern.tensors)
         self._left_as: Snapshot | None = Snapshot(weight)
 
     def holds(self, values: Tensor, alpha: Tensor) -> bool:
@@ -67,7 +68,7 @@ class InPlaceWeight:
         matrix = self.weight.detach().clone()
         if self.is_composed and self.check_untouched():
             with _writing():
-                torch.ops.rigsa.scatter_free_([matrix], [self.base_values], self.pattern.tensors)
+                operators.scatter_free_([matrix], [self.base_values], self.pattern.tensors)
         return matrix
 
     def _begin_writing(self) -> None:
@@ -98,7 +99,7 @@ def compose(weights: list[InPlaceWeight], values: list[Tensor], alphas: list[Ten
             weight._begin_writing()
         try:
             with _writing():
-                torch.ops.rigsa.compose_free_(
+                operators.compose_free_(
                     [weight.weight.detach() for weight in chosen], [weight.base_values for weight in chosen],
                     own_values, own_alphas, _patterns(chosen),
                 )  # fmt: skip
@@ -127,7 +128,7 @@ def restore(weights: Iterable[InPlaceWeight]) -> None:
         for weight in chosen:
             weight._begin_writing()
         with _writing():
-            torch.ops.rigsa.scatter_free_(
+            operators.scatter_free_(
                 [weight.weight.detach() for weight in chosen], [weight.base_values for weight in chosen],
                 _patterns(chosen),
             )  # fmt: skip
@@ -144,7 +145,7 @@ class Peers:
 
     def __init__(self) -> None:
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.may_be_composed = False
+        self._composed: weakref.WeakSet[Any] = weakref.WeakSet()
         _all_peers.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,27 +156,26 @@ class Peers:
 
     def compose(self, layer: Any) -> None:
         """Compose `layer`, and with it all that were composed before and have fallen back to W0 or gone stale."""
-        self.may_be_composed = True
         chosen = [layer, *(other for other in self._layers if other is not layer and other.awaits_composing())]
+        self._composed.update(chosen)
         compose(
             [other.in_place_weight for other in chosen],
             [other.rigsa_values for other in chosen],
             [other.rigsa_alpha for other in chosen],
         )
 
+    def may_be_composed(self) -> bool:
+        """Whether there is a layer that was composed and whose parameters no optimiser has changed since."""
+        return len(self._composed) > 0
+
     def restore(self, stepped: set[int]) -> None:
-        """Restore the layers among whose parameters are `stepped`, by identity."""
-        composed = [
-            layer for layer in self._layers if layer.in_place_weight is not None and layer.in_place_weight.is_composed
-        ]
-        others = [
-            layer
-            for layer in composed
-            if id(layer.rigsa_values) not in stepped and id(layer.rigsa_alpha) not in stepped
-        ]
-        left = {id(layer) for layer in others}
-        restore(layer.in_place_weight for layer in composed if id(layer) not in left)
-        self.may_be_composed = bool(others)
+        """Restore the layers among whose parameters are `stepped`, by identity.
+
+        An optimiser that steps in backward asks many times a step, so layers that are done are not looked at again.
+        """
+        done = [layer for layer in self._composed if layer.trains_any_of(stepped)]
+        restore(own for layer in done if (own := layer.in_place_weight) is not None)
+        self._composed.difference_update(done)
 
 
 _all_peers: weakref.WeakSet[Peers] = weakref.WeakSet()
@@ -199,7 +199,7 @@ def after_step(stepped: Iterable[Tensor]) -> None:
     """Count a step, and bring W0 back into the weights of the layers whose parameters it has changed."""
     global _optimizer_steps
     _optimizer_steps += 1
-    composed = [peers for peers in _all_peers if peers.may_be_composed]
+    composed = [peers for peers in _all_peers if peers.may_be_composed()]
     if composed:
         numbers = {id(parameter) for parameter in stepped}
         for peers in composed:

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rigsa_kernels.dispatch import HALF_DTYPES
-from rigsa_kernels.linear import GatedSparseLinear, layer_starts
+from .dispatch import HALF_DTYPES
+from .linear import GatedSparseLinear, layer_starts
 
 
 class Switch:

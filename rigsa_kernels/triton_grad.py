@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels.triton_common import (
+from .triton_common import (
     MAX_REGISTERS,
     as_rows,
     check_product,

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels import triton_gather, triton_grad
-from rigsa_kernels.dispatch import kernels_win
-from rigsa_kernels.tiles import touched
-from rigsa_kernels.triton_common import MAX_REGISTERS, as_rows, check_product, clamped
-from rigsa_kernels.triton_grad import store_dense
+from . import triton_gather, triton_grad
+from .dispatch import kernels_win
+from .tiles import touched
+from .triton_common import MAX_REGISTERS, as_rows, check_product, clamped
+from .triton_grad import store_dense
 
 
 @triton.jit

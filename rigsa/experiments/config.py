@@ -509,7 +509,7 @@ class Method(abc.ABC):
         options: fields of `Config` that it reads beside `SHARED`.
         look: how it is drawn.
         usual: values that its own publication, or its start from zero, sets apart from the defaults of `Config`.
-        quickstart_learning_rate, quickstart_alpha_learning_rate: on two CPU cores, where they were searched.
+        quickstart: values of its own in the preset `quickstart`, where a search found them.
         gated: it trains `GatedSparseLinear`.
         peft: the adapter of PEFT that it trains, alone or beside the gated layers.
         quantizations: what it takes frozen weights in.
@@ -524,8 +524,7 @@ class Method(abc.ABC):
     options: tuple[str, ...]
     look: Look
     usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    quickstart_learning_rate: float = 2e-3
-    quickstart_alpha_learning_rate: float = 2e-2
+    quickstart: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gated: bool = True
     peft: Literal["", "lora", "shira"] = ""
     quantizations: tuple[str, ...] = QUANTIZATIONS

@@ -50,7 +50,7 @@ def write_peft(model: Any, folder: Path, **said: Any) -> None:
         write_tensors(temporary / TENSORS_FILE, named, {"format": "pt"})
         config.save_pretrained(temporary)
         kind = f"An adapter of PEFT ({config.peft_type.value}) with {trained:,} trained numbers"
-        write_plain_card(temporary, folder.name, kind, "peft", base_name(model), **said)
+        write_plain_card(temporary, folder.name, kind, "peft", base=base_name(model), **said)
 
     write_folder(folder, write)
 
@@ -73,7 +73,7 @@ def write_merged_peft(model: Any, folder: Path, tokenizer: Any, **said: Any) -> 
     def write(temporary: Path) -> None:
         save_plain(model, temporary, None, tokenizer)
         kind = "A model with an adapter of PEFT merged into its weights"
-        write_plain_card(temporary, folder.name, kind, "transformers", base, **said)
+        write_plain_card(temporary, folder.name, kind, "transformers", base=base, **said)
 
     write_folder(folder, write)
 

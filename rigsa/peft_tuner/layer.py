@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -25,6 +26,7 @@ from rigsa_kernels.init import layer_key
 from rigsa_kernels.linear import is_plain_linear
 from rigsa_kernels.nf4 import is_nf4_linear
 from rigsa_kernels.selection import own_matrices
+from rigsa_kernels.tiles import grid_of
 
 BASE = "__base__"
 """The name that PEFT gives in a mixed batch to rows without an adapter."""
@@ -150,14 +152,16 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
             matrix = self._frozen_matrix()
             matrix = matrix.float() if matrix.dtype == torch.float64 else matrix
             return largest_patterns(
-                {self.name: matrix}, density=config.density or 1.0, ranking="layer", by="magnitude"
+                {self.name: matrix}, density=config.density or 1.0, ranking="layer", by="magnitude", tile=config.tile
             )[self.name]
         if config.density is None:
             return SparsePattern.dense(*shape)
-        count = round(config.density * shape[0] * shape[1])
+        count = round(config.density * math.prod(grid_of(shape, config.tile)))
         if count == 0:
             raise ValueError(f"density: {config.density} leaves {self.name} empty; keep more")
-        return random_patterns({self.name: shape}, {self.name: count}, seed=config.seed)[self.name]
+        if config.init == "gradient":  # until the batches were asked, when the whole model is there
+            return SparsePattern.dense(*shape)
+        return random_patterns({self.name: shape}, {self.name: count}, seed=config.seed, tile=config.tile)[self.name]
 
     def _frozen_matrix(self) -> Tensor:
         raise NotImplementedError
@@ -265,6 +269,12 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
         if keep_vars:
             self.restore_weight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """A state may bring another W0, which is written over W0 and not over what a pass composed."""
+        for adapter in self.adapters.values():
+            adapter.let_go()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         for adapter in self.adapters.values():
@@ -401,6 +411,11 @@ class ParamWrapper(RigsaLayer):
             )
 
     @property
+    def target(self) -> str:
+        """The parameter's name in the base model."""
+        return f"{self.name}.weight" if self.parameter_name == "weight" else self.name
+
+    @property
     def owner(self) -> nn.Module:
         """The module that has the parameter."""
         return self.get_base_layer()
@@ -413,8 +428,7 @@ class ParamWrapper(RigsaLayer):
     def _make(self, **options: Any) -> AdapterLinear:
         fan_ins = {weight.name: weight.fan_in for weight in own_matrices(self.owner)}
         adapter = AdapterWeight(self.owner, self.parameter_name, fan_in=fan_ins.get(self.parameter_name), **options)
-        owner_name = self.name if self.parameter_name == "weight" else self.name.rpartition(".")[0]
-        adapter.name_in_base = f"{owner_name}.{PREFIX}{self.parameter_name}"
+        adapter.name_in_base = f"{self.target.rpartition('.')[0]}.{PREFIX}{self.parameter_name}"
         return adapter
 
     def _frozen_matrix(self) -> Tensor:

@@ -24,6 +24,7 @@ from rigsa.experiments.config import (
 )
 from rigsa.experiments.config_file import check_folder, load, save
 from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.methods.ticket import PAPER_DENSITY
 from rigsa.experiments.presets import PRESETS, arguments_of, paper
 from rigsa.experiments.sweep_plan import plan_sweep
 from rigsa.experiments.train import steps_per_level
@@ -102,7 +103,7 @@ def test_every_field_is_in_one_group_and_read_by_a_method():
         assert any(method.reads(name) for method in METHODS.values()), name
     for method in METHODS.values():
         assert set(method.options) <= OPTIONS.keys()
-        assert set(method.usual) <= {name for name in OPTIONS if method.reads(name)}, method
+        assert set(method.usual) | set(method.quickstart) <= {name for name in OPTIONS if method.reads(name)}, method
 
 
 def test_paper_preset_makes_the_papers_steps():
@@ -289,11 +290,30 @@ def test_initial_values_of_the_control_have_another_seed():
 
 
 def test_a_ticket_trains_by_rates_of_its_own_where_it_has_some():
-    config = parse("imp", "--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--ticket-learning-rate", "0.3")
+    options = ["--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--ticket-learning-rate", "0.3"]
+    config = parse("imp", *options, "--ticket-alpha-learning-rate", "0")
     assert config.at_level(0) == config
     assert (config.at_level(1).learning_rate, config.at_level(1).alpha_learning_rate) == (0.3, 0.2)
     config = parse("random-mask", "--density", "0.1", "--ticket-alpha-learning-rate", "0.4")
     assert config.at_level(1) == dataclasses.replace(config, alpha_learning_rate=0.4)
+
+
+def test_the_quickstarts_ticket_is_the_papers_and_its_control_is_trained_as_it_is():
+    ticket, control = parse("imp").at_level(1), parse("random-mask").at_level(1)
+    assert ticket.density == PAPER_DENSITY
+    rates = [(config.learning_rate, config.alpha_learning_rate) for config in (ticket, control)]
+    assert rates[0] == rates[1] == (2e-2, 1e-1)
+    assert parse("imp").at_level(0).learning_rate == 2e-3
+
+
+def test_the_density_of_a_preset_yields_to_what_is_given_for_the_prunings():
+    assert parse("imp", "--keep-fraction", "0.5").density == 0
+    assert parse("imp", "--prunings", "0").density == 0
+    assert parse("imp", "--prunings", "2").density == PAPER_DENSITY
+    assert parse("imp", "--keep-fraction", "0.5", "--density", "0.1").density == 0.1
+    (job,) = plan_sweep("imp", "0", [], preset="quickstart", options={"prunings": 0}, out=Path("runs/x")).jobs
+    assert job.config.density == 0
+    assert arguments_of(job.config, "quickstart") == ["--prunings=0", "--density=0.0"]
 
 
 def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config, Gates, Look, LowRank, Training, fields_of
 from rigsa.experiments.methods.baselines import OWN_DTYPE
-from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
+from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TICKET_RATES, TicketMethod, highest
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.scores import SCORES, GradientScore, gradient_scores
 from rigsa_kernels import SparsePattern, gated_linears
@@ -131,6 +131,7 @@ SNIP = GradientMask(
     options=GRADIENT_OPTIONS,
     look=Look("green", "8", (0, (4, 1, 1, 1, 1, 1))),
     usual={"density": PAPER_DENSITY},
+    quickstart=TICKET_RATES,
     score=SCORES["snip"],
 )
 GRASP = GradientMask(
@@ -139,5 +140,6 @@ GRASP = GradientMask(
     options=GRADIENT_OPTIONS,
     look=Look("orange", "H", (0, (6, 1, 2, 1))),
     usual={"density": PAPER_DENSITY},
+    quickstart=TICKET_RATES,
     score=SCORES["grasp"],
 )
