@@ -46,7 +46,7 @@ try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
     from rigsa.experiments.config import OPTIONS, Config, Method, flag
     from rigsa.experiments.config_file import check_folder, load, save
     from rigsa.experiments.methods.registry import METHODS
-    from rigsa.experiments.presets import PRESETS
+    from rigsa.experiments.presets import PRESETS, configured
     from rigsa.export import Format
     from rigsa.files import reason_of, remove_temporaries, write_json
 except BaseException as error:
@@ -324,9 +324,7 @@ def utf8_path(text: str) -> Path:
 
 def configure(options: argparse.Namespace, device: str = "auto") -> Config:
     """The preset's configuration with the options of the command line; ``auto`` stands for `device`."""
-    given = given_fields(options)
-    named = given.get("device", "auto")
-    return dataclasses.replace(PRESETS[options.preset](options.method, device if named == "auto" else named), **given)
+    return configured(options.preset, options.method, given_fields(options), device)
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -456,7 +454,7 @@ def planned_size(config: Config, tokens: int | None) -> Size:
         task.meet(load_tokenizer(config), longest_of(model_shape(config.model)))
         return task.size()
     known = tokens or TOKENS.get(config.data, MNIST_TOKENS)
-    return Size(known, 1 if config.loss == "answer" and not config.is_text else known)
+    return Size(known, 1 if config.loss == "answer" and not config.is_text else known, packed=config.packing)
 
 
 def run_compare(options: argparse.Namespace) -> None:

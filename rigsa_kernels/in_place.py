@@ -145,7 +145,7 @@ class Peers:
 
     def __init__(self) -> None:
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.may_be_composed = False
+        self._composed: weakref.WeakSet[Any] = weakref.WeakSet()
         _all_peers.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -156,27 +156,26 @@ class Peers:
 
     def compose(self, layer: Any) -> None:
         """Compose `layer`, and with it all that were composed before and have fallen back to W0 or gone stale."""
-        self.may_be_composed = True
         chosen = [layer, *(other for other in self._layers if other is not layer and other.awaits_composing())]
+        self._composed.update(chosen)
         compose(
             [other.in_place_weight for other in chosen],
             [other.rigsa_values for other in chosen],
             [other.rigsa_alpha for other in chosen],
         )
 
+    def may_be_composed(self) -> bool:
+        """Whether there is a layer that was composed and whose parameters no optimiser has changed since."""
+        return len(self._composed) > 0
+
     def restore(self, stepped: set[int]) -> None:
-        """Restore the layers among whose parameters are `stepped`, by identity."""
-        composed = [
-            layer for layer in self._layers if layer.in_place_weight is not None and layer.in_place_weight.is_composed
-        ]
-        others = [
-            layer
-            for layer in composed
-            if id(layer.rigsa_values) not in stepped and id(layer.rigsa_alpha) not in stepped
-        ]
-        left = {id(layer) for layer in others}
-        restore(layer.in_place_weight for layer in composed if id(layer) not in left)
-        self.may_be_composed = bool(others)
+        """Restore the layers among whose parameters are `stepped`, by identity.
+
+        An optimiser that steps in backward asks many times a step, so layers that are done are not looked at again.
+        """
+        done = [layer for layer in self._composed if layer.trains_any_of(stepped)]
+        restore(own for layer in done if (own := layer.in_place_weight) is not None)
+        self._composed.difference_update(done)
 
 
 _all_peers: weakref.WeakSet[Peers] = weakref.WeakSet()
@@ -200,7 +199,7 @@ def after_step(stepped: Iterable[Tensor]) -> None:
     """Count a step, and bring W0 back into the weights of the layers whose parameters it has changed."""
     global _optimizer_steps
     _optimizer_steps += 1
-    composed = [peers for peers in _all_peers if peers.may_be_composed]
+    composed = [peers for peers in _all_peers if peers.may_be_composed()]
     if composed:
         numbers = {id(parameter) for parameter in stepped}
         for peers in composed:

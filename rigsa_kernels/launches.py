@@ -28,6 +28,8 @@ Remembered = dict[tuple[int, int, int], "Checked"]
 _MOST_REMEMBERED = 1024
 """Sets of members that are remembered. A step has a few and repeats them; beyond this number all are forgotten."""
 _NARROW = {torch.float32, torch.bfloat16}
+_BEYOND = 2**63 - 1
+"""No memory has this address."""
 
 
 @dataclass
@@ -125,7 +127,9 @@ class Checked:
         self.starts, self.ends = self._written(members, columns, addresses)
         self.numels = [param.numel() for param in params]
         if addresses is not None:  # fake tensors have none, and in their mode no tensor holds numbers
-            self._begin, self._end, self._sizes = map(_int64, (self.starts, self.ends, self.numels))
+            # Behind the last piece stands one that nothing reaches.
+            begin, end = ([*numbers, _BEYOND] for numbers in (self.starts, self.ends))
+            self._begin, self._end, self._sizes = map(_int64, (begin, end, self.numels))
         self._apart: list[int] | None = None
         self.held: dict[str, Any] = {}
         self.are_plain = addresses is not None and members.params is members.owned
@@ -183,12 +187,10 @@ class Checked:
             return []
         begins, kinds = _int64(starts), set(dtypes)
         bytes_each = kinds.pop().itemsize if len(kinds) == 1 else _int64([dtype.itemsize for dtype in dtypes])
-        sizes = self._sizes * bytes_each
         # The first piece that ends beyond the gradient's start is the only one to look at: pieces do not overlap.
         piece = torch.searchsorted(self._end, begins, right=True)
-        lies_before_an_end = piece < len(self.ends)
-        following = self._begin[piece.clamp_(max=len(self.ends) - 1)]
-        found = (lies_before_an_end & (following < begins + sizes) & (sizes > 0)).nonzero().flatten().tolist()
+        overlaps = self._begin[piece] < begins + self._sizes * bytes_each
+        found = overlaps.nonzero().flatten().tolist() if overlaps.any() else []
         self._apart = None if found else starts
         return cast(list[int], found)
 
@@ -208,7 +210,8 @@ def launches_of(members: Members, state: dict[Tensor, dict[str, Any]], remembere
         return []
     key = (members.index, members.positions[0], len(members.positions))
     checked = remembered.get(key)
-    states = (checked and checked.states(members, state)) or _states(members, state)
+    known_states = checked.states(members, state) if checked is not None else None
+    states = _states(members, state) if known_states is None else known_states
     objects = [
         members.owned,
         [one["exp_avg"] for one in states],
@@ -223,8 +226,9 @@ def launches_of(members: Members, state: dict[Tensor, dict[str, Any]], remembere
         checked = Checked(members, objects, columns, addresses)
         if len(remembered) >= _MOST_REMEMBERED:
             remembered.clear()
-        remembered[key] = checked
-    checked.note_states(states, state)
+        remembered[key], known_states = checked, None
+    if known_states is None:
+        checked.note_states(states, state)
     grads, dtypes, grad_addresses = _gradients(members, checked, in_memory=addresses is not None)
     params, exp_avgs, exp_avg_sqs, scales = columns
     steps = [one.get("step", 0) + 1 for one in states]

@@ -506,6 +506,11 @@ class GatedSparseLinear(nn.Module):
             layer.in_place, layer.in_place_weight, layer._way = False, None, None
         return False
 
+    def trains_any_of(self, parameters: set[int]) -> bool:
+        """Whether the values or the gate are among `parameters`, by identity."""
+        _, values, alpha = self._trio()
+        return id(values) in parameters or id(alpha) in parameters
+
     def awaits_composing(self) -> bool:
         """Whether the last pass composed in place, and the weight does not hold the present sum."""
         own = self.in_place_weight

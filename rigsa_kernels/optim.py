@@ -53,8 +53,11 @@ from .switching import Switch
 _update_on_cuda = on_first_use("triton_adamw.update_")
 
 PENDING_BYTES = 4 << 20
-"""Gradients that `stepping_in_backward` collects before it updates. To update so many, a GPU moves some 30 MB, which
-takes it about as long as the host takes to launch the update: fewer would be bound by the host."""
+"""Gradients that `stepping_in_backward` collects, at least, before it updates. To update so many, a GPU moves some 30
+MB, which takes it about as long as the host takes to launch the update: fewer would be bound by the host."""
+MOST_UPDATES = 24
+"""Updates that `stepping_in_backward` makes of a whole model, about. Each takes the host 100 to 150 µs, however large
+it is, and the gradients that wait for it take this part of the memory of all gradients."""
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -358,37 +361,46 @@ def _checked_state(name: str, param: Tensor, found: dict[str, Any]) -> dict[str,
 def stepping_in_backward(optimizer: MaskedAdamW) -> Iterator[None]:
     """Inside, `backward` updates parameters soon after their gradients are complete, and frees the gradients.
 
-    Gradients then take the memory of one layer, or `PENDING_BYTES` where layers are smaller. The bits are those of an
-    ordinary step, as no parameter's update looks at another's gradient; that is why there can be no clipping, and one
-    micro-batch a step only. The `step` that follows updates what is left.
+    Gradients are collected until they take `PENDING_BYTES`, or one part in `MOST_UPDATES` of what all of them would
+    take where that is more; those of one layer can come on top. The bits are those of an ordinary step, as no
+    parameter's update looks at another's gradient; that is why there can be no clipping, and one micro-batch a step
+    only. The `step` that follows updates what is left.
     """
     groups = [group["params"] for group in optimizer.param_groups]
-    pending: list[dict[int, int]] = [{} for _ in groups]  # of each group, bytes of the gradient by position
-    held = 0
+    everything = sum(local_part(parameter).nbytes for params in groups for parameter in params)
+    enough = max(PENDING_BYTES, everything // MOST_UPDATES)
+    pending: list[set[int]] = [set() for _ in groups]  # of each group, positions that have a gradient
+    held = [0] * len(groups)  # and bytes of those gradients
 
     def collect(index: int, at: int, parameter: Tensor) -> None:
-        nonlocal held
-        pending[index][at] = local_part(cast(Tensor, parameter.grad)).nbytes
-        held += pending[index][at]
-        if held >= PENDING_BYTES:
-            optimizer.step_early([sorted(positions) for positions in pending])
-            for params, positions in zip(groups, pending, strict=True):
-                for position in positions:
-                    params[position].grad = None
-            forget()
+        pending[index].add(at)
+        held[index] += local_part(cast(Tensor, parameter.grad)).nbytes
+        if sum(held) >= enough:
+            update([size * len(groups) >= enough for size in held])  # gates wait, which hold next to nothing
 
-    def forget(*_: Any) -> None:
-        nonlocal held
-        held = 0
-        for positions in pending:
-            positions.clear()
+    def update(chosen: list[bool]) -> None:
+        now = [sorted(positions) if own else [] for positions, own in zip(pending, chosen, strict=True)]
+        optimizer.step_early(now)
+        for index, positions in enumerate(now):
+            for position in positions:
+                groups[index][position].grad = None
+            if positions:
+                forget(index)
+
+    def forget(index: int) -> None:
+        pending[index].clear()
+        held[index] = 0
+
+    def forget_all(*_: Any) -> None:
+        for index in range(len(groups)):
+            forget(index)
 
     hooks = [
         parameter.register_post_accumulate_grad_hook(partial(collect, index, at))
         for index, params in enumerate(groups)
         for at, parameter in enumerate(params)
     ]
-    hooks.append(optimizer.register_step_post_hook(forget))
+    hooks.append(optimizer.register_step_post_hook(forget_all))
     try:
         yield
     finally:

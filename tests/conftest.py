@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ def talking_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokenizer().save_pretrained(folder / "model")
     assert main([
         "imp", "--preset", "smoke", "--model", str(folder / "model"), "--dtype", "float32", "--device", "cpu",
-        "--test-images", "20", "--train-images", "40", "--alpha-learning-rate", "0.5", "--no-drift",
+        "--test-examples", "20", "--train-examples", "40", "--alpha-learning-rate", "0.5", "--no-drift",
         "--out", str(folder / "run"),
     ]) == 0  # fmt: skip
     return folder / "run"
@@ -106,3 +108,44 @@ def talking_experiment(talking_run: Path) -> Any:
             layer.rigsa_alpha.fill_(0.5)
     experiment.model.eval()
     return experiment
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collections_pass_over_what_is_there() -> Iterator[None]:
+    """accelerate collects garbage before each level, which takes a second or more where much has been imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures_are_blank(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A run draws its report at its end, which takes longer than to train a tiny model. `report/` tests the figures."""
+    folder = request.path.parent
+    with pytest.MonkeyPatch.context() as patch:
+        if "experiments" in folder.parts and folder.name != "report":
+            from rigsa.experiments.report.figures import Drawing
+
+            patch.setattr(Drawing, "svg", lambda self: "<svg></svg>")
+            patch.setattr(Drawing, "save_png", lambda self, path: path.write_bytes(b"\x89PNG\r\n\x1a\n"))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plans_are_made_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A run that is begun again has the same memory plan. `memory/` makes every plan anew."""
+    folder = request.path.parent
+    with pytest.MonkeyPatch.context() as patch:
+        if "experiments" in folder.parts and folder.name != "memory":
+            from rigsa.experiments.memory import plan
+
+            make, made = plan.plan_levels, dict[Any, Any]()
+
+            def plan_levels(target: Any, densities: Any) -> Any:
+                key = (target.shape.to_json_string(), target.config, target.device, target.size, *densities.items())
+                if key not in made:
+                    made[key] = make(target, densities)
+                return made[key]
+
+            patch.setattr(plan, "plan_levels", plan_levels)
+        yield

@@ -28,7 +28,7 @@ FLOORS = {
             "distributed",
         )
     ],
-    "model": [f"{RIG}/{name}" for name in ("model", "attach", "adapter")],
+    "model": [f"{RIG}/{name}" for name in ("model", "attach", "kept", "adapter")],
     "tasks": [f"{RIG}/tasks/*", f"{RIG}/tasks/lm_eval_tasks/*"],
     "training": [f"{RIG}/{name}" for name in ("checkpoints", "layer_checks", "train", "experiment")],
     "methods": [f"{RIG}/methods/*"],

@@ -38,7 +38,7 @@ def imp(model: Path, out: Path, *more: str) -> list[str]:
     """Two micro-batches a step, so that two processes take one each; two images are left over in each epoch."""
     return [
         "imp", "--model", str(model), "--preset", "smoke", "--dtype", "float32", "--device", "cpu", "--max-steps",
-        str(STEPS), "--prunings", str(LEVELS - 1), "--test-images", "20", "--train-images", "10", "--epochs", "3",
+        str(STEPS), "--prunings", str(LEVELS - 1), "--test-examples", "20", "--train-examples", "10", "--epochs", "3",
         "--alpha-learning-rate", "0.1", "--out", str(out), *more,
     ]  # fmt: skip
 

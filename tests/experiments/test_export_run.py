@@ -83,7 +83,7 @@ def test_a_run_of_lora_is_refused(tmp_path, small_model_folder, capsys):
     run = tmp_path / "run"
     assert main([
         "lora", "--preset", "smoke", "--model", str(small_model_folder), "--dtype", "float32", "--device", "cpu",
-        "--test-images", "20", "--train-images", "40", "--no-drift", "--out", str(run),
+        "--test-examples", "20", "--train-examples", "40", "--no-drift", "--out", str(run),
     ]) == 0  # fmt: skip
     assert main(["export", str(run), "--to", "merged"]) == 1
     assert "expected a run of a method with gated layers alone, got lora" in capsys.readouterr().err

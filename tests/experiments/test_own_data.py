@@ -25,7 +25,7 @@ from rigsa.run import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SHARED_BY_EQUAL_RUNS = {"resources.json", "report.md", "report.html", "report.csv"}
-SMALL = {"density": "0.1", "mask-images": "8", "rank": "2", "reselect-steps": "2", "ranking": "layer"}
+SMALL = {"density": "0.1", "mask-examples": "8", "rank": "2", "reselect-steps": "2", "ranking": "layer"}
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def test_the_page_on_own_data_runs(tmp_path, monkeypatch, capsys):
     for one in commands:
         parser.parse_args(one.split())
     monkeypatch.chdir(ROOT)
-    short = ["--max-steps", "1", "--warmup-steps", "0", "--logging-steps", "1", "--test-images", "2", "--no-drift"]
+    short = ["--max-steps", "1", "--warmup-steps", "0", "--logging-steps", "1", "--test-examples", "2", "--no-drift"]
     asked = commands[0].replace("runs/own", str(tmp_path / "own")).split()
     assert main([*asked, *short, "--batch-size", "2", "--micro-batch-size", "2", "--device", "cpu"]) == 0
     assert "questions.jsonl (prompt-completion): 50 training, 5 validation and 5 test" in re.sub(

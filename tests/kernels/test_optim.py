@@ -946,6 +946,7 @@ def test_stepping_in_backward_has_the_bits_of_a_step(values_dtype, state_dtype, 
     """After each gradient, after some, and with all of them left to the step."""
     everything = sum(parameter.nbytes for parameter in trainable(make_model(values_dtype=values_dtype)))
     monkeypatch.setattr(optim, "PENDING_BYTES", {"each": 0, "some": 300, "all": everything + 1}[pending])
+    monkeypatch.setattr(optim, "MOST_UPDATES", everything + 1)
     runs, early = [], []
     for in_backward in (False, True):
         model = make_model(values_dtype=values_dtype)
@@ -960,6 +961,36 @@ def test_stepping_in_backward_has_the_bits_of_a_step(values_dtype, state_dtype, 
     assert same_snapshot(*runs)
     assert {"each": len(early) == 12, "some": 0 < len(early) < 12, "all": not early}[pending]
     assert not any(parameter._post_accumulate_grad_hooks for parameter in trainable(model))
+
+
+@pytest.mark.parametrize(("num_layers", "most"), [(60, 8), (60, 24), (3, 24)])
+def test_updates_in_backward_are_few_and_hold_few_gradients(num_layers, most, monkeypatch):
+    """Few beside the layers, however many there are, and each is one launch: the gates wait for the step."""
+    pytest.importorskip("triton")
+    from benchmarks import optimizer_host as host
+
+    monkeypatch.setattr(optim, "PENDING_BYTES", 0)
+    monkeypatch.setattr(optim, "MOST_UPDATES", most)
+    model = host.make_model(num_layers)
+    parameters, held = trainable(model), []
+    sizes = [parameter.nbytes for parameter in parameters]
+    with host.without_device() as counts, optim.stepping_in_backward(optimizer := MaskedAdamW(model)):
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(
+                lambda _: held.append(sum(p.grad.nbytes for p in parameters if p.grad is not None))
+            )
+            for parameter in parameters
+        ]
+        host.backward_like(parameters)
+        updates = counts["launches"]
+        optimizer.step()
+        gates_and_rest = counts["launches"] - updates
+        for hook in hooks:
+            hook.remove()
+    assert 0 < updates <= min(most, num_layers)
+    assert gates_and_rest <= 2
+    assert max(held) < sum(sizes) / most + max(sizes)
+    assert [optimizer.state[parameter]["step"] for parameter in parameters] == [1] * len(parameters)
 
 
 @every_state

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config, Gates, Look, fields_of
-from rigsa.experiments.methods.ticket import PAPER_DENSITY, TicketMethod
+from rigsa.experiments.methods.ticket import PAPER_DENSITY, TICKET_RATES, TicketMethod
 from rigsa.masks import erk_counts, random_patterns
 from rigsa_kernels import SparsePattern, gated_linears
 
@@ -38,4 +38,5 @@ ERK = Erk(
     options=(*fields_of(Gates), "density"),
     look=Look("sky", (4, 1, 0), (0, (1, 1, 4, 1))),
     usual={"density": PAPER_DENSITY},
+    quickstart=TICKET_RATES,
 )
