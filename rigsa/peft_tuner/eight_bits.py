@@ -31,12 +31,17 @@ class AdapterEightBits(AdapterLinear):
 
     def __init__(self, linear: nn.Module, **options: Any) -> None:
         layer: Any = linear
-        self.__dict__["_eight_bits"] = (linear,)  # what `weight` and `bias` ask for; in a tuple, or it would be a child
+        self.__dict__["_layer"] = (linear,)  # what `weight` and `bias` ask for; in a tuple, or it would be a child
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         super().__init__(plain, **options | {"in_place": False, "numerics": "exact"})
 
     def _hold(self, linear: nn.Linear) -> None:
-        super()._hold(self._eight_bits[0])
+        super()._hold(self._eight_bits)
+
+    @property
+    def _eight_bits(self) -> Any:
+        """The layer in 8 bits."""
+        return self.__dict__["_layer"][0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,12 +50,12 @@ class AdapterEightBits(AdapterLinear):
 
     def frozen_matrix(self) -> Tensor:
         """W0, decoded."""
-        layer: Any = self._eight_bits[0]
+        layer = self._eight_bits
         return dequantize_bnb_weight(layer.weight, state=layer.state).float()
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer in 8 bits computes, and the adapter's part."""
         if self._awaited is not None:
             self._take_saved()
-        y = self._eight_bits[0](x)
+        y = self._eight_bits(x)
         return add_adapter(y, x.to(y.dtype), self.rigsa_values, self.rigsa_alpha, self.pattern)

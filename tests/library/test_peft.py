@@ -143,6 +143,7 @@ def test_the_configuration_takes_the_ticket_that_the_library_takes(tmp_path, ini
 
 def test_a_gradient_ticket_for_a_second_adapter_leaves_the_first_as_it_was():
     model = trained(wrapped())
+    next(iter(adapted_layers(model).values())).rigsa_alpha.requires_grad_(False)  # by hand
     before = logits(model)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.add_adapter("other", config(init="gradient", batches=BATCHES, density=0.1))
