@@ -1072,6 +1072,21 @@ def test_a_combination_has_the_layers_of_all_its_adapters():
     assert set(adapted_layers(model)) == {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
 
 
+@pytest.mark.parametrize("loader", LOADERS.values())
+def test_a_file_of_another_version_is_refused(folder, loader):
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["format"] == 1
+    del saved["format"]  # as the first version wrote it
+    path.write_text(json.dumps(saved))
+    assert torch.equal(logits(loader(make_llama(), folder)), logits(wrapped(density=0.03)))
+    path.write_text(json.dumps(saved | {"format": 2, "what_comes_later": True}))
+    base = make_llama()
+    with pytest.raises(ValueError, match="format: expected 1, got 2; the adapter was saved by another version"):
+        loader(base, folder)
+    assert not gated_linears(base)
+
+
 def test_a_configuration_from_a_file_without_its_tensors_is_refused(folder):
     model = get_peft_model(make_llama(), PeftConfig.from_pretrained(folder))
     with pytest.raises(RigsaError, match="make a new RigsaConfig"):
