@@ -26,6 +26,7 @@ Keep it
     save_adapter(model, folder)           one folder, without the base
     load_adapter(model, folder)           onto a bare base, or in place of the adapter that the model carries
     export_adapter(model, folder, to="supertuning")         for PEFT without this package; or shira, merged
+    write_card(model, folder, to, data=..., measured=...)   a model card for it: README.md and a figure
     import_adapter(model, folder)         what PEFT's SHiRA or Super-Tuning have trained, behind a gate of 1
 
 Under transformers.Trainer
@@ -49,6 +50,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rigsa.adapters import Adapters, adapter_off
     from rigsa.callbacks import AdapterCheckpoints, PruningLevels
+    from rigsa.card import Measured, write_card
     from rigsa.errors import RigsaError
     from rigsa.export import export_adapter
     from rigsa.importing import import_adapter
@@ -80,6 +82,7 @@ from rigsa.when_imported import when_imported
 
 _MODULES = {
     "rigsa.adapters": ("Adapters", "adapter_off"),
+    "rigsa.card": ("Measured", "write_card"),
     "rigsa.callbacks": ("AdapterCheckpoints", "PruningLevels"),  # this one imports transformers
     "rigsa.errors": ("RigsaError",),
     "rigsa.export": ("export_adapter",),
@@ -148,6 +151,7 @@ __all__ = [
     "Adapters",
     "GatedSparseLinear",
     "MaskedAdamW",
+    "Measured",
     "PruningLevels",
     "RigsaConfig",
     "RigsaError",
@@ -183,4 +187,5 @@ __all__ = [
     "union",
     "unmerge_linears",
     "verify_adapted",
+    "write_card",
 ]

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,15 @@ def require_regular(path: Path) -> None:
             raise RigsaError(f"{path}: expected a regular file, got {kind_of(path)}")
     except (OSError, ValueError) as error:
         raise RigsaError(f"{path} cannot be read ({error})") from error
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """A RigsaError that is raised inside begins with the option that named the file."""
+    try:
+        yield
+    except RigsaError as error:
+        raise RigsaError(f"{option}: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

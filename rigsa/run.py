@@ -46,7 +46,7 @@ try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
     from rigsa.experiments.config import OPTIONS, Config, Method, flag
     from rigsa.experiments.config_file import check_folder, load, save
     from rigsa.experiments.methods.registry import METHODS
-    from rigsa.experiments.presets import PRESETS
+    from rigsa.experiments.presets import PRESETS, configured
     from rigsa.export import Format
     from rigsa.files import reason_of, remove_temporaries, write_json
 except BaseException as error:
@@ -103,7 +103,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for argument in sys.argv[1:] if arguments is None else arguments:
         if argument.startswith("--") and argument.endswith("=--"):  # argparse would drop the value, and fail on that
             raise RigsaError(f"{argument[:-3]}: expected a value, got '--'")
-    return build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        _refuse_of_others(argument.partition("=")[0], options)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _refuse_of_others(option: str, options: argparse.Namespace) -> None:
+    """Raises RigsaError where `option` is one that other methods read."""
+    name = getattr(options, "method", None)
+    flags = {other: {f"--{flag(field)}" for field in method.options} for other, method in METHODS.items()}
+    readers = [other for other, own in flags.items() if option in own]
+    if options.command is run_method and readers:
+        raise RigsaError(f"{option}: {name} does not read it; it is for {', '.join(readers)}")
 
 
 def flush_output() -> None:
@@ -261,9 +276,9 @@ def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--to",
         required=True,
-        choices=get_args(Format),
-        help="supertuning and shira: folders that PEFT loads without this package; safetensors: what "
-        "rigsa.load_adapter reads; merged: the whole model, which transformers loads",
+        choices=(*get_args(Format), "lora"),
+        help="supertuning and shira: folders that PEFT loads without this package, of methods of PEFT lora and shira; "
+        "safetensors: what rigsa.load_adapter reads; merged: the whole model, which transformers loads",
     )
     command.add_argument("--out", type=utf8_path, help="folder to write; default: RUN/export/FORMAT")
     add_number(command, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
@@ -324,9 +339,7 @@ def utf8_path(text: str) -> Path:
 
 def configure(options: argparse.Namespace, device: str = "auto") -> Config:
     """The preset's configuration with the options of the command line; ``auto`` stands for `device`."""
-    given = given_fields(options)
-    named = given.get("device", "auto")
-    return dataclasses.replace(PRESETS[options.preset](options.method, device if named == "auto" else named), **given)
+    return configured(options.preset, options.method, given_fields(options), device)
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -456,7 +469,7 @@ def planned_size(config: Config, tokens: int | None) -> Size:
         task.meet(load_tokenizer(config), longest_of(model_shape(config.model)))
         return task.size()
     known = tokens or TOKENS.get(config.data, MNIST_TOKENS)
-    return Size(known, 1 if config.loss == "answer" and not config.is_text else known)
+    return Size(known, 1 if config.loss == "answer" and not config.is_text else known, packed=config.packing)
 
 
 def run_compare(options: argparse.Namespace) -> None:

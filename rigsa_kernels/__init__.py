@@ -1,15 +1,15 @@
 """Gated sparse adapters: the storage format, the operators, the layer and its optimiser. Needs PyTorch only."""
 
-from rigsa_kernels import saving_guard  # noqa: F401 (models that are adapted from now on do not lose it when saved)
-from rigsa_kernels.exactness import composed_is_safe
-from rigsa_kernels.format import SparsePattern
-from rigsa_kernels.init import layer_key, uniform_init
-from rigsa_kernels.linear import GatedSparseLinear
-from rigsa_kernels.merging import merge_linears, rounding_losses, unmerge_linears
-from rigsa_kernels.ops import gated_linear
-from rigsa_kernels.optim import MaskedAdamW, parameter_groups, stepping_in_backward
-from rigsa_kernels.parametrized import GatedSparseWeight
-from rigsa_kernels.replace import (
+from . import layers, saving_guard  # noqa: F401 (models that are adapted from now on do not lose it when saved)
+from .exactness import composed_is_safe
+from .format import SparsePattern
+from .init import layer_key, uniform_init
+from .linear import GatedSparseLinear
+from .merging import merge_linears, rounding_losses, unmerge_linears
+from .ops import gated_linear
+from .optim import MaskedAdamW, parameter_groups, stepping_in_backward
+from .parametrized import GatedSparseWeight
+from .replace import (
     adapter_summary,
     gated_linears,
     left_out,
@@ -17,7 +17,7 @@ from rigsa_kernels.replace import (
     restore_linears,
     restore_weights,
 )
-from rigsa_kernels.verify import verify_adapted
+from .verify import verify_adapted
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "gated_linear",
     "gated_linears",
     "layer_key",
+    "layers",
     "left_out",
     "merge_linears",
     "parameter_groups",

@@ -35,8 +35,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from rigsa_kernels.format import carry
-from rigsa_kernels.library import define
+from .format import carry
+from .library import define
 
 QUANT_BLOCK = 256
 """Values that share a scale in 8-bit moments."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from rigsa_kernels.hooks import carry_hooks
-from rigsa_kernels.linear import GatedSparseLinear
-from rigsa_kernels.nf4 import dequantize, is_nf4_linear, nf4_base
-from rigsa_kernels.replace import check_replaceable, swap_modules
+from .hooks import carry_hooks
+from .linear import GatedSparseLinear
+from .nf4 import dequantize, is_nf4_linear, nf4_base
+from .replace import check_replaceable, swap_modules
 
 OF_MODEL = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "_hf_peft_config_loaded")
 OF_CONFIG = ("quantization_config", "_is_quantized")

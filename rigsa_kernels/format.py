@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rigsa_kernels.tiles import (
+from .tiles import (
     Tile,
     check_tiles,
     is_tiled,

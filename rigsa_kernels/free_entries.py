@@ -16,10 +16,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rigsa_kernels.format import positions
-from rigsa_kernels.library import define, on_first_use
-from rigsa_kernels.reference import add_scaled
-from rigsa_kernels.tiles import is_tiled, touched
+from ._ops import ops as operators
+from .format import positions
+from .library import define, on_first_use
+from .reference import add_scaled
+from .tiles import is_tiled, touched
 
 
 def gather_free_(packed: list[Tensor], matrices: list[Tensor], patterns: list[Tensor]) -> None:
@@ -57,7 +58,7 @@ def compose_free_(
 def with_free(matrix: Tensor, packed: Tensor, pattern: list[Tensor]) -> Tensor:
     """A copy of `matrix` whose free entries are `packed`."""
     copy = matrix.clone()
-    torch.ops.rigsa.scatter_free_([copy], [packed], pattern)
+    operators.scatter_free_([copy], [packed], pattern)
     return copy
 
 

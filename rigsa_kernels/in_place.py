@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rigsa_kernels import free_entries  # noqa: F401 (defines the operators)
-from rigsa_kernels.exactness import need_two_products
-from rigsa_kernels.format import SparsePattern
-from rigsa_kernels.snapshot import Snapshot
+from . import free_entries  # noqa: F401 (defines the operators)
+from ._ops import ops as operators
+from .exactness import need_two_products
+from .format import SparsePattern
+from .snapshot import Snapshot
 
 
 class InPlaceWeight:
@@ -40,7 +41,7 @@ class InPlaceWeight:
         self.base_values = weight.new_empty(pattern.nnz)
         self._made_from: Snapshot | None = None
         with _writing():
-            torch.ops.rigsa.gather_free_([self.base_values], [weight.detach()], pattern.tensors)
+            operators.gather_free_([self.base_values], [weight.detach()], pattern.tensors)
         self._left_as: Snapshot | None = Snapshot(weight)
 
     def holds(self, values: Tensor, alpha: Tensor) -> bool:
@@ -68,7 +69,7 @@ class InPlaceWeight:
         matrix = self.weight.detach().clone()
         if self.is_composed and self.check_untouched():
             with _writing():
-                torch.ops.rigsa.scatter_free_([matrix], [self.base_values], self.pattern.tensors)
+                operators.scatter_free_([matrix], [self.base_values], self.pattern.tensors)
         return matrix
 
     def _begin_writing(self) -> None:
@@ -99,7 +100,7 @@ def compose(weights: list[InPlaceWeight], values: list[Tensor], alphas: list[Ten
             weight._begin_writing()
         try:
             with _writing():
-                torch.ops.rigsa.compose_free_(
+                operators.compose_free_(
                     [weight.weight.detach() for weight in chosen], [weight.base_values for weight in chosen],
                     own_values, own_alphas, _patterns(chosen),
                 )  # fmt: skip
@@ -128,7 +129,7 @@ def restore(weights: Iterable[InPlaceWeight]) -> None:
         for weight in chosen:
             weight._begin_writing()
         with _writing():
-            torch.ops.rigsa.scatter_free_(
+            operators.scatter_free_(
                 [weight.weight.detach() for weight in chosen], [weight.base_values for weight in chosen],
                 _patterns(chosen),
             )  # fmt: skip

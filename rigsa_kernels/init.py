@@ -16,8 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rigsa_kernels.format import SparsePattern, unpack_bits
-from rigsa_kernels.library import define
+from ._ops import ops as operators
+from .format import SparsePattern, unpack_bits
+from .library import define
 
 _LOW_32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -133,9 +134,7 @@ def initial_values(
     if bound == 0:
         return torch.zeros(pattern.values_shape, dtype=dtype, device=device)
     values = torch.empty(pattern.values_shape, dtype=dtype, device=device)
-    torch.ops.rigsa.initial_values_(
-        values, pattern.packed().tensors, pattern.in_features, bound, as_int64(seed), key, 0
-    )
+    operators.initial_values_(values, pattern.packed().tensors, pattern.in_features, bound, as_int64(seed), key, 0)
     return values
 
 

@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise RuntimeError(f"triton: needed to compile kernels and not installed ({error}); pip install triton") from error
 
-from rigsa_kernels import (
+from . import (
     triton_adamw,
     triton_add,
     triton_free_entries,
@@ -35,9 +35,9 @@ from rigsa_kernels import (
     triton_select,
     triton_tiles,
 )
-from rigsa_kernels.offline import Launch, capturing
-from rigsa_kernels.sass import MULTIPROCESSORS, KernelCode, count, histogram, opcodes, read, tensor_instructions, widths
-from rigsa_kernels.tiles import grid_shape
+from .offline import Launch, capturing
+from .sass import MULTIPROCESSORS, KernelCode, count, histogram, opcodes, read, tensor_instructions, widths
+from .tiles import grid_shape
 
 
 class Shape(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from rigsa_kernels.adamw import num_blocks
+from .adamw import num_blocks
 
 T = TypeVar("T")
 StateDtype = Literal["float32", "bfloat16", "int8"]

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-_library = torch.library.Library("rigsa", "DEF")
+from ._ops import add_op_namespace_prefix
+
+_library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 
 
 def define(schema: str, cpu: Callable[..., Any], cuda: str | Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -24,7 +26,7 @@ def define(schema: str, cpu: Callable[..., Any], cuda: str | Callable[..., Any],
     _library.define(schema)
     _library.impl(name, cpu, "CPU")
     _library.impl(name, on_first_use(cuda) if isinstance(cuda, str) else cuda, "CUDA")
-    torch.library.register_fake(f"rigsa::{name}", fake, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
 
 
 def on_first_use(launcher: str) -> Callable[..., Any]:
@@ -34,7 +36,7 @@ def on_first_use(launcher: str) -> Callable[..., Any]:
     def load() -> Callable[..., Any]:
         module, _, function = launcher.partition(".")
         try:
-            return getattr(importlib.import_module(f"rigsa_kernels.{module}"), function)
+            return getattr(importlib.import_module(f".{module}", __package__), function)
         except ImportError as error:
             raise RuntimeError(
                 f"triton: needed for rigsa's operators on CUDA and not installed ({error}); pip install triton"

@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rigsa_kernels import ops
-from rigsa_kernels.dispatch import GENERATION_TOKENS, HALF_DTYPES, Path, choose_path
-from rigsa_kernels.exactness import composed_is_safe, need_two_products, rms
-from rigsa_kernels.format import SparsePattern, carry
-from rigsa_kernels.in_place import InPlaceWeight, Peers, optimizer_steps, restore
-from rigsa_kernels.init import initial_values
-from rigsa_kernels.nf4 import SCALES, dequantize, is_nf4_linear, load_scales, nf4_base, scales_of
-from rigsa_kernels.roles import has_left
-from rigsa_kernels.snapshot import Snapshot
+from . import ops
+from ._ops import ops as operators
+from .dispatch import GENERATION_TOKENS, HALF_DTYPES, Path, choose_path
+from .exactness import composed_is_safe, need_two_products, rms
+from .format import SparsePattern, carry
+from .in_place import InPlaceWeight, Peers, optimizer_steps, restore
+from .init import initial_values
+from .nf4 import SCALES, dequantize, is_nf4_linear, load_scales, nf4_base, scales_of
+from .roles import has_left
+from .snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -452,10 +453,10 @@ class GatedSparseLinear(nn.Module):
         """``W0 + alpha * D``, a new matrix in W0's dtype, with the bits that composing in place gives."""
         values, alpha, pattern = self.rigsa_values.detach(), self.rigsa_alpha.detach(), self.pattern.tensors
         if not pattern:
-            return torch.ops.rigsa.compose(frozen, values, alpha, pattern)
+            return operators.compose(frozen, values, alpha, pattern)
         matrix, base_values = frozen.clone(), frozen.new_empty(values.numel())
-        torch.ops.rigsa.gather_free_([base_values], [matrix], pattern)
-        torch.ops.rigsa.compose_free_([matrix], [base_values], [values], [alpha], pattern)
+        operators.gather_free_([base_values], [matrix], pattern)
+        operators.compose_free_([matrix], [base_values], [values], [alpha], pattern)
         return matrix
 
     def _may_write(self, dtype: torch.dtype) -> bool:
@@ -519,7 +520,7 @@ class GatedSparseLinear(nn.Module):
         dtype = self._compute_dtype(x)
         weight, own = self.weight, self.in_place_weight
         if own is not None and own.is_composed:
-            weight = torch.ops.rigsa.with_free(weight, own.base_values, own.pattern.tensors)
+            weight = operators.with_free(weight, own.base_values, own.pattern.tensors)
         base = self._base(dtype) if self.is_nf4 else [weight.to(dtype)]
         bias = None if self.bias is None else self.bias.to(dtype)
         x = x.to(dtype)
@@ -623,7 +624,7 @@ class GatedSparseLinear(nn.Module):
         entries = self.frozen_matrix()
         if not self._pattern.is_dense:
             matrix, entries = entries, entries.new_empty(self.rigsa_values.numel())
-            torch.ops.rigsa.gather_free_([entries], [matrix], self.pattern.tensors)
+            operators.gather_free_([entries], [matrix], self.pattern.tensors)
         return entries
 
     def _log_switch(self, exact: bool) -> None:

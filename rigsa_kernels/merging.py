@@ -11,19 +11,20 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rigsa_kernels.dequantizing import dequantize_rest, quantize_rest, rest_in_four_bits
-from rigsa_kernels.hooks import TABLES, carry_hooks
-from rigsa_kernels.linear import GatedSparseLinear
-from rigsa_kernels.parametrized import GatedSparseWeight, attach, detach
-from rigsa_kernels.reference import add_scaled
-from rigsa_kernels.replace import (
+from ._ops import ops as operators
+from .dequantizing import dequantize_rest, quantize_rest, rest_in_four_bits
+from .hooks import TABLES, carry_hooks
+from .linear import GatedSparseLinear
+from .parametrized import GatedSparseWeight, attach, detach
+from .reference import add_scaled
+from .replace import (
     check_replaceable,
     gated_linears,
     refuse_adapters_of_peft,
     restore_weights,
     swap_modules,
 )
-from rigsa_kernels.selection import BASE_OF_PEFT, NAMES_IN_ERRORS
+from .selection import BASE_OF_PEFT, NAMES_IN_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ def _weight(job: _Job) -> Tensor:
     if low_rank is not None:
         base = base.to(torch.promote_types(base.dtype, torch.float32)) + low_rank
     values, alpha = layer.rigsa_values.detach(), layer.rigsa_alpha.detach()
-    return cast(Tensor, torch.ops.rigsa.compose(base, values, alpha, layer.pattern.tensors)).to(layer.dtype)
+    return cast(Tensor, operators.compose(base, values, alpha, layer.pattern.tensors)).to(layer.dtype)
 
 
 @torch.no_grad()

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rigsa_kernels import free_entries, reference  # noqa: F401 (free_entries defines operators)
-from rigsa_kernels.dispatch import keeps_columns, kernels_win
-from rigsa_kernels.format import SparsePattern
-from rigsa_kernels.library import define, on_first_use
-from rigsa_kernels.nf4 import num_weights
-from rigsa_kernels.tiles import is_tiled, narrowed_columns
+from . import free_entries, reference  # noqa: F401 (free_entries defines operators)
+from ._ops import ops as operators
+from .dispatch import keeps_columns, kernels_win
+from .format import SparsePattern
+from .library import define, on_first_use
+from .nf4 import num_weights
+from .tiles import is_tiled, narrowed_columns
 
 
 def _last_dim_becomes(like: Tensor, size: int) -> Tensor:
@@ -67,7 +68,7 @@ def _dvalues(dy: Tensor, x: Tensor, values: Tensor, alpha: Tensor, pattern: list
             return _TILED_DVALUES(dy, x, values, alpha, pattern)
         if not kernels_win(x.device, x.dtype):
             return _CHECKED_DVALUES(dy, x, values, alpha, pattern)
-    return torch.ops.rigsa.linear_dvalues.default(dy, x, values, alpha, pattern)
+    return operators.linear_dvalues.default(dy, x, values, alpha, pattern)
 
 
 define(
@@ -144,11 +145,11 @@ class _GatedLinear(torch.autograd.Function):
         ctx.pattern_of_x = pattern if columns is None else columns.pattern
         if isinstance(exact, Tensor):
             ctx.save_for_backward(needed, values, alpha, operand, exact, *base)
-            return torch.ops.rigsa.linear_fwd(x, base, bias, values, alpha, pattern, exact)
+            return operators.linear_fwd(x, base, bias, values, alpha, pattern, exact)
         ctx.save_for_backward(needed, values, alpha, operand, None, *base)
         if exact:
             operand = _delta(values, base[0], pattern) if operand is None else operand
-            return torch.ops.rigsa.add_scaled(F.linear(x, base[0], bias), F.linear(x, operand), alpha)
+            return operators.add_scaled(F.linear(x, base[0], bias), F.linear(x, operand), alpha)
         return F.linear(x, operand, bias)
 
     @staticmethod
@@ -165,10 +166,10 @@ class _GatedLinear(torch.autograd.Function):
         needs_dx, needs_dbias, needs_dvalues, needs_dalpha, *_ = ctx.needs_input_grad
         if needs_dx:
             if flag is not None:
-                dx = torch.ops.rigsa.linear_dx(dy, base, values, alpha, pattern, flag)
+                dx = operators.linear_dx(dy, base, values, alpha, pattern, flag)
             elif ctx.exact:
                 operand = _delta(values, base[0], pattern) if operand is None else operand
-                dx = torch.ops.rigsa.add_scaled(dy @ base[0], dy @ operand, alpha)
+                dx = operators.add_scaled(dy @ base[0], dy @ operand, alpha)
             else:
                 dx = dy @ operand
         if needs_dbias:
@@ -184,7 +185,7 @@ _refusing_a_second_derivative = once_differentiable(_GatedLinear._gradients)
 def _delta(values: Tensor, like: Tensor, pattern: list[Tensor]) -> Tensor:
     """A packed ``m . D`` as a matrix of the frozen weight's shape and dtype."""
     matrix = torch.zeros_like(like)
-    torch.ops.rigsa.scatter_free_([matrix], [values], pattern)
+    operators.scatter_free_([matrix], [values], pattern)
     return matrix
 
 

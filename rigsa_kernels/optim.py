@@ -31,10 +31,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rigsa_kernels.adamw import check_options, hyper_parameters, move_codes, random_key
-from rigsa_kernels.format import carry
-from rigsa_kernels.in_place import after_step, living_layers
-from rigsa_kernels.launches import (
+from ._ops import ops as operators
+from .adamw import check_options, hyper_parameters, move_codes, random_key
+from .format import carry
+from .in_place import after_step, living_layers
+from .launches import (
     Launch,
     Members,
     Remembered,
@@ -43,11 +44,11 @@ from rigsa_kernels.launches import (
     launches_of,
     local_part,
 )
-from rigsa_kernels.library import on_first_use
-from rigsa_kernels.linear import GatedSparseLinear
-from rigsa_kernels.replace import gated_linears
-from rigsa_kernels.roles import GATE, VALUES, parameters_called
-from rigsa_kernels.switching import Switch
+from .library import on_first_use
+from .linear import GatedSparseLinear
+from .replace import gated_linears
+from .roles import GATE, VALUES, parameters_called
+from .switching import Switch
 
 _update_on_cuda = on_first_use("triton_adamw.update_")
 
@@ -255,7 +256,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             key = random_key(options["seed"], step)
             _update_on_cuda([*columns, launch.scales], launch.addresses, launch.numbers, hyper, key, launch.held)
         else:
-            torch.ops.rigsa.adamw_(
+            operators.adamw_(
                 *columns, launch.scales, launch.numbers,
                 lr, beta1, beta2, eps, weight_decay, step, options["seed"],
             )  # fmt: skip

@@ -24,9 +24,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rigsa_kernels.in_place import optimizer_steps
-from rigsa_kernels.linear import GatedSparseLinear
-from rigsa_kernels.snapshot import Snapshot
+from ._ops import ops as operators
+from .in_place import optimizer_steps
+from .linear import GatedSparseLinear
+from .snapshot import Snapshot
 
 PREFIX = "rigsa_"
 """Of the child's name, before the parameter's."""
@@ -48,7 +49,7 @@ class _ComposedWeight(torch.autograd.Function):
         at_pattern = grad
         if not ctx.pattern.is_dense:
             at_pattern = grad.new_empty(values.numel())
-            torch.ops.rigsa.gather_free_([at_pattern], [grad.contiguous()], ctx.pattern.tensors)
+            operators.gather_free_([at_pattern], [grad.contiguous()], ctx.pattern.tensors)
         at_pattern = at_pattern.to(alpha.dtype, copy=at_pattern is grad)
         dalpha = torch.dot(values.to(alpha.dtype).view(-1), at_pattern.view(-1)).view(1)
         return at_pattern.mul_(alpha).to(values.dtype), dalpha, None, None
@@ -108,7 +109,7 @@ class GatedSparseWeight(GatedSparseLinear):
     def _composed_now(self) -> Tensor:
         values, alpha = self.rigsa_values.detach(), self.rigsa_alpha.detach()
         if torch.compiler.is_compiling():
-            return cast(Tensor, torch.ops.rigsa.compose(self.weight, values, alpha, self.pattern.tensors))
+            return cast(Tensor, operators.compose(self.weight, values, alpha, self.pattern.tensors))
         made = self._made
         if made is None or made[0] != optimizer_steps() or not made[1].is_of(*self._trio()):
             self._made = None  # or it would be kept beside the new one

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rigsa_kernels.dispatch import multiplies_tiles
-from rigsa_kernels.format import csr_indices, positions
-from rigsa_kernels.nf4 import dequantize, num_weights
-from rigsa_kernels.tiles import Tile, is_tiled, is_whole_lines, strips_of, touched
+from .dispatch import multiplies_tiles
+from .format import csr_indices, positions
+from .nf4 import dequantize, num_weights
+from .tiles import Tile, is_tiled, is_whole_lines, strips_of, touched
 
 _HALF_DENSITY = 0.01 if torch.cpu._is_amx_tile_supported() else 0.04
 SAMPLED_PRODUCT_DENSITY = {

@@ -14,15 +14,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from rigsa_kernels.dispatch import Path
-from rigsa_kernels.format import MAX_IN_FEATURES, SparsePattern
-from rigsa_kernels.hooks import carry_hooks, has_own_forward
-from rigsa_kernels.in_place import Peers, restore
-from rigsa_kernels.init import check_stream, layer_key
-from rigsa_kernels.linear import ALPHA_INIT, HALF_DTYPES, GatedSparseLinear, Numerics
-from rigsa_kernels.parametrized import GatedSparseWeight, attach, detach
-from rigsa_kernels.select import drawn_units, of_units, top_k
-from rigsa_kernels.selection import (
+from .dispatch import Path
+from .format import MAX_IN_FEATURES, SparsePattern
+from .hooks import carry_hooks, has_own_forward
+from .in_place import Peers, restore
+from .init import check_stream, layer_key
+from .linear import ALPHA_INIT, HALF_DTYPES, GatedSparseLinear, Numerics
+from .parametrized import GatedSparseWeight, attach, detach
+from .select import drawn_units, of_units, top_k
+from .selection import (
     Selection,
     Weight,
     adapters_of_peft,
@@ -32,7 +32,7 @@ from rigsa_kernels.selection import (
     select_linears,
     select_weights,
 )
-from rigsa_kernels.tiles import Tile, grid_of
+from .tiles import Tile, grid_of
 
 logger = logging.getLogger(__name__)
 

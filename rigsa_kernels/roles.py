@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rigsa_kernels.in_place import living_layers
+from .in_place import living_layers
 
 GATE, VALUES = "rigsa_alpha", "rigsa_values"
 

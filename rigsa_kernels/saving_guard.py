@@ -18,8 +18,8 @@ from typing import Any
 
 import torch.nn as nn
 
-from rigsa_kernels.replace import after_replacing, gated_linears, hooks_after_replacing
-from rigsa_kernels.selection import adapters_of_peft
+from .replace import after_replacing, gated_linears, hooks_after_replacing
+from .selection import adapters_of_peft
 
 BASE_CLASS = "transformers.modeling_utils"
 

@@ -29,10 +29,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rigsa_kernels.format import WORD_BITS, SparsePattern, pack_bits, popcount, unpack_bits
-from rigsa_kernels.init import as_int64, check_stream, random_words, row_chunks, uniform
-from rigsa_kernels.library import define
-from rigsa_kernels.tiles import Tile, grid_of
+from ._ops import ops as operators
+from .format import WORD_BITS, SparsePattern, pack_bits, popcount, unpack_bits
+from .init import as_int64, check_stream, random_words, row_chunks, uniform
+from .library import define
+from .tiles import Tile, grid_of
 
 Order = Literal["magnitude", "score", "random"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -174,11 +175,11 @@ class Entries:
     def digit_counts(self, prefix: int, shift: int) -> Tensor:
         """int64 ``[257]``: candidates by digit ``(key >> shift) & 255`` among those whose key shares the digits of
         `prefix` above it; last, the free values that are not finite."""
-        return torch.ops.rigsa.digit_counts(*self._arguments, prefix, shift)
+        return operators.digit_counts(*self._arguments, prefix, shift)
 
     def keep_largest(self, threshold: int, take: int) -> Tensor:
         """The bit mask of the candidates whose key exceeds `threshold` and of the first `take` that equal it."""
-        return torch.ops.rigsa.keep_largest(*self._arguments, threshold, take)
+        return operators.keep_largest(*self._arguments, threshold, take)
 
     @property
     def _arguments(self) -> tuple[Tensor | None, Tensor, list[Tensor], int, Order, int, int]:
@@ -279,7 +280,7 @@ def same_sign(values: Tensor, pattern: SparsePattern, *, bound: float, seed: int
     _check_values(values, pattern)
     check_stream(seed, key)
     shape = list(pattern.shape)
-    return torch.ops.rigsa.same_sign(values.contiguous(), pattern.packed().tensors, shape, bound, as_int64(seed), key)
+    return operators.same_sign(values.contiguous(), pattern.packed().tensors, shape, bound, as_int64(seed), key)
 
 
 def _check_values(values: Tensor, pattern: SparsePattern) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch.nn as nn
 
-from rigsa_kernels.hooks import has_own_forward
-from rigsa_kernels.linear import is_plain_linear
-from rigsa_kernels.nf4 import is_nf4_linear
+from .hooks import has_own_forward
+from .linear import is_plain_linear
+from .nf4 import is_nf4_linear
+from .patched import refuse_unsloth
 
 Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
 BASE_OF_PEFT = "base_layer"
@@ -37,7 +38,12 @@ NOT_SELECTED = "not selected"
 def select_linears(
     model: nn.Module, include: Selection, exclude: Sequence[str], modules_to_save: Sequence[str] = ()
 ) -> tuple[dict[str, nn.Linear], list[tuple[str, str]]]:
-    """``(to replace, left alone with the reason)`` among the linear layers of `model` that `include` names."""
+    """``(to replace, left alone with the reason)`` among the linear layers of `model` that `include` names.
+
+    Raises:
+        ValueError: unsloth has replaced passes of `model`.
+    """
+    refuse_unsloth(model)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     heads = language_model_heads(model)
     of_peft, saved = adapters_of_peft(model), _below(model, modules_to_save)

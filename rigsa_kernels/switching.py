@@ -14,9 +14,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rigsa_kernels.dispatch import HALF_DTYPES
-from rigsa_kernels.exactness import need_two_products
-from rigsa_kernels.linear import GatedSparseLinear, layer_starts
+from .dispatch import HALF_DTYPES
+from .exactness import need_two_products
+from .linear import GatedSparseLinear, layer_starts
 
 
 class Switch:

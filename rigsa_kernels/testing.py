@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from rigsa_kernels.offline import active_driver
+from .offline import active_driver
 
 
 class GuardError(AssertionError):

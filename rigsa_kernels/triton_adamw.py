@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels import adamw, triton_tables
-from rigsa_kernels.triton_tables import (
+from . import adamw, triton_tables
+from .triton_tables import (
     COLUMNS,
     TYPES,
     Table,

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels.format import WORD_BITS
-from rigsa_kernels.tiles import is_tiled
+from .format import WORD_BITS
+from .tiles import is_tiled
 
 MIN_TRITON = (3, 5)
 """Older compilers know no recursion in a kernel, no masked histogram and no tuple of arguments."""

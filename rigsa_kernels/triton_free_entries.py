@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels.tiles import is_tiled
-from rigsa_kernels.triton_common import free_entries, load_words
-from rigsa_kernels.triton_tables import (
+from .tiles import is_tiled
+from .triton_common import free_entries, load_words
+from .triton_tables import (
     TYPES,
     Table,
     cell,

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels.triton_common import as_rows, check_product, load_words
-from rigsa_kernels.triton_grad import store_dense, store_packed
+from .triton_common import as_rows, check_product, load_words
+from .triton_grad import store_dense, store_packed
 
 BLOCK_N, BLOCK_K = 16, 128
 

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels.format import packed_form
-from rigsa_kernels.nf4 import BASE_NAMES, num_weights
-from rigsa_kernels.triton_common import (
+from .format import packed_form
+from .nf4 import BASE_NAMES, num_weights
+from .triton_common import (
     MAX_REGISTERS,
     as_rows,
     check_product,

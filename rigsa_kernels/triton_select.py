@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels.triton_common import free_entries, load_words
+from .triton_common import free_entries, load_words
 
 ROWS = 16
 WORDS = 4

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rigsa_kernels.triton_common import architecture
+from .triton_common import architecture
 
 COLUMNS = 16
 """int64 in a row: one cache line. The last one holds the first of the row's programs; the launcher names the others."""

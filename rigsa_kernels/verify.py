@@ -11,9 +11,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rigsa_kernels.dispatch import HALF_DTYPES
-from rigsa_kernels.linear import GatedSparseLinear, rms
-from rigsa_kernels.replace import gated_linears
+from .dispatch import HALF_DTYPES
+from .exactness import rms
+from .linear import GatedSparseLinear
+from .replace import gated_linears
 
 NEVER_CALLED = "its forward was never called, so something reads its weight, which is W0, or does not use it at all"
 NO_GRADIENT = "its values get no gradient"

@@ -28,7 +28,7 @@ FLOORS = {
             "distributed",
         )
     ],
-    "model": [f"{RIG}/{name}" for name in ("model", "attach", "adapter")],
+    "model": [f"{RIG}/{name}" for name in ("model", "attach", "kept", "adapter")],
     "tasks": [f"{RIG}/tasks/*", f"{RIG}/tasks/lm_eval_tasks/*"],
     "training": [f"{RIG}/{name}" for name in ("checkpoints", "layer_checks", "train", "experiment")],
     "methods": [f"{RIG}/methods/*"],
@@ -61,14 +61,25 @@ FILES = {
 
 
 def modules(path: Path) -> list[str]:
-    """What a file imports, anywhere in it: a name that a package gives may be a module of that package, too."""
+    """What a file imports, anywhere in it: a name that a package gives may be a module of that package, too.
+
+    Inside `rigsa_kernels` imports of itself are relative, as it is loaded under other names from the kernels hub.
+    Elsewhere none is.
+    """
+    is_kernels = path.parent.name == "rigsa_kernels"
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            found.extend([node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)])
+            assert node.level == (0 if not is_kernels or node.level == 0 else 1), f"{path} has a relative import"
+            parts = ["rigsa_kernels"] * (node.level == 1) + [node.module] * (node.module is not None)
+            module = ".".join(parts)
+            is_own = module.partition(".")[0] == "rigsa_kernels"
+            assert not (is_kernels and is_own and node.level == 0), f"{path} imports {module} by its full name"
+            found.extend([module, *(f"{module}.{alias.name}" for alias in node.names)])
         elif isinstance(node, ast.Import):
-            found.extend(alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
+            assert not (is_kernels and any(name.partition(".")[0] == "rigsa_kernels" for name in names)), path
+            found.extend(names)
     return found
 
 

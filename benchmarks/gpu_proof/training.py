@@ -18,8 +18,8 @@ TO_READ_RESULTS = 3.0
 """Seconds before the deadline at which a run is ended."""
 TAIL = 1500
 SHORT = [
-    "--preset", "smoke", "--dtype", "float32", "--device", "cpu", "--max-steps", "2", "--test-images", "10",
-    "--train-images", "8", "--epochs", "1",
+    "--preset", "smoke", "--dtype", "float32", "--device", "cpu", "--max-steps", "2", "--test-examples", "10",
+    "--train-examples", "8", "--epochs", "1",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from rigsa.files import parse_json, require_regular
 from rigsa.tensor_files import differing, read_header, write_tensors
 from rigsa_kernels import SparsePattern, gated_linears, restore_weights
 from rigsa_kernels.format import WORD_BITS, popcount
+from rigsa_kernels.roles import GATE
 
 FORMAT_VERSION = 3
 TILES = "tiles"
@@ -30,8 +31,13 @@ TILES = "tiles"
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter; a gate that layers share stands under each of its names."""
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    """Name to parameter. A gate that layers share stands under each of its names, any other one under its first."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and (name.endswith(GATE) or first[id(parameter)] == name)
+    }
 
 
 def base_fingerprint(model: nn.Module) -> str:

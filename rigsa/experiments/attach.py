@@ -9,16 +9,22 @@ from transformers import PreTrainedModel, set_seed
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config, Training
+from rigsa.experiments.kept import keep, names_to_keep
 from rigsa_kernels import gated_linears, replace_linears
 from rigsa_kernels.selection import select_linears
 
 
 def attach(model: PreTrainedModel, config: Config) -> None:
-    """Put what ``config.method`` trains on every linear layer but the head, in place. RoSA trains both kinds."""
+    """Put what ``config.method`` trains on every linear layer but the head, in place. RoSA trains both kinds.
+
+    What the configuration keeps trainable is trained beside it (`rigsa.experiments.kept`).
+    """
+    names = names_to_keep(model, config)
     if config.method.peft:
         attach_peft(model, config)
     if config.method.gated:
         attach_adapter(model, config)
+    keep(model, names)
     checkpoint_activations(model, config)
 
 

@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageOps
 from transformers import TextStreamer
 
-from rigsa.adapters import adapter_off
 from rigsa.errors import RigsaError
 from rigsa.experiments import bounds
 from rigsa.experiments.config_file import load
@@ -126,7 +125,7 @@ class Chat:
     """
 
     def __init__(self, experiment: Experiment, max_new_tokens: int, write: Write) -> None:
-        self.model, self.task = experiment.model, experiment.task
+        self.model, self.task, self.as_base = experiment.model, experiment.task, experiment.as_base
         self.conversation = experiment.task.conversation
         self.max_new_tokens, self.write = max_new_tokens, write
         self.turns: list[Turn] = []
@@ -219,7 +218,7 @@ class Chat:
         return "adapted" if self.adapted else "base"
 
     def _speaking(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.adapted else adapter_off(self.model)
+        return contextlib.nullcontext() if self.adapted else self.as_base()
 
     def _encode(self, turns: list[Turn], room: int, prefill: str = "") -> list[int]:
         ids = self.conversation.ids(turns, prefill)

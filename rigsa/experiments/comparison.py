@@ -11,13 +11,12 @@ numbers. Full fine-tuning and dense levels stay dense.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rigsa.experiments.methods.registry import METHODS
-from rigsa.experiments.presets import PRESETS
+from rigsa.experiments.presets import PRESETS, configured
 from rigsa.experiments.report.decision import decision_table
 from rigsa.experiments.report.runs import read_report
 from rigsa.files import write_text
@@ -57,7 +56,7 @@ def low_rank_share(preset: str, options: dict[str, Any]) -> float:
     from rigsa.experiments.model import model_shape
 
     own = {name: value for name, value in options.items() if METHODS["lora"].reads(name)}
-    config = dataclasses.replace(PRESETS[preset]("lora", options.get("device", "auto")), **own)
+    config = configured(preset, "lora", own)
     share = SimulatedModel(model_shape(config.model), config, torch.device("cpu"), 1.0).trained_share()
     return round(share, 6)
 

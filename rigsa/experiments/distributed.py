@@ -99,6 +99,7 @@ def _check_sharding(config: Config) -> None:
         ("--values-dtype", config.values_dtype, "float32", "what is sharded together has one dtype, the gates'"),
         ("--gate", config.gate, "layer", "each decoder layer is sharded by itself"),
         ("--quantize", config.quantize, "none", "accelerate does not shard 4-bit weights"),
+        ("--keep-trainable", config.keep_trainable or "''", "''", "only the adapter's parameters were tried in shards"),
         ("--rewind-step", str(config.rewind_step), "0", "it writes the adapter down while it is in shards"),
         ("--early-bird-steps", str(config.early_bird_steps), "0", "it ranks values while they are in shards"),
     ):

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
+from rigsa.adapters import adapter_off
 from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import (
     base_fingerprint,
@@ -26,6 +28,7 @@ from rigsa.experiments.adapter import (
 from rigsa.experiments.attach import attach
 from rigsa.experiments.config import Config
 from rigsa.experiments.distributed import main_first, wait_for_all
+from rigsa.experiments.kept import as_before, check_kept, kept_parameters, put_back, start_of_kept
 from rigsa.experiments.layer_checks import check_layers
 from rigsa.experiments.model import load_model, longest_of, resolve_device
 from rigsa.experiments.records import EARLY_BIRD, PRUNING, REPLIES, RESOURCES, metrics_of, read_record
@@ -43,6 +46,7 @@ from rigsa.experiments.run_folder import (
 from rigsa.experiments.tasks import source_tasks
 from rigsa.experiments.tasks.drift import drift, replies
 from rigsa.experiments.tasks.evaluation import evaluate
+from rigsa.experiments.tasks.packing import check_packing
 from rigsa.experiments.tasks.registry import load_task
 from rigsa.experiments.tasks.task import Task
 from rigsa.experiments.train import read_log, remove_checkpoints, steps_per_level, train_level
@@ -71,8 +75,10 @@ def _check_numbers(config: Config, num_training: int) -> None:
     steps = steps_per_level(config, num_training)
     if config.rewind_step >= steps:
         raise RigsaError(f"--rewind-step: expected less than the {steps} steps of a level, got {config.rewind_step}")
-    if config.method.reads("mask_images") and config.mask_images > num_training:
-        raise RigsaError(f"--mask-images: there are only {num_training} training examples, got {config.mask_images}")
+    if config.method.reads("mask_examples") and config.mask_examples > num_training:
+        raise RigsaError(
+            f"--mask-examples: there are only {num_training} training examples, got {config.mask_examples}"
+        )
     if config.logging_steps > steps - config.rewind_step:
         raise RigsaError(
             f"--logging-steps: expected at most the {steps - config.rewind_step} steps of a level, so that its log "
@@ -109,6 +115,8 @@ class Experiment:
     task: Task
     num_weights: int
     """In the linear layers that are adapted."""
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """What is trained beside the adapter, as it was before (`rigsa.experiments.kept`)."""
 
     @classmethod
     def prepare(cls, config: Config, run: Path) -> Experiment:
@@ -118,6 +126,8 @@ class Experiment:
         model, tokenizer = load_model(config, resolve_device(config.device))
         task.meet(tokenizer, longest_of(model.config))
         _check_numbers(config, task.num_training)
+        if config.packing:
+            check_packing(model, config.attention)
         set_seed(config.seed % 2**32)
         linears, skipped = select_linears(model, config.included, config.excluded)
         sizes = adaptable(model, config.included, config.excluded)
@@ -125,12 +135,20 @@ class Experiment:
             check_selection(config.included, list(sizes), skipped)
         except ValueError as error:
             raise RigsaError(f"--{error}") from error
+        check_kept(model, config, sizes)
         check_layers(config, {name: (one.out_features, one.in_features) for name, one in linears.items()}, sizes)
         return cls(config, run, model, task, sum(sizes.values()))
 
     def attach(self) -> None:
         """Put what the method trains on the model."""
         attach(self.model, self.config)
+        self.start = start_of_kept(self.model)
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Inside, the model computes what its base computes."""
+        with adapter_off(self.model), as_before(self.model, self.start):
+            yield
 
     def reload(self, level: int) -> None:
         """Load the model again, whole, after training has left it in shards, with the adapter that training wrote."""
@@ -164,6 +182,7 @@ class Experiment:
                 write_json(folder / PRUNING_FILE, record | {"mask": masks_hash(patterns)})
                 save_masks(patterns, folder / MASK_FILE, base_fingerprint(self.model))
         adopt(self.model, load_ticket(self.model, folder))
+        put_back(self.model, self.start)
 
     def record_choice(self, level: int, record: dict[str, Any]) -> None:
         """Write down how the first mask of `level` was chosen, for a method that moves it while it trains."""
@@ -204,7 +223,7 @@ class Experiment:
     def drift(self) -> dict[str, Any]:
         """Measure how far the adapter has moved the model from its base's own replies."""
         self.model.eval()
-        return drift(self.model, read_record(self.run / BASE / REPLIES_FILE, REPLIES))
+        return drift(self.model, read_record(self.run / BASE / REPLIES_FILE, REPLIES), as_base=self.as_base)
 
     def measure_base(self) -> dict[str, Any]:
         """Measure the untrained model, unless that was done already. Returns its metrics."""
@@ -250,7 +269,8 @@ class Experiment:
         trained = {id(parameter): parameter.numel() for parameter in trained_parameters(self.model).values()}
         free = sum(layer.rigsa_values.numel() for layer in layers.values())
         metrics: dict[str, Any] = {"free": free, "trainable": sum(trained.values()), "weights": self.num_weights}
-        metrics["density"] = (free or metrics["trainable"]) / self.num_weights
+        kept = sum(parameter.numel() for parameter in kept_parameters(self.model).values())
+        metrics["density"] = (free or metrics["trainable"] - kept) / self.num_weights
         if layers:
             metrics["layer_density"] = {name: layer.pattern.density for name, layer in layers.items()}
         if layers and self.config.gate != "none":

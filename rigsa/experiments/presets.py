@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rigsa.experiments.config import OPTIONS, Config, flag
@@ -40,14 +40,13 @@ def quickstart(method: str = "imp", device: str = "auto") -> Config:
         max_steps=280,
         batch_size=8,
         micro_batch_size=8,
-        learning_rate=METHODS[method].quickstart_learning_rate,
-        alpha_learning_rate=METHODS[method].quickstart_alpha_learning_rate,
         warmup_steps=30,
         beta2=0.95,
         eval_shots="0",
         eval_batch_size=32,
         source_tasks="",
         checkpoint_steps=100,
+        **{"learning_rate": 2e-3, "alpha_learning_rate": 2e-2, **METHODS[method].quickstart},
     )
 
 
@@ -60,7 +59,7 @@ def smoke(method: str = "imp", device: str = "auto") -> Config:
         batch_size=4,
         micro_batch_size=2,
         warmup_steps=1,
-        test_images=16,
+        test_examples=16,
         drift_prompts=4,
         logging_steps=1,
         checkpoint_steps=2,
@@ -70,11 +69,26 @@ def smoke(method: str = "imp", device: str = "auto") -> Config:
 PRESETS: dict[str, Callable[[str, str], Config]] = {"paper": paper, "quickstart": quickstart, "smoke": smoke}
 
 
+def configured(preset: str, method: str, given: Mapping[str, Any], device: str = "auto") -> Config:
+    """The preset's configuration with the fields that were given; ``auto`` stands for `device`.
+
+    A density that the preset leads to yields to a share that was given for each pruning, and to no prunings at all.
+    """
+    named = given.get("device", "auto")
+    usual = PRESETS[preset](method, device if named == "auto" else named)
+    elsewhere = "keep_fraction" in given or given.get("prunings") == 0
+    if elsewhere and "density" not in given and METHODS[method].reads("keep_fraction"):
+        usual = dataclasses.replace(usual, density=0.0)
+    return dataclasses.replace(usual, **given)
+
+
 def arguments_of(config: Config, preset: str) -> list[str]:
     """The options that make `preset`'s configuration of this method into `config`, as the command line takes them."""
     usual = PRESETS[preset](config.method.name, config.device)
-    names = [name for name in OPTIONS if config.method.reads(name)]
-    return [_option(name, getattr(config, name)) for name in names if getattr(config, name) != getattr(usual, name)]
+    values = {name: getattr(config, name) for name in OPTIONS if config.method.reads(name)}
+    given = {name: value for name, value in values.items() if value != getattr(usual, name)}
+    found = configured(preset, config.method.name, given, config.device)  # to which a density may have yielded
+    return [_option(name, value) for name, value in values.items() if name in given or value != getattr(found, name)]
 
 
 def _option(name: str, value: Any) -> str:

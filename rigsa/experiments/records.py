@@ -71,8 +71,9 @@ def or_none(kind: Kind) -> Kind:
 
 PRUNING = Fields(
     {"kept": COUNT, "mask": or_none(TEXT)},
-    {"same_sign_share": AMOUNT, "free": COUNT, "eligible": COUNT, "images": COUNT, "rounds": COUNT, "exchanged": COUNT},
-)
+    {"same_sign_share": AMOUNT, "free": COUNT, "eligible": COUNT, "examples": COUNT, "rounds": COUNT,
+     "exchanged": COUNT},
+)  # fmt: skip
 """``pruning.json``. `mask` is the hash that the mask's file carries, null where the mask moves as the level trains."""
 EARLY_BIRD = Fields(
     {"ended_at": or_none(COUNT), "steps_saved": COUNT, "distances": MapOf(or_none(AMOUNT))}, {}

@@ -55,7 +55,7 @@ TRACES = {CONFIG_FILE, FAILED_FILE, OUTPUT_FILE, LOCK_FILE}
 
 BASE_FIELDS = (*fields_of(Base), *fields_of(Measuring))
 """What the untrained model's results depend on, whatever the method."""
-EXAMPLE_FIELDS = ("seed", "train_images")
+EXAMPLE_FIELDS = ("seed", "train_examples")
 """And these where test prompts hold examples, which are drawn from the training images."""
 
 GRACE = 60.0

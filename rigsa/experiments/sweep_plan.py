@@ -14,7 +14,7 @@ from typing import Any
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import OPTIONS, Config, flag
 from rigsa.experiments.methods.registry import METHODS
-from rigsa.experiments.presets import PRESETS
+from rigsa.experiments.presets import configured
 from rigsa.experiments.tasks.registry import recognise
 
 VARIABLE = {name: field for name, field in OPTIONS.items() if name not in ("seed", "match")}
@@ -119,8 +119,7 @@ def plan_sweep(
         for values in itertools.product(*varied[method].values()):
             settings = dict(zip(varied[method], values, strict=True))
             given = {name: value for name, value in options.items() if METHODS[method].reads(name)} | settings
-            usual = PRESETS[preset](method, given.get("device", "auto"))
-            config = recognise(dataclasses.replace(usual, **given, seed=seed))
+            config = recognise(configured(preset, method, given | {"seed": seed}))
             if config.method.matches and not config.density:
                 jobs += _controls(config, settings, jobs, out)
             else:

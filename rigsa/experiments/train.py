@@ -11,7 +11,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -47,10 +48,12 @@ from rigsa.experiments.distributed import (
     wait_for_all,
 )
 from rigsa.experiments.hardware import hardware, versions
+from rigsa.experiments.kept import kept_parameters
 from rigsa.experiments.peak_memory import peak_memory, reset_peak_memory
 from rigsa.experiments.records import LOG_LINE, read_lines
 from rigsa.experiments.run_folder import ADAPTER_FILE, CHECKPOINTS, LOG_FILE, MASK_FILE, RESOURCES_FILE
 from rigsa.experiments.tasks.evaluation import target_logits, training_loss
+from rigsa.experiments.tasks.packing import pack
 from rigsa.experiments.tasks.task import Batch, Samples, num_targets
 from rigsa.experiments.tasks.text import TextSamples
 from rigsa.files import read_json, write_json, write_text
@@ -156,7 +159,7 @@ def train_level(
         model=model,
         args=training_arguments(config, steps, folder / CHECKPOINTS),
         train_dataset=samples,
-        data_collator=samples.collate,
+        data_collator=partial(pack, pad_id=samples.pad_id) if config.packing else samples.collate,
         callbacks=[watch, MarkCheckpoint(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
@@ -213,7 +216,8 @@ def is_set_by_hand(parameter: Tensor) -> bool:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
-    """The optimiser of a level. What a callback sets gradients of has the rate and the decay of gates."""
+    """The optimiser of a level. What a callback sets gradients of has the rate and the decay of gates; what is trained
+    beside the adapter has the rate of the values and is not decayed."""
     return MaskedAdamW(
         _groups(model, config),
         lr=config.learning_rate,
@@ -228,12 +232,22 @@ def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
 def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     rate, decay = config.alpha_learning_rate, config.alpha_weight_decay
     groups = parameter_groups(model, rate, decay, None)  # low-rank differences beside ours decay as ours do
-    apart = [item for group in groups for item in group["params"] if is_set_by_hand(item[1])]
-    if not apart:
-        return groups
+    kept = set(kept_parameters(model))
+    by_hand = _take_out(groups, lambda name, parameter: is_set_by_hand(parameter))
+    beside = _take_out(groups, lambda name, parameter: name in kept)
+    apart = [
+        {"params": beside, "weight_decay": 0.0},
+        {"params": by_hand, "lr": rate, "weight_decay": decay, "state_dtype": "float32"},
+    ]
+    return [group for group in (*groups, *apart) if group["params"]]
+
+
+def _take_out(groups: list[dict[str, Any]], belongs: Callable[[str, Tensor], bool]) -> list[tuple[str, Tensor]]:
+    """Remove the named parameters that belong elsewhere from their groups, and return them."""
+    found = [item for group in groups for item in group["params"] if belongs(*item)]
     for group in groups:
-        group["params"] = [item for item in group["params"] if not is_set_by_hand(item[1])]
-    return [*groups, {"params": apart, "lr": rate, "weight_decay": decay, "state_dtype": "float32"}]
+        group["params"] = [item for item in group["params"] if not belongs(*item)]
+    return found
 
 
 def training_arguments(config: Config, steps: int, folder: Path) -> TrainingArguments:

@@ -11,7 +11,9 @@ check_version()
 
 from rigsa.peft_tuner.config import RigsaConfig  # noqa: E402
 from rigsa.peft_tuner.model import RigsaModel  # noqa: E402
+from rigsa.peft_tuner.sources import watch_configurations  # noqa: E402
 
 register(RigsaConfig, RigsaModel)
+watch_configurations()
 
 __all__ = ["RigsaConfig", "RigsaModel"]

@@ -33,6 +33,8 @@ class AdapterLinear(GatedSparseLinear):
     """
 
     name_in_base: str
+    is_quantised = False
+    """Whether the layer is in 8 bits (`rigsa.peft_tuner.eight_bits`)."""
     _awaited: tuple[Encoding, int] | None = None
 
     def _hold(self, linear: nn.Linear) -> None:
@@ -73,15 +75,17 @@ class AdapterLinear(GatedSparseLinear):
         return self._composed(self.frozen_matrix())
 
     def await_saved(self, encoding: Encoding, entries: int) -> None:
-        """Make room for the pattern and the values of a file."""
+        """Make room for the pattern, the values and the gate of a file. Numbers that it does not bring stay NaN."""
         device = self.weight.device
         for part, (dtype, shape) in layer_layout(encoding, self._pattern.shape, entries).items():
             self.register_buffer(f"{PREFIX}{part}", torch.zeros(shape, dtype=dtype, device=device))
-        self._make_values(self._pattern.shape if encoding == "dense" else (entries,))
+        self._make_values(self._pattern.shape if encoding == "dense" else (entries,), torch.nan)
+        with torch.no_grad():
+            self.rigsa_alpha.fill_(torch.nan)
         self._awaited = encoding, entries
 
-    def _make_values(self, shape: tuple[int, ...]) -> None:
-        values = torch.zeros(shape, dtype=self._values_dtype, device=self.weight.device)
+    def _make_values(self, shape: tuple[int, ...], number: float = 0.0) -> None:
+        values = torch.full(shape, number, dtype=self._values_dtype, device=self.weight.device)
         self.rigsa_values = nn.Parameter(values, requires_grad=self.rigsa_values.requires_grad)
 
     def _take_saved(self) -> None:
@@ -93,6 +97,11 @@ class AdapterLinear(GatedSparseLinear):
                 "layers: the configuration says that these layers come from a file, and none was loaded; make a new "
                 "RigsaConfig for a new adapter"
             )
+        for name, tensor in ("values", self.rigsa_values), ("alpha", self.rigsa_alpha):
+            if not bool(tensor.isfinite().all()):
+                raise RigsaError(
+                    f"{self.name_in_base}: {PREFIX}{name}: expected finite numbers; the file has others, or none"
+                )
         pattern, ticket = self._parsed(cast(dict[str, Tensor], parts), self.rigsa_values)
         self._await_nothing()
         self._adopt_indices(pattern.to(self.rigsa_values.device))

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from peft.config import PeftConfig
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
 
 from rigsa.base import SAMPLES, Fingerprint
 from rigsa.encoding import Encoding, is_encoding
+from rigsa.peft_tuner.card import write_peft_card
 from rigsa.record import expect_fields
 from rigsa_kernels.linear import ALPHA_INIT, Numerics
+from rigsa_kernels.tiles import tile_size
 
-Init = Literal["random", "magnitude"]
+Init = Literal["random", "magnitude", "gradient"]
+FORMAT = 1
+"""The layout of ``adapter_config.json`` and ``adapter_model.safetensors``. It counts changes that readers must know."""
 VALUES_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 
 
@@ -31,18 +36,23 @@ class RigsaConfig(PeftConfig):
         target_modules: which linear layers, as in any configuration of PEFT; all but the head by default.
         target_parameters: parameters that are no layers, such as the experts of a mixture: names or their endings.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`.
-        density: share of each layer's entries that is free, in (0, 1]; all of them by default. For entries where a
-            loss has the largest gradients call `rigsa.gradient_ticket` on the model that `get_peft_model` returns.
+        density: share of each layer's entries that is free, in (0, 1]; all of them by default.
+        tile: free whole tiles: ``32`` for squares, ``"16x64"``, ``"rows"`` or ``"columns"``, as in `rigsa.prune`;
+            `density` is then the share of the tiles.
         init: which entries: ``"random"`` draws them from the seed and the layer's name, ``"magnitude"`` takes those
-            where the pretrained weights are largest.
+            where the pretrained weights are largest, ``"gradient"`` those where the loss of `batches` is steepest.
+        batches: of ``"gradient"``, and of nothing else: dictionaries that the model takes and returns a loss for. They
+            are asked when the adapter is made, let go then, and not saved. `rigsa.gradient_ticket`, called on the
+            model that `get_peft_model` returns, takes any loss and other scores.
         seed, alpha_init, init_scale, numerics, in_place: as in `rigsa_kernels.GatedSparseLinear`.
         values_dtype: the name of a dtype, as there. PEFT's `autocast_adapter_dtype` does not change it.
         layers: written when an adapter is saved: by layer its shape, the number of its free entries and how they are
             encoded, so that a model that loads it can make room, and the fingerprint of its base (`rigsa.base`). Leave
             it alone.
+        format: the version of the layout of files. Leave it alone.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or a file has a format of a newer version of this package.
     """
 
     target_modules: list[str] | str | None = "all-linear"
@@ -52,7 +62,9 @@ class RigsaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     density: float | None = None
+    tile: str | int | None = None
     init: Init = "random"
+    batches: Iterable[Any] | None = field(default=None, repr=False, compare=False)
     seed: int = 0
     alpha_init: float = ALPHA_INIT
     init_scale: float = 1.0
@@ -60,10 +72,16 @@ class RigsaConfig(PeftConfig):
     numerics: Numerics = "auto"
     in_place: bool = True
     layers: dict[str, Any] | None = None
+    format: int = FORMAT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("RIGSA")
+        if self.format != FORMAT:
+            raise ValueError(
+                f"format: expected {FORMAT}, got {self.format!r}; the adapter was saved by another version of rigsa "
+                "(pip install -U rigsa)"
+            )
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -76,8 +94,17 @@ class RigsaConfig(PeftConfig):
             raise ValueError(f"in_place: expected True or False, got {self.in_place!r}")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density: expected more than 0 and at most 1, got {self.density}")
+        if self.tile is not None:
+            tile_size(self.tile, (1, 1))
+            if self.density is None:
+                raise ValueError(f"tile: expected none without a density, got {self.tile!r}")
         if self.init not in get_args(Init):
             raise ValueError(f"init: expected one of {', '.join(get_args(Init))}, got {self.init!r}")
+        is_new = self.layers is None
+        if is_new and self.init == "gradient" and (self.batches is None or self.density is None):
+            raise ValueError("init: 'gradient' needs batches and a density, got neither or one of them")
+        if self.batches is not None and self.init != "gradient":
+            raise ValueError(f"batches: expected none beside init={self.init!r}, which does not ask them")
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected 0 to 2**64 - 1, got {self.seed}")
         if not math.isfinite(self.alpha_init):
@@ -92,21 +119,6 @@ class RigsaConfig(PeftConfig):
         for layer, found in (self.layers or {}).items():
             saved_layer(layer, found)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As in PEFT, which asks for it before it loads an adapter.
-
-        Raises:
-            ValueError: the folder has its tensors in a pickle alone, which PEFT would read.
-        """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            raise ValueError(
-                f"{folder / WEIGHTS_NAME}: expected {SAFETENSORS_WEIGHTS_NAME}, got a pickle; pickles are never read, "
-                "so save the adapter as PEFT does by default, with safe_serialization=True"
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the values; None leaves it to the layer."""
@@ -116,9 +128,17 @@ class RigsaConfig(PeftConfig):
         """Have `layers` stand in the file that this configuration is saved to. In memory they would mean a load."""
         self.__dict__["_layers_to_save"] = layers
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT, with a card beside (`rigsa.peft_tuner.card`) where an adapter is saved."""
+        super().save_pretrained(save_directory, **kwargs)
+        layers = self.__dict__.get("_layers_to_save")
+        if layers is not None:
+            write_peft_card(Path(save_directory), self.base_model_name_or_path or "", layers)
+
     def to_dict(self) -> dict[str, Any]:
         """What is saved."""
-        return asdict(self) | {"layers": self.__dict__.get("_layers_to_save", self.layers)}
+        saved = {one.name: deepcopy(getattr(self, one.name)) for one in fields(self) if one.name != "batches"}
+        return saved | {"layers": self.__dict__.get("_layers_to_save", self.layers)}
 
 
 @dataclass(frozen=True)
@@ -154,7 +174,7 @@ def saved_layer(layer: str, found: Any) -> SavedLayer:
         "encoding": is_encoding(found["encoding"]),
         "base": re.fullmatch(f"[0-9a-f]{{{4 * SAMPLES}}}", sample) is not None,
     }
-    for field, holds in checks.items():
+    for name, holds in checks.items():
         if not holds:
-            raise ValueError(f"layers: {layer}: {field}: {str(found[field])[:100]} is out of range")
+            raise ValueError(f"layers: {layer}: {name}: {str(found[name])[:100]} is out of range")
     return SavedLayer((shape[0], shape[1]), found["entries"], found["encoding"], Fingerprint(**found["base"]))

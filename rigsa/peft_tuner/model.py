@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import torch.nn as nn
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor
 
 from rigsa.adapters import Rule
@@ -22,8 +22,11 @@ from rigsa.encoding import choose_encoding
 from rigsa.errors import RigsaError
 from rigsa.peft_format import PREFIX
 from rigsa.peft_tuner.config import saved_layer
+from rigsa.peft_tuner.gradient_init import take_gradient_ticket
 from rigsa.peft_tuner.layer import BASE, Conv1DLinear, ParamWrapper, RigsaLayer, RigsaLinear
+from rigsa.peft_tuner.targets import check_names
 from rigsa_kernels.in_place import Peers
+from rigsa_kernels.patched import heads_that_liger_reads, refuse_unsloth
 from rigsa_kernels.selection import read_by_the_parent
 
 RULES = {"linear": "sum", "sum": "sum", "ties": "ties"}
@@ -48,22 +51,48 @@ class RigsaModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self.__dict__["_tied"] = {number for number, times in uses.items() if times > 1}
+        refuse_unsloth(model)
         self.__dict__["_read"] = read_by_the_parent(model)
+        self.__dict__["_read_by_liger"] = heads_that_liger_reads(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT, but a layer that cannot be adapted leaves the model as it was."""
+        """As in PEFT, but a name that fits nothing is an error, and any error leaves the model as it was."""
         config: Any = self.peft_config[adapter_name]
         self._check_adapter_name(model, adapter_name)
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._check_layers(config, adapter_name)
+            self._check_layers(self.peft_config[adapter_name], adapter_name)
+            if config.init == "gradient" and config.layers is None and self._twin(adapter_name) is None:
+                with self._alone(adapter_name):
+                    take_gradient_ticket(self.model, config)
         except BaseException:
             self._take_out(adapter_name)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
         config.layers = None  # the layers have made room; in memory the configuration is that of a new adapter
+
+    def _twin(self, adapter_name: str) -> str | None:
+        """Another adapter with the very same configuration, as trainers make one for their reference."""
+        config = self.peft_config[adapter_name]
+        return next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
+        )
+
+    @contextmanager
+    def _alone(self, adapter_name: str) -> Iterator[None]:
+        """Inside, `adapter_name` is the active adapter; then those that were, with the parameters that they train."""
+        before = list(self.active_adapters)
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self.set_adapter(adapter_name)
+        try:
+            yield
+        finally:
+            if before != [adapter_name]:
+                self.set_adapter(before)
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
 
     @staticmethod
     def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
@@ -76,8 +105,12 @@ class RigsaModel(BaseTuner):
                 )
 
     def _check_layers(self, config: Any, adapter_name: str) -> None:
-        """Raises ValueError where layers of a saved adapter are missing; warns where the base is another."""
+        """Raises ValueError where names or layers of a saved adapter are missing; warns where the base is another."""
         here = {layer.name: layer for layer in self._layers() if adapter_name in layer.rigsa_adapter}
+        if config.layers is None:
+            parameters = [layer.target for layer in here.values() if isinstance(layer, ParamWrapper)]
+            check_names(config, self.model, parameters, here)
+            return
         saved = {name: saved_layer(name, found) for name, found in (config.layers or {}).items()}
         missing = [name for name in saved if name not in here]
         if missing:
@@ -91,12 +124,16 @@ class RigsaModel(BaseTuner):
 
     def _take_out(self, adapter_name: str) -> None:
         for name, layer in reversed(list(self.model.named_modules())):  # inner wrappers first
+            parent, _, child = name.rpartition(".")
             if isinstance(layer, RigsaLayer):
                 if adapter_name in layer.rigsa_adapter:
                     layer.delete_adapter(adapter_name)
                 if not layer.rigsa_adapter:
-                    parent, _, child = name.rpartition(".")
                     setattr(self.model.get_submodule(parent), child, layer.base_layer)
+            elif isinstance(layer, ModulesToSaveWrapper):
+                layer.delete_adapter(adapter_name, [one for one in layer.active_adapters if one != adapter_name])
+                if not layer.modules_to_save:
+                    setattr(self.model.get_submodule(parent), child, layer.original_module)
 
     def _create_and_replace(
         self,
@@ -109,8 +146,7 @@ class RigsaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         peers = self.__dict__.setdefault("_peers", Peers())
-        twins = [name for name, other in self.peft_config.items() if other is peft_config and name != adapter_name]
-        twin = twins[0] if twins else None
+        twin = self._twin(adapter_name)
         is_there = isinstance(target, RigsaLayer)
         if parameter_name is not None:
             is_there = isinstance(target, ParamWrapper) and target.parameter_name == parameter_name
@@ -130,6 +166,11 @@ class RigsaModel(BaseTuner):
             raise ValueError(
                 f"target: the module around {owner_name} reads its weight and does not call it, so an adapter there "
                 "would have no effect; leave it out, or adapt the model with rigsa.replace_linears"
+            )
+        if owner_name in self.__dict__["_read_by_liger"]:
+            raise ValueError(
+                f"target: Liger's fused loss reads the weight of {owner_name} and does not call it, so an adapter "
+                "there would not be trained; leave it out, or have Liger take fused_linear_cross_entropy=False"
             )
         if parameter_name is None and type(target).__name__ == "Conv1D":
             return Conv1DLinear(target, name, False, "weight")
@@ -216,9 +257,11 @@ class RigsaModel(BaseTuner):
             if not abs(weight) < float("inf") or (rule == "ties" and weight <= 0):
                 raise ValueError(f"weights: expected finite numbers (above 0 for ties), got {weight}")
         config: Any = copy.deepcopy(self.peft_config[adapters[0]])
-        config.target_modules = {
-            layer.name for layer in self._layers() if any(name in layer.rigsa_adapter for name in adapters)
-        }
+        layers = [layer for layer in self._layers() if any(name in layer.rigsa_adapter for name in adapters)]
+        config.init = "random"  # what is drawn is replaced
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.target_modules = {layer.name for layer in layers if type(layer) is not ParamWrapper}
+        config.target_parameters = [layer.target for layer in layers if type(layer) is ParamWrapper] or None
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)

@@ -156,7 +156,7 @@ def small(model: Path, *more: str) -> list[str]:
         (["lora", "--rank", "5000"], "--rank: expected at most 32 (model.layers.0.self_attn.q_proj is 32 x 32)"),
         (["rosa", "--rank", "33"], "--rank: expected at most 32"),
         (["shira", "--rank", "17"], "--rank: expected at most 16"),
-        (["imp", "--eval-shots", "0,1000", "--train-images", "24"], "there are only 24 training images to show"),
+        (["imp", "--eval-shots", "0,1000", "--train-examples", "24"], "there are only 24 training images to show"),
         (["imp", "--logging-steps", "2", "--max-steps", "1"], "--logging-steps: expected at most the 1 steps"),
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ from rigsa.experiments.config import (
 )
 from rigsa.experiments.config_file import check_folder, load, save
 from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.methods.ticket import PAPER_DENSITY
 from rigsa.experiments.presets import PRESETS, arguments_of, paper
 from rigsa.experiments.sweep_plan import plan_sweep
 from rigsa.experiments.train import steps_per_level
@@ -46,14 +47,14 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
         "ticket_learning_rate": 0.0, "ticket_alpha_learning_rate": 0.0,
         "match": "", "match_level": 0, "init_seed": -1, "density": 0.0, "gradient_share": 0.3, "l0_penalty": 1.25e-7,
-        "mask_images": 64, "tile": "", "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
+        "mask_examples": 64, "tile": "", "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
-        "loss": "answer", "group_by_length": False,
+        "keep_trainable": "", "loss": "answer", "group_by_length": False, "packing": False,
         "epochs": 1, "max_steps": 0, "batch_size": 16, "micro_batch_size": 1,
         "checkpointing": False, "step_in_backward": False,
         "learning_rate": 2e-3, "alpha_learning_rate": 2e-3, "warmup_steps": 1000,
         "weight_decay": 1.0, "alpha_weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_grad_norm": 1.0,
-        "train_images": 0, "test_images": 0, "eval_shots": "0,5", "eval_batch_size": 16,
+        "train_examples": 0, "test_examples": 0, "eval_shots": "0,5", "eval_batch_size": 16,
         "score": "none", "answer_tokens": 256,
         "drift": True, "drift_prompts": 24, "source_tasks": "piqa,hellaswag,gsm8k", "data_dir": "", "limit": 0,
         "logging_steps": 10, "checkpoint_steps": 100,
@@ -85,6 +86,8 @@ def test_every_method_has_every_preset_and_its_options(method, preset):
         "child-f",
         "sam",
         "super",
+        "smt",
+        "spruft",
         "rosa",
         "spiel",
         "full",
@@ -102,7 +105,7 @@ def test_every_field_is_in_one_group_and_read_by_a_method():
         assert any(method.reads(name) for method in METHODS.values()), name
     for method in METHODS.values():
         assert set(method.options) <= OPTIONS.keys()
-        assert set(method.usual) <= {name for name in OPTIONS if method.reads(name)}, method
+        assert set(method.usual) | set(method.quickstart) <= {name for name in OPTIONS if method.reads(name)}, method
 
 
 def test_paper_preset_makes_the_papers_steps():
@@ -188,12 +191,24 @@ def test_numbers_of_steps_are_capped_and_need_a_batch():
         steps_per_level(paper(), 15)
 
 
-@pytest.mark.parametrize("argument", ["--learning-rat=1", "--match=runs/x", "--turbo", "--levels=3"])
+@pytest.mark.parametrize("argument", ["--learning-rat=1", "--turbo", "--levels=3"])
 def test_unknown_options_are_refused(argument, capsys):
-    """--match belongs to random-mask, so imp does not know it either."""
     with pytest.raises(SystemExit, match="2"):
         main(["imp", argument])
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("imp", ["--match=runs/x"], "--match: imp does not read it; it is for random-mask, reinit"),
+        ("spiel", ["--tile", "32"], "--tile: spiel does not read it; it is for imp, random-mask, erk, snip, "),
+        ("lora", ["--rank", "4", "--density", "0.1"], "--density: lora does not read it; it is for imp, "),
+    ],
+)
+def test_an_option_of_other_methods_is_one_sentence(method, given, message, capsys):
+    assert main([method, *given]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -289,11 +304,30 @@ def test_initial_values_of_the_control_have_another_seed():
 
 
 def test_a_ticket_trains_by_rates_of_its_own_where_it_has_some():
-    config = parse("imp", "--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--ticket-learning-rate", "0.3")
+    options = ["--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--ticket-learning-rate", "0.3"]
+    config = parse("imp", *options, "--ticket-alpha-learning-rate", "0")
     assert config.at_level(0) == config
     assert (config.at_level(1).learning_rate, config.at_level(1).alpha_learning_rate) == (0.3, 0.2)
     config = parse("random-mask", "--density", "0.1", "--ticket-alpha-learning-rate", "0.4")
     assert config.at_level(1) == dataclasses.replace(config, alpha_learning_rate=0.4)
+
+
+def test_the_quickstarts_ticket_is_the_papers_and_its_control_is_trained_as_it_is():
+    ticket, control = parse("imp").at_level(1), parse("random-mask").at_level(1)
+    assert ticket.density == PAPER_DENSITY
+    rates = [(config.learning_rate, config.alpha_learning_rate) for config in (ticket, control)]
+    assert rates[0] == rates[1] == (2e-2, 1e-1)
+    assert parse("imp").at_level(0).learning_rate == 2e-3
+
+
+def test_the_density_of_a_preset_yields_to_what_is_given_for_the_prunings():
+    assert parse("imp", "--keep-fraction", "0.5").density == 0
+    assert parse("imp", "--prunings", "0").density == 0
+    assert parse("imp", "--prunings", "2").density == PAPER_DENSITY
+    assert parse("imp", "--keep-fraction", "0.5", "--density", "0.1").density == 0.1
+    (job,) = plan_sweep("imp", "0", [], preset="quickstart", options={"prunings": 0}, out=Path("runs/x")).jobs
+    assert job.config.density == 0
+    assert arguments_of(job.config, "quickstart") == ["--prunings=0", "--density=0.0"]
 
 
 def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():

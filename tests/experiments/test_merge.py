@@ -178,8 +178,8 @@ def test_what_cannot_be_compared_is_one_message(talking_run, tmp_path, capsys):
 def run_of(method, model, out):
     pytest.importorskip("peft")
     options = ["--preset", "smoke", "--model", str(model), "--dtype", "float32", "--device", "cpu", "--no-drift"]
-    images = ["--test-images", "20", "--train-images", "40", "--max-steps", "4"]
-    rank = ["--rank", "2", *(["--density", "0.1", "--mask-images", "4"] if method == "rosa" else [])]
+    images = ["--test-examples", "20", "--train-examples", "40", "--max-steps", "4"]
+    rank = ["--rank", "2", *(["--density", "0.1", "--mask-examples", "4"] if method == "rosa" else [])]
     assert main([method, *options, *images, *rank, "--out", str(out)]) == 0
     return out
 

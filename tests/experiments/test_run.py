@@ -21,6 +21,8 @@ from rigsa.experiments.presets import PRESETS
 from rigsa.run import main
 from rigsa_kernels import SparsePattern, layer_key, uniform_init
 
+DRAWS_FIGURES = True
+"""As the runs in processes of their own do, to which others are compared."""
 NOT_SHARED_BY_EQUAL_RUNS = {
     "resources.json",
     "report.md",
@@ -33,8 +35,8 @@ NOT_SHARED_BY_EQUAL_RUNS = {
 def options(small_model_folder: Path) -> list[str]:
     return [
         "--model", str(small_model_folder), "--preset", "smoke", "--dtype", "float32", "--device", "cpu",
-        "--max-steps", "6", "--prunings", "2", "--test-images", "20", "--checkpoint-steps", "2", "--epochs", "1",
-        "--train-images", "40", "--alpha-learning-rate", "0.1", "--eval-shots", "0,2",
+        "--max-steps", "6", "--prunings", "2", "--test-examples", "20", "--checkpoint-steps", "2", "--epochs", "1",
+        "--train-examples", "40", "--alpha-learning-rate", "0.1", "--eval-shots", "0,2",
     ]  # fmt: skip
 
 
@@ -308,9 +310,9 @@ def test_random_mask_of_a_given_density(options, tmp_path):
 
 def test_report_refuses_runs_that_cannot_be_compared(finished, options, tmp_path, capsys):
     other = tmp_path / "other"
-    assert main(["imp", *options, "--prunings", "0", "--test-images", "10", "--out", str(other)]) == 0
+    assert main(["imp", *options, "--prunings", "0", "--test-examples", "10", "--out", str(other)]) == 0
     message = failure(["report", str(finished), str(other)], capsys)
-    assert "cannot stand in one report: --test-images is 20 and 10" in message
+    assert "cannot stand in one report: --test-examples is 20 and 10" in message
     assert "no such run folder" in failure(["report", str(tmp_path / "nothing")], capsys)
 
 

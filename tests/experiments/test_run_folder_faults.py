@@ -30,8 +30,8 @@ COUNTS = {"tokens": 300, "examples": 300, "perplexity": 1.5}
 def options(small_model_folder: Path) -> list[str]:
     return [
         "imp", "--model", str(small_model_folder), "--preset", "smoke", "--dtype", "float32", "--device", "cpu",
-        "--max-steps", "6", "--prunings", "1", "--test-images", "20", "--checkpoint-steps", "2", "--epochs", "1",
-        "--train-images", "40", "--alpha-learning-rate", "0.1", "--eval-shots", "0",
+        "--max-steps", "6", "--prunings", "1", "--test-examples", "20", "--checkpoint-steps", "2", "--epochs", "1",
+        "--train-examples", "40", "--alpha-learning-rate", "0.1", "--eval-shots", "0",
     ]  # fmt: skip
 
 

@@ -364,8 +364,8 @@ def test_the_base_is_shared_where_it_is_the_same(tmp_path):
     assert shared(seeds="0,1") == ["imp-seed1"]
     assert shared(seeds="0,1", eval_shots="0,2") == []  # the seed draws the examples
     assert shared(methods="imp,random-mask", eval_shots="0,2") == ["random-mask-seed0"]
-    assert shared(vary=["train_images=9,10"]) == ["imp-train-images10-seed0"]
-    assert shared(vary=["train_images=9,10"], eval_shots="2") == []
+    assert shared(vary=["train_examples=9,10"]) == ["imp-train-examples10-seed0"]
+    assert shared(vary=["train_examples=9,10"], eval_shots="2") == []
     assert shared(vary=["dtype=float32,bfloat16"]) == []
     assert shared(vary=["learning_rate=0.1,0.2"]) == ["imp-learning-rate0.2-seed0"]
 
@@ -437,11 +437,12 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.usefixtures("figures_are_drawn")
 def test_a_real_sweep_survives_a_killed_run_and_ends_with_the_bits_of_single_runs(small_model_folder, tmp_path, capsys):
     """Two runs are processes of their own; the others run in this one, as importing takes the time."""
     options = {
-        "model": str(small_model_folder), "dtype": "float32", "device": "cpu", "max_steps": 4, "test_images": 20,
-        "epochs": 1, "train_images": 40, "alpha_learning_rate": 0.1, "drift": False,
+        "model": str(small_model_folder), "dtype": "float32", "device": "cpu", "max_steps": 4, "test_examples": 20,
+        "epochs": 1, "train_examples": 40, "alpha_learning_rate": 0.1, "drift": False,
     }  # fmt: skip
     plan = planned(tmp_path / "sweep", "imp,random-mask", "0,1", **options)
     in_process = []

@@ -134,6 +134,20 @@ def test_plain_peft_loads_merges_and_trains_what_was_exported(base, tmp_path):
         assert (tensor - expected[int(name.split()[0])]).abs().max() <= 1e-6, name
 
 
+@pytest.mark.parametrize("make", [native, under_peft])
+@pytest.mark.parametrize("density", [None, 0.2])
+def test_a_merged_folder_in_16_bits_has_the_bits_of_a_layer_that_composed(base, tmp_path, make, density):
+    """What converters of other programs are given: plain transformers loads it, in the dtype that it was saved in."""
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = make(tmp_path / "base", density=density, numerics="composed")
+    export_adapter(model, tmp_path / "plain", "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert plain.dtype == torch.bfloat16
+    assert plain.state_dict().keys() == AutoModelForCausalLM.from_pretrained(base).state_dict().keys()
+    assert torch.equal(logits(plain), logits(model))
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "plain").iterdir()}
+
+
 def test_a_merged_model_is_plain_and_the_adapted_one_stays(base, tmp_path):
     for number, model in enumerate((native(base, density=0.2), native(base), under_peft(base, density=0.2),
                                     under_peft(base, density=0.2, modules_to_save=["lm_head"]))):  # fmt: skip
@@ -181,6 +195,34 @@ def test_out_and_in_again(base, tmp_path, to):
     import_adapter(again, tmp_path)
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
     assert all(layer.rigsa_alpha.item() == 1 for layer in gated_linears(again).values())
+
+
+@pytest.mark.parametrize("to", ["supertuning", "shira"])
+def test_a_layer_with_fewer_entries_is_filled_up_with_zeros_at_its_first_frozen_places(base, tmp_path, to):
+    """Every layer has as many entries as PEFT computes from its one number, and no difference where it had none."""
+    model = native(base)
+    prune(model, 0.2, "large_final", ranking="global", rewind="none")
+    export_adapter(model, tmp_path, to)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    filled = []
+    for name, layer in gated_linears(model).items():
+        rows, columns = layer.pattern.shape
+        count = (
+            int(rows * columns * (1 - config["sparsity"])) if to == "supertuning" else config["r"] * (rows + columns)
+        )
+        places = tensors[f"base_model.model.{name}.{to}_indices"].long()
+        places = places if to == "supertuning" else places[0] * columns + places[1]
+        values = tensors[f"base_model.model.{name}.{'supertuning_values' if to == 'supertuning' else 'shira_weight'}"]
+        free = layer.pattern.to_mask().flatten()
+        more = (~free).nonzero().view(-1)[: count - layer.pattern.nnz]
+        expected = torch.cat([free.nonzero().view(-1), more]).sort().values
+        assert torch.equal(places, expected)
+        difference = layer.delta().flatten() * layer.rigsa_alpha
+        assert torch.equal(values[torch.isin(places, more)], torch.zeros(len(more)))
+        torch.testing.assert_close(values, difference[places].detach(), rtol=1e-6, atol=0)
+        filled.append(len(more))
+    assert min(filled) < max(filled)
 
 
 def supertuning():

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 pytest.importorskip("peft", minversion="0.21")
@@ -35,6 +37,7 @@ from rigsa import (
     gated_linears,
     gradient_ticket,
     load_adapter,
+    magnitude_ticket,
     merge_linears,
     prune,
     random_ticket,
@@ -53,6 +56,7 @@ from rigsa.when_imported import when_imported
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
 ROWS = torch.arange(18).view(3, 6) % len(WORDS)
+BATCHES = [{"input_ids": ROWS, "labels": ROWS}, {"input_ids": IDS, "labels": IDS}]
 LAYERS = 14
 """Linear layers of the small Llama, but the head."""
 
@@ -101,8 +105,6 @@ def test_the_adapter_is_the_one_that_replace_linears_makes(options):
     init = options.pop("init", "random")
     replace_linears(native, **{"density": 0.3, "alpha_init": 0.3} | options)
     if init == "magnitude":
-        from rigsa import magnitude_ticket
-
         magnitude_ticket(native, density=0.3)
     ours = adapted_layers(model)
     assert ours.keys() == gated_linears(native).keys()
@@ -114,6 +116,49 @@ def test_the_adapter_is_the_one_that_replace_linears_makes(options):
             assert torch.equal(getattr(ours[name], part), getattr(layer, part))
             assert torch.equal(getattr(ours[name], part).grad, getattr(layer, part).grad)
     assert torch.equal(logits(model), logits(native))
+
+
+@pytest.mark.parametrize("tile", [None, "rows", 8])
+@pytest.mark.parametrize("init", ["random", "magnitude", "gradient"])
+def test_the_configuration_takes_the_ticket_that_the_library_takes(tmp_path, init, tile):
+    """The same entries as the functions of the library choose, from the configuration alone, saved and loaded."""
+    native = replace_linears(make_llama(), alpha_init=0.3)
+    if init == "random":
+        random_ticket(native, 0.3, tile=tile)
+    elif init == "magnitude":
+        magnitude_ticket(native, 0.3, tile=tile)
+    else:
+        gradient_ticket(native, lambda model, batch: model(**batch).loss, BATCHES, 0.3, tile=tile)
+    model = wrapped(init=init, tile=tile, **({"batches": iter(BATCHES)} if init == "gradient" else {}))
+    assert model.peft_config["default"].batches is None
+    assert torch.equal(logits(model), logits(native))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path)
+    ours, theirs = adapted_layers(model), gated_linears(native)
+    for name, layer in adapted_layers(loaded).items():
+        assert layer.pattern.tile == ours[name].pattern.tile
+        assert layer.pattern.equals(theirs[name].pattern)
+        assert torch.equal(layer.rigsa_values, theirs[name].rigsa_values)
+
+
+def test_a_gradient_ticket_for_a_second_adapter_leaves_the_first_as_it_was():
+    model = trained(wrapped())
+    next(iter(adapted_layers(model).values())).rigsa_alpha.requires_grad_(False)  # by hand
+    before = logits(model)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.add_adapter("other", config(init="gradient", batches=BATCHES, density=0.1))
+    assert torch.equal(logits(model), before)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(wrapped(init="gradient", batches=BATCHES, density=0.1)))
+    config_of_the_first = model.peft_config["other"]
+    with pytest.raises(ValueError, match="they went with the first adapter"):
+        get_peft_model(make_llama(), config_of_the_first)
+    base = make_llama()
+    kinds = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match="batches: expected at least one"):
+        get_peft_model(base, config(init="gradient", batches=[]))
+    assert [type(module) for module in base.modules()] == kinds
 
 
 def test_trainable_names_carry_the_prefix_and_nothing_else_is_trained():
@@ -775,15 +820,58 @@ def test_a_base_in_four_bits_is_trained_and_refuses_to_merge(tmp_path):
         assert torch.equal(logits(model), logits(prepare_model_for_kbit_training(base())))
 
 
-def eight_bits():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    return bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False)
+@pytest.mark.parametrize("density", [None, 0.3])
+@pytest.mark.parametrize("init", ["random", "magnitude", "gradient"])
+def test_a_base_in_eight_bits_is_trained_and_refuses_to_merge(tmp_path, density, init):
+    """The base computes its part as before, to the bit, and the adapter's product is added."""
+    pytest.importorskip("bitsandbytes")
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    if init == "gradient" and density is None:
+        pytest.skip("a gradient ticket has a density")
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    make_llama(**sizes).save_pretrained(tmp_path / "base")
+
+    def base(**options):
+        bits = BitsAndBytesConfig(load_in_8bit=True)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=bits)
+        return prepare_model_for_kbit_training(loaded, **options)
+
+    asked = {"batches": BATCHES} if init == "gradient" else {}
+    model = get_peft_model(base(use_gradient_checkpointing=True), config(density=density, init=init, **asked))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    adapter, x = layer.adapters["default"], torch.randn(3, 64)
+    added = adapter.rigsa_alpha * F.linear(x, adapter.delta())
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + added)
+    trained(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the adapter was trained on another base")
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter")
+        bare = PeftModel.from_pretrained(make_llama(**sizes), tmp_path / "adapter")
+    assert torch.equal(logits(model), logits(loaded))
+    torch.testing.assert_close(logits(model), logits(bare), rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="in eight bits"):
+        model.merge_and_unload()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base()))
+    mixed = logits(model, ROWS[:2], adapter_names=["default", "__base__"])
+    torch.testing.assert_close(mixed[1:], logits(base(), ROWS[1:2]), rtol=0.02, atol=0.02)
+    merge_linears(import_onto(tmp_path, model, sizes))
+
+
+def import_onto(folder, model, sizes):
+    """The adapter of `model` on the plain base that it was trained beside."""
+    save_adapter(model, folder / "native")
+    plain = make_llama(**sizes)
+    load_adapter(plain, folder / "native")
+    return plain
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (eight_bits, "1 is a Linear8bitLt; RIGSA adapts linear layers in floating point or in NF4"),
         (lambda: nn.Embedding(8, 8), "1 is a Embedding"),
         (lambda: nn.Conv1d(8, 8, 1), "1 is a Conv1d"),
     ],
@@ -817,6 +905,8 @@ def test_a_layer_with_an_adapter_of_another_method_is_refused():
         {"init_scale": None}, {"seed": True}, {"in_place": "no"}, {"density": float("nan")},
         {"init": "best"}, {"seed": -1}, {"alpha_init": float("inf")},
         {"init_scale": -1}, {"values_dtype": "int8"}, {"numerics": "fast"}, {"layers": {"a": 3}},
+        {"tile": 8}, {"tile": "diagonals", "density": 0.5}, {"init": "gradient"}, {"init": "gradient", "density": 0.5},
+        {"batches": [1]},
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_refused(options):
@@ -855,20 +945,146 @@ def test_a_file_that_does_not_fit_its_configuration_is_refused(folder):
             logits(loader(make_llama(), folder))
 
 
-def test_a_pickle_is_refused_before_the_model_is_touched(folder):
+def test_a_pickle_is_refused_before_the_model_is_touched(folder, monkeypatch):
+    """From a folder, from a folder within, beside a file of safetensors, and from what is cached of a hub."""
     model = wrapped()
     model.save_pretrained(folder / "pickled", safe_serialization=False)
-    assert (folder / "pickled" / "adapter_model.bin").exists()
+    pickled = folder / "pickled" / "adapter_model.bin"
+    assert pickled.exists()
     base = make_llama()
-    for load in (
+    loads = [
         lambda: PeftModel.from_pretrained(base, folder / "pickled"),
         lambda: PeftModel.from_pretrained(base, str(folder), subfolder="pickled"),
         lambda: model.load_adapter(folder / "pickled", "other"),
-    ):
-        with pytest.raises(ValueError, match=r"adapter_model.bin: expected adapter_model.safetensors, got a pickle"):
-            load()
+        lambda: base.load_adapter(folder / "pickled"),
+        lambda: base.load_adapter(folder, adapter_kwargs={"subfolder": "pickled"}),
+        lambda: AutoPeftModelForCausalLM.from_pretrained(folder / "pickled"),
+    ]
+    for beside in (False, True):
+        if beside:
+            shutil.copy(folder / "adapter_model.safetensors", folder / "pickled")
+        for load in loads:
+            with pytest.raises(RigsaError, match=r"adapter_model.bin: expected adapter_model.safetensors alone, got a"):
+                load()
     assert not gated_linears(base)
     assert set(model.peft_config) == {"default"}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(pickled))
+    monkeypatch.setattr("peft.config.hf_hub_download", lambda *_, **__: str(folder / "adapter_config.json"))
+    with pytest.raises(RigsaError, match=r"some/one/adapter_model\.bin: expected adapter_model.safetensors alone"):
+        PeftConfig.from_pretrained("some/one")
+
+
+def test_a_pickle_of_another_method_is_left_to_peft(tmp_path):
+    model = get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert torch.equal(logits(model), logits(PeftModel.from_pretrained(make_llama(), tmp_path)))
+
+
+def without(ending):
+    """A layer loses the tensor whose name ends so."""
+
+    def change(tensors):
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith(f"0.mlp.up_proj.{ending}")}
+
+    return change
+
+
+def with_another_layer(tensors):
+    more = {name: tensor.clone() for name, tensor in tensors.items() if "1.mlp.up_proj" in name}
+    return tensors | {name.replace("up_proj", "more_proj"): tensor for name, tensor in more.items()}
+
+
+def without_a_layer(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.up_proj" not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("rigsa_adapter.rigsa_values"), r"up_proj\.rigsa_adapter has no rigsa_values"),
+        (without("rigsa_adapter.rigsa_alpha"), r"up_proj\.rigsa_adapter has no rigsa_alpha"),
+        (without_a_layer, "expected the tensors of the 14 layers .* got those of 13"),
+        (with_another_layer, "expected the tensors of the 14 layers .* got those of 15"),
+        (None, "expected a whole file of safetensors, got one that is cut or damaged"),
+    ],
+)
+@pytest.mark.parametrize("loader", LOADERS.values())
+def test_a_damaged_file_is_refused_before_the_model_is_touched(folder, loader, change, message):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    if change is None:
+        path.write_bytes(path.read_bytes()[:-5])
+    else:
+        save_file(change(load_file(path)), path)
+    base = make_llama()
+    with pytest.raises(RigsaError, match=message):
+        loader(base, folder)
+    assert_same_base(base)
+    assert not gated_linears(base)
+
+
+@pytest.mark.parametrize("part", ["values", "alpha"])
+@pytest.mark.parametrize("loader", LOADERS.values())
+def test_numbers_in_a_file_that_are_not_finite_are_refused(folder, loader, part):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = f"base_model.model.model.layers.0.mlp.up_proj.rigsa_adapter.rigsa_{part}"
+    save_file(tensors | {key: tensors[key] * float("nan")}, path)
+    with pytest.raises(RigsaError, match=rf"up_proj.*rigsa_{part}: expected finite numbers"):
+        logits(loader(make_llama(), folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_proj", "up_prj"]}, "target_modules: the model has no module 'up_prj'"),
+        ({"exclude_modules": ["q_proj", "down"]}, "exclude_modules: the model has no module 'down'"),
+        ({"modules_to_save": ["lm_head", "lm"]}, "modules_to_save: the model has no module 'lm'"),
+        (
+            {"target_parameters": ["q_proj.weights"], "target_modules": ["v_proj"]},
+            "target_parameters: the model has no parameter 'q_proj.weights'",
+        ),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}, "layers_to_transform: no layer numbered 2"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:target_parameters=")  # PEFT's own, where there is no other parameter
+def test_a_name_that_fits_nothing_is_refused(options, message):
+    base = make_llama()
+    kinds = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, config(**options))
+    assert [type(module) for module in base.modules()] == kinds
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    model = wrapped(modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("other", config(**options))
+    assert torch.equal(logits(model), logits(wrapped()))
+
+
+def test_a_combination_has_the_layers_of_all_its_adapters():
+    model = wrapped(target_modules=["q_proj", "v_proj"], layers_to_transform=[0], exclude_modules=["v_proj"])
+    model.add_adapter("other", config(target_modules=["up_proj"], layers_to_transform=[1]))
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+    model.set_adapter("both")
+    assert set(adapted_layers(model)) == {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values())
+def test_a_file_of_another_version_is_refused(folder, loader):
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["format"] == 1
+    del saved["format"]  # as the first version wrote it
+    path.write_text(json.dumps(saved))
+    assert torch.equal(logits(loader(make_llama(), folder)), logits(wrapped(density=0.03)))
+    path.write_text(json.dumps(saved | {"format": 2, "what_comes_later": True}))
+    base = make_llama()
+    with pytest.raises(ValueError, match="format: expected 1, got 2; the adapter was saved by another version"):
+        loader(base, folder)
+    assert not gated_linears(base)
 
 
 def test_a_configuration_from_a_file_without_its_tensors_is_refused(folder):
@@ -909,7 +1125,7 @@ def test_a_watched_package_has_its_own_loader(tmp_path, monkeypatch):
     assert type(watched_package.__spec__.loader) is type(json.__spec__.loader)
     when_imported("watched_package", lambda: seen.append("at once"))
     assert seen == [3, "at once"]
-    assert not any(type(finder).__name__ == "_Watcher" for finder in sys.meta_path)
+    assert "watched_package" not in [getattr(finder, "package", "") for finder in sys.meta_path]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from transformers.integrations import moe
 from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
 from rigsa.experiments.config import Base, Config
+from rigsa.experiments.kept import check_kept, keep, kept_parameters, names_to_keep
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
-from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
+from rigsa.experiments.methods.gradient_masks import examples_at_a_time, score_entries
 from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.model import spare_the_head
 from rigsa.experiments.tasks.evaluation import target_logits, training_loss
@@ -78,8 +79,11 @@ class SimulatedModel:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         model = _on_meta(shape, config)
         layers = select_linears(model, config.included, config.excluded)[0].values()
-        self.num_weights = sum(adaptable(model, config.included, config.excluded).values())
+        sizes = adaptable(model, config.included, config.excluded)
+        check_kept(model, config, sizes)
+        self.num_weights = sum(sizes.values())
         model.requires_grad_(False)
+        names = names_to_keep(model, config)
         if config.method.peft:
             attach_peft(model, config)  # here, as PEFT moves modules, which fake tensors do not allow
         with self._fake:
@@ -92,8 +96,11 @@ class SimulatedModel:
             if config.method.gated:
                 # "composed", and weights that code reads, would ask the values whether it is wise: zeros are not asked
                 attach_adapter(self.model, config, numerics="auto", init_scale=0.0)
+            keep(self.model, names)
             checkpoint_activations(self.model, config)
-            self._lists: list[Tensor] = []
+            kept = kept_parameters(self.model).values()
+            # A run holds what they were before training in the memory of the CPU.
+            self._lists = [torch.empty_like(parameter) for parameter in kept] if device.type == "cpu" else []
             for layer in gated_linears(self.model).values():
                 _simulate(layer, config, device, density)
                 self._lists += _position_lists(layer, device)
@@ -103,8 +110,10 @@ class SimulatedModel:
                 self._lists += [torch.empty_like(layer.rigsa_values) for layer in gated_linears(self.model).values()]
 
     def trained_share(self) -> float:
-        """Numbers that are trained, as a share of the weights of the layers that have an adapter."""
-        return sum(parameter.numel() for parameter in trained_parameters(self.model).values()) / self.num_weights
+        """Numbers that the adapter trains, as a share of the weights of the layers that have an adapter."""
+        kept = kept_parameters(self.model)
+        trained = [one.numel() for name, one in trained_parameters(self.model).items() if name not in kept]
+        return sum(trained) / self.num_weights
 
     def training_step(self, size: Size, micro_batch: int, *, accumulates: bool) -> Usage:
         """The last micro-batch of a step after the first: forward, backward, clipping, update.
@@ -147,8 +156,8 @@ class SimulatedModel:
         """One gradient of as many examples as the score takes at a time, and the scores of entries from it."""
         with self._fake:
             memory = self._hold(None)
-            number = images_at_a_time(score, self.config)
-            batch = _batch(size, number)
+            number = examples_at_a_time(score, self.config)
+            batch = _batch(dataclasses.replace(size, packed=False), number)
             with memory, _told_to_transformers(batch):
                 score_entries(self.model, score, [batch], number)
         return memory.usage()
@@ -157,7 +166,7 @@ class SimulatedModel:
         """One batch of prompts through the trained adapter, without gradients."""
         with self._fake, torch.no_grad():
             memory = self._hold(None)
-            batch = _batch(size, rows)
+            batch = _batch(dataclasses.replace(size, packed=False), rows)
             with memory, _told_to_transformers(batch):
                 target_logits(self.model.eval(), batch)
                 self._hold_kept(memory)
@@ -216,16 +225,17 @@ def _on_meta(shape: PretrainedConfig, config: Base) -> PreTrainedModel:
 def _told_to_transformers(batch: Batch) -> Iterator[None]:
     """Tells transformers what it cannot find out of fake tensors.
 
-    First, whether rows are padded, and that none are packed: left to itself it would take them for the general case and
-    make attention masks of T * T entries, which only a padded batch has. Second, that experts in other dtypes than
+    First, whether rows are padded or packed: left to itself it would take all of them for the general case and make
+    attention masks of T * T entries, which no other batch has. Second, that experts in other dtypes than
     bfloat16 take its own product, which gives and keeps the same tensors: PyTorch knows the sizes of its product of
     experts in bfloat16 only.
     """
     has_padding = "attention_mask" in batch
+    is_packed = "position_ids" in batch and not has_padding
     about_masks = mock.patch.multiple(
         masking_utils,
         is_tracing=lambda tensor=None: False,
-        find_packed_sequence_indices=lambda position_ids: None,
+        find_packed_sequence_indices=lambda position_ids: position_ids if is_packed else None,
         fast_all=lambda mask: not has_padding,
     )
     in_bfloat16 = mock.patch.object(
@@ -250,16 +260,12 @@ def _fill_gradients(parameters: list[Tensor]) -> None:
 
 def _batch(size: Size, rows: int) -> Batch:
     """Rows of that size; a lone one is never padded."""
-    batch = {name: torch.empty(rows, width, dtype=torch.int64) for name, width in _columns(size).items()}
-    if not size.padded or rows == 1:
-        return {name: batch[name] for name in ("input_ids", "targets")}
-    return batch
-
-
-def _columns(size: Size) -> dict[str, int]:
-    return {"input_ids": size.tokens, "targets": size.targets} | dict.fromkeys(
-        ("attention_mask", "position_ids"), size.tokens
-    )
+    columns = {"input_ids": size.tokens, "targets": size.tokens if size.packed else size.targets}
+    if rows > 1 and size.packed:
+        columns["position_ids"] = size.tokens
+    elif rows > 1 and size.padded:
+        columns |= {"attention_mask": size.tokens, "position_ids": size.tokens}
+    return {name: torch.empty(rows, width, dtype=torch.int64) for name, width in columns.items()}
 
 
 def _quantize(linear: nn.Linear) -> None:

@@ -1,7 +1,7 @@
 """Masks from gradients before training: SIFT, FISH masks, SAM, RoSA, SNIP and GraSP.
 
-`rigsa.scores` has the scores. Here a batch is what `mask_batches` draws: one image where a score is made for examples,
-else a micro-batch, as training makes them.
+`rigsa.scores` has the scores. Here a batch is what `mask_batches` draws: one example where a score is made for
+examples, else a micro-batch, as training makes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config, Gates, Look, LowRank, Training, fields_of
 from rigsa.experiments.methods.baselines import OWN_DTYPE
-from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
+from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TICKET_RATES, TicketMethod, highest
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.scores import SCORES, GradientScore, gradient_scores
 from rigsa_kernels import SparsePattern, gated_linears
@@ -46,22 +46,22 @@ class GradientMask(TicketMethod):
         config = experiment.config
         batches = tqdm(mask_batches(experiment, self.score), desc="gradients for the mask", unit="batch", leave=False)
         patterns, record = highest(
-            config, score_entries(experiment.model, self.score, batches, images_at_a_time(self.score, config))
+            config, score_entries(experiment.model, self.score, batches, examples_at_a_time(self.score, config))
         )
-        return patterns, record | {"images": config.mask_images}
+        return patterns, record | {"examples": config.mask_examples}
 
 
-def images_at_a_time(score: GradientScore, config: Training) -> int:
-    """How many images share a gradient."""
+def examples_at_a_time(score: GradientScore, config: Training) -> int:
+    """How many examples share a gradient."""
     return 1 if score.by_example else config.micro_batch_size
 
 
 def mask_batches(experiment: Experiment, score: GradientScore) -> DataLoader[Any]:
-    """The training images that choose the mask, drawn from the run's seed, as many at a time as the score takes."""
+    """The training examples that choose the mask, drawn from the run's seed, as many at a time as the score takes."""
     config, samples = experiment.config, experiment.task.training()
     draw = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
-    chosen = Subset(samples, draw[: config.mask_images].tolist())
-    return DataLoader(chosen, images_at_a_time(score, config), collate_fn=samples.collate)
+    chosen = Subset(samples, draw[: config.mask_examples].tolist())
+    return DataLoader(chosen, examples_at_a_time(score, config), collate_fn=samples.collate)
 
 
 def score_entries(
@@ -72,7 +72,7 @@ def score_entries(
     Args:
         model: with a dense adapter as it starts: zero for scores of the pretrained model.
         score: what is made of the gradients.
-        batches: of training examples, as many in each as `images_at_a_time` says.
+        batches: of training examples, as many in each as `examples_at_a_time` says.
         divisor: of the summed loss of each batch. It is one number for all of them, so that every token counts as much
             as every other, however tokens are spread over batches.
 
@@ -88,7 +88,7 @@ def score_entries(
     return gradient_scores(model.train(), values, loss_of, batches, score)
 
 
-GRADIENT_OPTIONS = (*fields_of(Gates), "ranking", "density", "tile", "mask_images")
+GRADIENT_OPTIONS = (*fields_of(Gates), "ranking", "density", "tile", "mask_examples")
 _USUAL = {**FROM_ZERO, "density": PAPER_DENSITY}
 
 SIFT = GradientMask(
@@ -96,7 +96,7 @@ SIFT = GradientMask(
     help="train the entries with the largest gradient in the first batch (Song et al. 2024)",
     options=GRADIENT_OPTIONS,
     look=Look("purple", "v", (0, (5, 1, 1, 1))),
-    usual={**_USUAL, "mask_images": 16},  # the first batch
+    usual={**_USUAL, "mask_examples": 16},  # the first batch
     score=SCORES["sift"],
 )
 FISHER = GradientMask(
@@ -131,6 +131,7 @@ SNIP = GradientMask(
     options=GRADIENT_OPTIONS,
     look=Look("green", "8", (0, (4, 1, 1, 1, 1, 1))),
     usual={"density": PAPER_DENSITY},
+    quickstart=TICKET_RATES,
     score=SCORES["snip"],
 )
 GRASP = GradientMask(
@@ -139,5 +140,6 @@ GRASP = GradientMask(
     options=GRADIENT_OPTIONS,
     look=Look("orange", "H", (0, (6, 1, 2, 1))),
     usual={"density": PAPER_DENSITY},
+    quickstart=TICKET_RATES,
     score=SCORES["grasp"],
 )

@@ -18,6 +18,7 @@ from rigsa.criteria import treated_values
 from rigsa.experiments.adapter import read_adapter, save_adapter, trained_parameters
 from rigsa.experiments.distributed import main_first
 from rigsa.experiments.experiment import Experiment
+from rigsa.experiments.kept import put_back
 from rigsa.experiments.run_folder import EARLY_FILE
 from rigsa_kernels import GatedSparseLinear, gated_linears
 
@@ -71,6 +72,7 @@ def read_dense(experiment: Experiment, path: Path) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in gated_linears(experiment.model).items():
         shapes |= {f"{name}.rigsa_values": layer.pattern.shape, f"{name}.rigsa_alpha": tuple(layer.rigsa_alpha.shape)}
+    shapes |= {name: tuple(value.shape) for name, value in experiment.start.items()}
     trained = trained_parameters(experiment.model)
     shapes = {name: shape for name, shape in shapes.items() if name in trained}  # --gate none trains no gates
     return read_adapter(experiment.model, path, shapes)
@@ -91,3 +93,4 @@ def start_from(experiment: Experiment, path: Path) -> None:
         layer.rigsa_values.copy_(layer.pattern.gather(early[f"{name}.rigsa_values"]))
         if f"{name}.rigsa_alpha" in early:
             layer.rigsa_alpha.copy_(early[f"{name}.rigsa_alpha"])
+    put_back(experiment.model, {name: early[name] for name in experiment.start})

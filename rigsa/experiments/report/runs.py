@@ -34,7 +34,7 @@ SAME = (
     "validation_share",
     "max_length",
     "score",
-    "test_images",
+    "test_examples",
     "eval_shots",
     "system_prompt",
 )

@@ -8,7 +8,9 @@ second model nor its logits are kept. In bfloat16 rounding alone makes some 4e-4
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -95,13 +97,19 @@ def pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tu
 
 
 @torch.no_grad()
-def drift(model: nn.Module, replies: Sequence[Reply], batch_size: int = PROMPTS_A_PASS) -> dict[str, Any]:
+def drift(
+    model: nn.Module,
+    replies: Sequence[Reply],
+    batch_size: int = PROMPTS_A_PASS,
+    as_base: Callable[[], AbstractContextManager[None]] | None = None,
+) -> dict[str, Any]:
     """Mean KL(base || adapted) over the reply tokens, each given the prompt and the base's reply before it.
 
     Args:
         model: with its adapter, in evaluation mode.
         replies: of the base (`replies`), two or more.
         batch_size: replies a pass; logits of no more are held. In 16 bits the result depends on it by a few per cent.
+        as_base: makes a context in which `model` is its base; `adapter_off` by default.
 
     Returns:
         ``{"kl": nats a token, "stderr": of it, "tokens": their number, "prompts": number of replies}``. Tokens of one
@@ -116,7 +124,7 @@ def drift(model: nn.Module, replies: Sequence[Reply], batch_size: int = PROMPTS_
         raise ValueError(f"replies: expected two or more, got {len(replies)}")
     sums: list[float] = []
     for start in range(0, len(replies), batch_size):
-        sums += _kl_sums(model, replies[start : start + batch_size])
+        sums += _kl_sums(model, replies[start : start + batch_size], as_base or partial(adapter_off, model))
     lengths = [len(reply["reply_ids"]) for reply in replies]
     tokens, count = sum(lengths), len(replies)
     kl = math.fsum(sums) / tokens
@@ -125,10 +133,12 @@ def drift(model: nn.Module, replies: Sequence[Reply], batch_size: int = PROMPTS_
     return {"kl": kl, "stderr": stderr, "tokens": tokens, "prompts": count}
 
 
-def _kl_sums(model: nn.Module, replies: Sequence[Reply]) -> list[float]:
+def _kl_sums(
+    model: nn.Module, replies: Sequence[Reply], as_base: Callable[[], AbstractContextManager[None]]
+) -> list[float]:
     """KL summed over the tokens of each reply; in float64, as float32 would lose a KL of 1e-7."""
     adapted = _reply_logits(model, replies)
-    with adapter_off(model):
+    with as_base():
         base = _reply_logits(model, replies)
     return [
         F.kl_div(q.double().log_softmax(-1), p.double().log_softmax(-1), reduction="sum", log_target=True).item()

@@ -6,15 +6,23 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from rigsa.experiments.config import Config
+from rigsa.experiments.config import OPTIONS, Config, require
 from rigsa.experiments.tasks.task import Task
 from rigsa.experiments.tasks.text import TextTask, format_of
 from rigsa.experiments.tasks.textual_mnist import TextualMnist
 
+OF_TEXTS = ("validation_share", "max_length", "group_by_length", "packing", "score")
+"""Fields that images of digits have no use for."""
+
 
 def load_task(config: Config) -> Task:
     """Read and check the data of a run. Raises RigsaError where they are missing or not what they should be."""
-    return TextTask(config) if config.is_text else TextualMnist(config)
+    if config.is_text:
+        return TextTask(config)
+    for name in OF_TEXTS:
+        usual = OPTIONS[name].default
+        require(config, name, f"{usual} for images of digits, as only texts have it", getattr(config, name) == usual)
+    return TextualMnist(config)
 
 
 @functools.cache

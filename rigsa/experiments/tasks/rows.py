@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rigsa.errors import RigsaError
-from rigsa.files import require_regular
+from rigsa.files import naming, require_regular
 
 LONGEST_LINE = 2**26
 """Bytes of a line: a small gzip file could unpack to one that fills the memory."""
@@ -34,7 +34,8 @@ def read_rows(path: Path, option: str = "data") -> list[Row]:
     Raises:
         RigsaError: the file is missing, damaged or cut short, is not UTF-8, or a row is no object. The line is named.
     """
-    require_regular(path)
+    with naming(f"--{option}"):
+        require_regular(path)
     try:
         if path.suffix == ".parquet":
             return _parquet_rows(path, option)
@@ -119,9 +120,10 @@ def hub_rows(name: str) -> dict[str, list[Row]]:
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # the hub's client raises a dozen unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RigsaError(
             f"--data {name}: no such file or folder, and no data set of that name is cached or to be had from the hub "
-            f"({type(error).__name__})"
+            f"({reason})"
         ) from error
     return {
         str(split): [(f"{name}, {split} row {number}", row) for number, row in enumerate(rows, 1)]

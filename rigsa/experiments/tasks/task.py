@@ -54,11 +54,14 @@ class Size:
         tokens: positions that the model reads.
         targets: positions at the end whose logits are computed.
         padded: rows of a batch may differ in length, so that it has an attention mask.
+        packed: a row may hold several texts, so that the logits of all of its positions are computed, and there is an
+            attention mask of blocks.
     """
 
     tokens: int
     targets: int = 1
     padded: bool = False
+    packed: bool = False
 
 
 class Task(abc.ABC):

@@ -78,8 +78,8 @@ class TextTask(Task):
         self.format = config.format if named else recognise_format(found["train"], config.data)
         examples = {split: read_examples(rows, self.format) for split, rows in found.items()}
         self.splits, self.twice = _split(examples, config.validation_share, config.data)
-        self.splits["train"] = self.splits["train"][: config.train_images or None]
-        self.splits["test"] = self.splits["test"][: config.test_images or None]
+        self.splits["train"] = self.splits["train"][: config.train_examples or None]
+        self.splits["test"] = self.splits["test"][: config.test_examples or None]
         if config.score in ("exact", "choice", "number") and self.format == "text":
             raise RigsaError(f"--score {config.score}: plain texts have no answers to be scored; expected none")
 
@@ -145,6 +145,7 @@ class TextTask(Task):
             max(samples.lengths),
             max(len(sample["targets"]) for sample in samples.samples),
             padded=len(set(samples.lengths)) > 1,
+            packed=self.config.packing,
         )
 
     def size(self) -> Size:

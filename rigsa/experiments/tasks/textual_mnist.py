@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config
+from rigsa.experiments.config import TEXT_FILES, Config
 from rigsa.experiments.tasks.conversation import Conversation
 from rigsa.experiments.tasks.task import Sample, Samples, Size, Task
-from rigsa.files import require_regular
+from rigsa.files import naming, require_regular
 
 ANSWER_PREFIX = "The digit is "
 SPLIT_SEED = 0
@@ -157,7 +157,10 @@ def _load_hub() -> tuple[Images, Images]:
 
 def _load_folder(folder: Path) -> tuple[Images, Images]:
     if not folder.is_dir():
-        raise RigsaError(f"--data {folder}: not a folder. Expected digits, mnist, or a folder of IDX files.")
+        raise RigsaError(
+            f"--data {folder}: not a folder. Expected digits, mnist, or a folder of IDX files; or texts, which are a "
+            f"file that ends in {', '.join(TEXT_FILES)}, a folder of such files, or a data set on the hub (OWNER/NAME)"
+        )
     pairs = {split: _read_pair(folder, split) for split in ("train", "t10k")}
     train, test = pairs["train"], pairs["t10k"]
     if train is not None and test is not None:
@@ -192,7 +195,8 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         RigsaError: the file is not that, is cut short or goes on after its last value, or announces over 1 GiB.
     """
-    require_regular(path)
+    with naming("--data"):
+        require_regular(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             shape = _idx_shape(file.read(4), file.read, path)
@@ -287,7 +291,7 @@ class TextualMnist(Task):
     """Images of digits as a task.
 
     Args:
-        config: `data` names the source; `train_images` and `test_images` are the most that are used of a split.
+        config: `data` names the source; `train_examples` and `test_examples` are the most that are used of a split.
 
     Raises:
         RigsaError: as `load_splits`, or there are not enough images for the examples of a test prompt.
@@ -299,7 +303,7 @@ class TextualMnist(Task):
         splits = load_splits(config.data)
         self.config = config
         self.splits = Splits(
-            splits.train.first(config.train_images), splits.validation, splits.test.first(config.test_images)
+            splits.train.first(config.train_examples), splits.validation, splits.test.first(config.test_examples)
         )
         if max(config.shots) > len(self.splits.train):
             raise RigsaError(

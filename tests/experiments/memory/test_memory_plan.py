@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from texts import byte_tokenizer, write_jsonl
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
@@ -24,6 +25,7 @@ from conftest import make_llama, make_tokenizer
 from rigsa.errors import RigsaError
 from rigsa.experiments.attach import attach
 from rigsa.experiments.config import Config
+from rigsa.experiments.kept import start_of_kept
 from rigsa.experiments.memory.live_memory import LiveMemory
 from rigsa.experiments.memory.plan import (
     GIB,
@@ -36,12 +38,14 @@ from rigsa.experiments.memory.plan import (
     usable,
 )
 from rigsa.experiments.memory.simulate import SimulatedModel
-from rigsa.experiments.methods.gradient_masks import images_at_a_time, score_entries
+from rigsa.experiments.methods.gradient_masks import examples_at_a_time, score_entries
 from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_linears, spare_the_head
 from rigsa.experiments.presets import paper, quickstart
 from rigsa.experiments.tasks.evaluation import training_loss
+from rigsa.experiments.tasks.packing import pack
+from rigsa.experiments.tasks.registry import load_task
 from rigsa.experiments.tasks.task import Batch, Size, collate
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.masks import random_patterns
@@ -68,9 +72,17 @@ def small_model(config: Config, shape: PretrainedConfig = SMALL) -> PreTrainedMo
     return model
 
 
-def train_two_steps(model: PreTrainedModel, config: Config, density: float, size: Size, accumulates: bool) -> None:
-    """Marks the last micro-batch of the second step."""
+def train_two_steps(
+    model: PreTrainedModel,
+    config: Config,
+    density: float,
+    data: Size | Batch,
+    accumulates: bool,
+    attached: Callable[[], None] = lambda: None,
+) -> None:
+    """Marks the last micro-batch of the second step. `attached` is called once the adapter is on the model."""
     attach(model, config)
+    attached()
     layers = gated_linears(model)
     if density < 1:
         shapes = {name: layer.pattern.shape for name, layer in layers.items()}
@@ -82,7 +94,7 @@ def train_two_steps(model: PreTrainedModel, config: Config, density: float, size
         del pattern
     optimizer = make_optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    batch = batch_of(size, config.micro_batch_size)
+    batch = batch_of(data, config.micro_batch_size) if isinstance(data, Size) else data
     model.train()
 
     def update() -> None:
@@ -191,15 +203,73 @@ def test_planned_peak_of_texts_of_unequal_length(size, method, attention):
     assert planned.peak == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_planned_peak_of_packed_rows(attention):
+    """Every row holds two texts, so that as many rows as there may be have a mask of blocks."""
+    config = dataclasses.replace(
+        paper("imp"), numerics="composed", micro_batch_size=4, attention=attention, packing=True, **FLOAT32
+    )
+    texts = [{"input_ids": [0] * length, "targets": [0] * 9} for length in (250, 130, 130, 130, 120, 120, 110)]
+    batch = pack(texts, 0)
+    assert batch["input_ids"].shape == (4, 250)
+    measured = allocated_peak(lambda: train_two_steps(small_model(config), config, 1, batch, True))
+    size = Size(250, 60, padded=True, packed=True)
+    planned = SimulatedModel(SMALL, config, CPU, 1).training_step(size, 4, accumulates=True)
+    assert planned.peak == pytest.approx(measured, rel=0.03)
+
+
+def test_a_plan_refuses_patterns_that_name_nothing():
+    config = dataclasses.replace(paper("imp"), keep_trainable="model.nrm")
+    with pytest.raises(RigsaError, match=r"--keep-trainable: 'model.nrm' names no parameter and no module"):
+        SimulatedModel(SMALL, config, CPU, 1)
+
+
+def test_planned_peak_for_a_file(tmp_path):
+    """What `plan --data FILE` goes by is the largest batch that the file can make."""
+    lines = [{"prompt": f"{n} " * 60, "completion": "so " * (10 + n)} for n in range(100, 150)]
+    config = dataclasses.replace(
+        paper("imp"), numerics="composed", micro_batch_size=4, data=str(write_jsonl(tmp_path / "texts.jsonl", lines)),
+        **FLOAT32,
+    )  # fmt: skip
+    task = load_task(config)
+    task.meet(byte_tokenizer(), None)
+    samples = task.training()
+    longest = sorted(samples, key=lambda sample: len(sample["input_ids"]))[-4:]
+    batch = samples.collate(longest)
+    assert "attention_mask" in batch
+    shape = copy.deepcopy(SMALL)
+    shape.vocab_size = 280
+    measured = allocated_peak(lambda: train_two_steps(small_model(config, shape), config, 1, batch, True))
+    planned = SimulatedModel(shape, config, CPU, 1).training_step(task.size(), 4, accumulates=True)
+    assert planned.peak == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("method", ["imp", "lora"])
+def test_planned_peak_with_parameters_that_are_kept_trainable(method):
+    pytest.importorskip("peft")
+    config = dataclasses.replace(
+        paper(method), numerics="composed", micro_batch_size=4, keep_trainable="model.embed_tokens,*norm*", **FLOAT32
+    )
+    size, held = Size(100), []
+
+    def two_steps() -> None:
+        model = small_model(config)
+        train_two_steps(model, config, 1, size, False, lambda: held.append(start_of_kept(model)))
+
+    measured = allocated_peak(two_steps)
+    planned = SimulatedModel(SMALL, config, CPU, 1).training_step(size, 4, accumulates=False)
+    assert planned.peak == pytest.approx(measured, rel=0.03)
+
+
 @pytest.mark.parametrize(("method", "options"), [
-    ("sift", FLOAT32), ("sam", {"checkpointing": True}), ("rosa", {}), ("snip", {}), ("grasp", FLOAT32),
+    ("sift", FLOAT32), ("sam", {"checkpointing": True}), ("rosa", {}), ("snip", {}), ("spruft", {}), ("grasp", FLOAT32),
     ("grasp", {"checkpointing": True, "attention": "eager"}),
 ])  # fmt: skip
 def test_planned_peak_of_choosing_a_mask(method, options):
     pytest.importorskip("peft")
     config = dataclasses.replace(paper(method), micro_batch_size=4, numerics="composed", **options)
     score = METHODS[method].score
-    images = images_at_a_time(score, config)
+    images = examples_at_a_time(score, config)
 
     def choose() -> None:
         model = small_model(config)
@@ -442,7 +512,7 @@ def test_a_plan_that_cannot_fit_is_refused_with_one_that_would():
 def run_options(small_model_folder) -> list[str]:  # type: ignore[no-untyped-def]
     return [
         "--model", str(small_model_folder), "--preset", "smoke", "--dtype", "float32", "--device", "cpu",
-        "--prunings", "1", "--test-images", "20", "--train-images", "40", "--values-dtype", "bfloat16",
+        "--prunings", "1", "--test-examples", "20", "--train-examples", "40", "--values-dtype", "bfloat16",
         "--state-dtype", "int8", "--max-grad-norm", "0", "--micro-batch-size", "4", "--alpha-learning-rate", "0.1",
     ]  # fmt: skip
 
@@ -493,19 +563,24 @@ def test_a_plan_of_nonsense_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_nf4_base_trains_and_resumes(tmp_path):
-    """Half a byte a weight; what is trained is saved and loaded beside it."""
+@pytest.mark.parametrize(
+    ("trained", "level"), [(["imp", "--prunings", "0"], 0), (["random-mask", "--density", "0.2", "--tile", "5x4"], 1)]
+)
+def test_nf4_base_trains_and_resumes(trained, level, tmp_path):
+    """Half a byte a weight; what is trained, all entries or a ticket of tiles, is saved and loaded beside it."""
     pytest.importorskip("bitsandbytes")
     make_llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     command = [
-        "imp", "--model", str(tmp_path / "model"), "--preset", "smoke", "--device", "cpu", "--quantize", "nf4",
-        "--prunings", "0", "--test-images", "10", "--train-images", "20", "--max-steps", "2", "--out",
+        *trained, "--model", str(tmp_path / "model"), "--preset", "smoke", "--device", "cpu", "--quantize", "nf4",
+        "--test-examples", "10", "--train-examples", "20", "--max-steps", "2", "--out",
         str(tmp_path / "run"), "--numerics", "auto",
     ]  # fmt: skip
     assert main(command) == 0
-    (tmp_path / "run" / "level_0" / "done").unlink()
+    finished = (tmp_path / "run" / f"level_{level}" / "adapter.safetensors").read_bytes()
+    (tmp_path / "run" / f"level_{level}" / "done").unlink()
     assert main(command) == 0
+    assert (tmp_path / "run" / f"level_{level}" / "adapter.safetensors").read_bytes() == finished
 
 
 def test_nf4_refuses_a_layer_it_cannot_hold(small_model_folder, tmp_path, capsys):

@@ -17,8 +17,8 @@ from rigsa_kernels import SparsePattern, layer_key, uniform_init
 def options(small_model_folder: Path) -> list[str]:
     return [
         "imp", "--model", str(small_model_folder), "--preset", "smoke", "--dtype", "float32", "--device", "cpu",
-        "--max-steps", "6", "--test-images", "20", "--checkpoint-steps", "2", "--epochs", "2",
-        "--train-images", "40", "--alpha-learning-rate", "0.1", "--no-drift",
+        "--max-steps", "6", "--test-examples", "20", "--checkpoint-steps", "2", "--epochs", "2",
+        "--train-examples", "40", "--alpha-learning-rate", "0.1", "--no-drift",
     ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from rigsa.adapters import adapter_off
 from rigsa.experiments.adapter import load_masks, trained_parameters
 from rigsa.experiments.config import Gates, Look, fields_of
 from rigsa.experiments.experiment import Experiment
-from rigsa.experiments.methods.gradient_masks import GradientMask, images_at_a_time, mask_batches, score_entries
+from rigsa.experiments.methods.gradient_masks import GradientMask, examples_at_a_time, mask_batches, score_entries
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.methods.ticket import FROM_ZERO, TicketMethod, highest
 from rigsa.experiments.presets import arguments_of, smoke
@@ -29,17 +29,20 @@ from tests.conftest import make_llama
 DENSITY = 0.1
 APART = ("imp", "reinit", "qlora")
 """Methods that tests/experiments/test_run.py runs, and one that needs a wider model."""
+SMALL_TILE = {"smt": {"tile": "4"}}
+"""What a layer of 16 rows has more than one of."""
 OPTIONS = {
-    "dtype": "float32", "device": "cpu", "test_images": 20, "epochs": 1, "train_images": 40, "max_steps": 4,
+    "dtype": "float32", "device": "cpu", "test_examples": 20, "epochs": 1, "train_examples": 40, "max_steps": 4,
     "eval_shots": "0", "micro_batch_size": 2,
 }  # fmt: skip
 
 
 def config_of(method: str, model: Path, **options: object):
-    own = {"density": DENSITY, "mask_images": 6, "rank": 3, "reselect_steps": 2, "ranking": "layer"}
+    own = {"density": DENSITY, "mask_examples": 6, "rank": 3, "reselect_steps": 2, "ranking": "layer"}
     base = smoke(method)
     read = set(METHODS[method].options)
     chosen = {name: value for name, value in own.items() if name in read}
+    chosen |= SMALL_TILE.get(method, {})
     return dataclasses.replace(base, model=str(model), **OPTIONS | chosen | options)
 
 
@@ -57,7 +60,7 @@ def images_of(prepared: Experiment, size: int) -> DataLoader:
     """The images that choose the mask, found here once more."""
     samples = prepared.task.training()
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(prepared.config.seed))
-    chosen = Subset(samples, order[: prepared.config.mask_images].tolist())
+    chosen = Subset(samples, order[: prepared.config.mask_examples].tolist())
     return DataLoader(chosen, size, collate_fn=samples.collate)
 
 
@@ -76,14 +79,16 @@ def gradients_of_plain_weights(prepared: Experiment, size: int) -> dict[str, lis
 
 def scores_of(prepared: Experiment, score: GradientScore) -> dict[str, torch.Tensor]:
     """As the run makes them."""
-    divisor = images_at_a_time(score, prepared.config)
+    divisor = examples_at_a_time(score, prepared.config)
     return score_entries(prepared.model, score, mask_batches(prepared, score), divisor)
 
 
-def by_definition(method: str, gradients: list[torch.Tensor]) -> torch.Tensor:
+def by_definition(method: str, gradients: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
     mean, square = torch.stack(gradients).mean(0), torch.stack(gradients).square().mean(0)
     return {
         "sift": mean.abs(),
+        "smt": mean.abs(),
+        "spruft": (weight * mean).abs(),
         "fisher": square,
         "rosa": square,
         "child-d": square,
@@ -100,11 +105,12 @@ def test_gradient_scores_are_those_of_their_definition(method, small_model_folde
     score = METHODS[method].score
     gradients = gradients_of_plain_weights(prepared, 1 if method in ("fisher", "child-d", "sam") else 2)
     scores = score_entries(
-        prepared.model, score, mask_batches(prepared, score), images_at_a_time(score, prepared.config)
+        prepared.model, score, mask_batches(prepared, score), examples_at_a_time(score, prepared.config)
     )
     assert {name.removesuffix(".base_layer") for name in scores} == gradients.keys()
     for name, score in scores.items():
-        want = by_definition(method, gradients[name.removesuffix(".base_layer")])
+        weight = gated_linears(prepared.model)[name].weight.double()
+        want = by_definition(method, gradients[name.removesuffix(".base_layer")], weight)
         torch.testing.assert_close(score.double(), want, rtol=1e-4, atol=1e-5 * want.max().item())
     assert all(parameter.grad is None for parameter in prepared.model.parameters())
 
@@ -140,7 +146,7 @@ def test_scores_of_the_start_are_those_of_their_definition(small_model_folder, t
     for method, expected in wanted.items():
         score = METHODS[method].score
         scores = score_entries(
-            prepared.model, score, mask_batches(prepared, score), images_at_a_time(score, prepared.config)
+            prepared.model, score, mask_batches(prepared, score), examples_at_a_time(score, prepared.config)
         )
         for name, found in scores.items():
             scale = expected[name].abs().max().item()
@@ -177,6 +183,8 @@ def test_sizes_are_what_was_asked_for(method, finished):
         "lora": low_rank,
         "shira": low_rank,
         "rosa": sparse + low_rank,
+        "smt": sum(round(DENSITY * (layer.weight.numel() // 16)) * 16 for layer in layers),  # tiles of 4 x 4
+        "spruft": sum(round(DENSITY * layer.out_features) * layer.in_features for layer in layers),
         "erk": round(DENSITY * 15_360) + gates,
     }.get(method, sparse + gates)
     assert metrics["trainable"] == want
@@ -221,7 +229,7 @@ def test_masks_of_the_start_take_the_highest_scores(method, finished, small_mode
     prepared = experiment(method, small_model_folder, finished[method])
     score = METHODS[method].score
     scores = score_entries(
-        prepared.model, score, mask_batches(prepared, score), images_at_a_time(score, prepared.config)
+        prepared.model, score, mask_batches(prepared, score), examples_at_a_time(score, prepared.config)
     )
     for name, pattern in load_masks(prepared.model, level / "mask.safetensors").items():
         mask = pattern.to_mask()
@@ -294,7 +302,7 @@ def test_what_is_attached_changes_nothing_at_the_start_and_can_be_switched_off(m
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("sift", ["--mask-images", "41"], "--mask-images: there are only 40 training examples, got 41"),
+        ("sift", ["--mask-examples", "41"], "--mask-examples: there are only 40 training examples, got 41"),
         ("sift", ["--density", "0.0001"], "--density: 0.0001 leaves"),
         ("erk", ["--density", "0.0001"], "--density: 0.0001 leaves"),
         ("shira", ["--rank", "17"], "--rank: expected at most 16"),

@@ -266,8 +266,8 @@ def test_what_is_not_finite_is_one_error_and_changes_nothing(dataset, what):
 def config(small_model_folder: Path) -> Config:
     """Rounds after steps 3 and 6 of 8, points to resume from after 2, 4, 6 and 8."""
     return dataclasses.replace(
-        CONFIG, model=str(small_model_folder), dtype="float32", device="cpu", max_steps=8, test_images=8,
-        checkpoint_steps=2, train_images=40, drift=False, density=0.25,
+        CONFIG, model=str(small_model_folder), dtype="float32", device="cpu", max_steps=8, test_examples=8,
+        checkpoint_steps=2, train_examples=40, drift=False, density=0.25,
     )  # fmt: skip
 
 

@@ -334,7 +334,7 @@ def test_command_shows_differences_only():
     [
         ("model", "other", "--model is 'smollm2-135m' and 'other'"),
         ("data", "mnist", "--data is 'digits' and 'mnist'"),
-        ("test_images", 10, "--test-images is 0 and 10"),
+        ("test_examples", 10, "--test-examples is 0 and 10"),
         ("eval_shots", "0,5", "--eval-shots is '0' and '0,5'"),
         ("system_prompt", "hello", "--system-prompt is '' and 'hello'"),
         ("limit", 10, "--limit is 0 and 10"),

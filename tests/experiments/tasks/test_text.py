@@ -160,7 +160,7 @@ def test_bad_files_are_refused(tmp_path):
     parquet.write_bytes(b"PAR1 and no more")
     with pytest.raises(RigsaError, match=r"bad.parquet cannot be read as Parquet"):
         load_task(config_of(parquet))
-    with pytest.raises(RigsaError, match=r"nowhere.jsonl is missing"):
+    with pytest.raises(RigsaError, match=r"^--data: .*nowhere.jsonl is missing"):
         load_task(config_of(tmp_path / "nowhere.jsonl"))
     (tmp_path / "file.txt").write_text("a")
     with pytest.raises(RigsaError, match=r"file.txt: expected a file that ends in .jsonl"):
@@ -359,3 +359,56 @@ def test_samples_are_whole_conversations_and_learn_all_answers(said, covers):
         assert learned(sample, tokenizer) == "".join(f"{turn['content']}<|im_end|>" for turn in turns[1::2])
     else:
         assert sample["targets"] == ids[1:]
+
+
+# ---- data sets of the hub
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A data set as the hub holds it: files by split, and a card that says where they are."""
+    import pyarrow
+    from pyarrow import parquet
+
+    folder = tmp_path / "owner" / "questions"
+    (folder / "data").mkdir(parents=True)
+    for split, lines in (("train", rows("messages", 30)), ("test", rows("messages", 45)[40:])):
+        parquet.write_table(pyarrow.Table.from_pylist(lines), folder / "data" / f"{split}-00000-of-00001.parquet")
+    card = (
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: data/{split}-*\n" for split in ("train", "test"))
+        + "---\n"
+    )
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+def test_a_data_set_of_the_hub_is_read_by_datasets(repository, tmp_path, monkeypatch):
+    """`datasets` itself reads it, from a folder in the layout of the hub, which stands in for the network."""
+    import datasets
+
+    load = datasets.load_dataset
+    place = {"owner/questions": str(repository)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: load(place[name], cache_dir=str(tmp_path / "cache")))
+    config = config_of(Path("owner/questions"))
+    assert config.is_text
+    assert recognise(config).format == "messages"
+    task = task_of(Path("owner/questions"))
+    assert task.num_training + len(task.validation()) == 30
+    assert len(task.tests()["held-out"]) == 5
+    assert task.splits["test"][0].place == "owner/questions, test row 1"
+    assert [turn["content"] for turn in task.splits["test"][0].turns] == list(pairs(45)[40])
+
+
+def test_a_data_set_that_is_not_to_be_had_is_named_with_the_reason(repository, monkeypatch):
+    import datasets
+
+    with pytest.raises(RigsaError, match=r"--data no/such: no such file or folder, and no data set .* \(.*no/such"):
+        load_task(config_of(Path("no/such"), format="messages"))
+    load = datasets.load_dataset
+    (repository / "data" / "train-00000-of-00001.parquet").unlink()
+    card = (repository / "README.md").read_text()
+    (repository / "README.md").write_text(card.replace("  - split: train\n    path: data/train-*\n", ""))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: load(str(repository)))
+    with pytest.raises(RigsaError, match=r"--data owner/questions: expected a split named train, got test"):
+        load_task(config_of(Path("owner/questions"), format="messages"))
