@@ -28,7 +28,12 @@ _QUANTISED = 0.3
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of one frozen matrix: `sample` in hexadecimal, four digits a weight; whether it was decoded from four bits."""
+    """Of one frozen matrix.
+
+    Attributes:
+        sample: some weights in hexadecimal, four digits each.
+        nf4: whether it was decoded from four or eight bits.
+    """
 
     sample: str
     nf4: bool
@@ -50,7 +55,7 @@ def _matrix(module: nn.Module | Tensor) -> tuple[Tensor, bool]:
     if isinstance(module, Tensor):
         return module, False
     if isinstance(module, GatedSparseLinear):
-        return module.frozen_matrix(), module.is_nf4
+        return module.frozen_matrix(), module.is_nf4 or getattr(module, "is_quantised", False)
     assert isinstance(module, nn.Linear)
     if is_nf4_linear(module):
         state = module.weight.quant_state  # type: ignore[attr-defined]

@@ -276,9 +276,9 @@ def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--to",
         required=True,
-        choices=get_args(Format),
-        help="supertuning and shira: folders that PEFT loads without this package; safetensors: what "
-        "rigsa.load_adapter reads; merged: the whole model, which transformers loads",
+        choices=(*get_args(Format), "lora"),
+        help="supertuning and shira: folders that PEFT loads without this package, of methods of PEFT lora and shira; "
+        "safetensors: what rigsa.load_adapter reads; merged: the whole model, which transformers loads",
     )
     command.add_argument("--out", type=utf8_path, help="folder to write; default: RUN/export/FORMAT")
     add_number(command, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")

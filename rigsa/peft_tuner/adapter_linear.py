@@ -33,6 +33,8 @@ class AdapterLinear(GatedSparseLinear):
     """
 
     name_in_base: str
+    is_quantised = False
+    """Whether the layer is in 8 bits (`rigsa.peft_tuner.eight_bits`)."""
     _awaited: tuple[Encoding, int] | None = None
 
     def _hold(self, linear: nn.Linear) -> None:

@@ -23,6 +23,8 @@ from rigsa_kernels.linear import ALPHA_INIT, Numerics
 from rigsa_kernels.tiles import tile_size
 
 Init = Literal["random", "magnitude", "gradient"]
+FORMAT = 1
+"""The layout of ``adapter_config.json`` and ``adapter_model.safetensors``. It counts changes that readers must know."""
 VALUES_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 
 
@@ -47,9 +49,10 @@ class RigsaConfig(PeftConfig):
         layers: written when an adapter is saved: by layer its shape, the number of its free entries and how they are
             encoded, so that a model that loads it can make room, and the fingerprint of its base (`rigsa.base`). Leave
             it alone.
+        format: the version of the layout of files. Leave it alone.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or a file has a format of a newer version of this package.
     """
 
     target_modules: list[str] | str | None = "all-linear"
@@ -69,10 +72,16 @@ class RigsaConfig(PeftConfig):
     numerics: Numerics = "auto"
     in_place: bool = True
     layers: dict[str, Any] | None = None
+    format: int = FORMAT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("RIGSA")
+        if self.format != FORMAT:
+            raise ValueError(
+                f"format: expected {FORMAT}, got {self.format!r}; the adapter was saved by another version of rigsa "
+                "(pip install -U rigsa)"
+            )
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 
 from rigsa.adapters import Rule, combined_state
@@ -18,6 +19,7 @@ from rigsa.masks import largest_patterns, random_patterns
 from rigsa.peft_format import PREFIX
 from rigsa.peft_tuner.adapter_linear import AdapterLinear, AdapterWeight
 from rigsa.peft_tuner.config import RigsaConfig, SavedLayer, saved_layer
+from rigsa.peft_tuner.eight_bits import AdapterEightBits, is_eight_bits
 from rigsa.state import put_state, state_of
 from rigsa_kernels.format import SparsePattern
 from rigsa_kernels.hooks import has_own_forward
@@ -238,9 +240,10 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
     def check_merge(self, name: str) -> None:
         """Raises ValueError where the adapter `name` cannot be merged."""
         adapter = self.adapters[name]
-        if adapter.is_nf4:
+        if adapter.is_nf4 or adapter.is_quantised:
+            bits = "four" if adapter.is_nf4 else "eight"
             raise ValueError(
-                f"merge: W0 is in four bits in {self.name}, which have no room for a difference; load the base in 16 "
+                f"merge: W0 is in {bits} bits in {self.name}, which have no room for a difference; load the base in 16 "
                 "or 32 bits, and the adapter onto it"
             )
         finite = bool(adapter.rigsa_alpha.isfinite().all()) and bool(adapter.rigsa_values.isfinite().all())
@@ -295,7 +298,7 @@ class RigsaLayer(nn.Module, BaseTunerLayer):
 
 
 class RigsaLinear(RigsaLayer):
-    """Around an ``nn.Linear``, or a ``Linear4bit`` of bitsandbytes in NF4."""
+    """Around an ``nn.Linear``, or a layer of bitsandbytes in NF4 or in 8 bits."""
 
     def __init__(self, base_layer: nn.Module, name: str, is_tied: bool) -> None:
         super().__init__(base_layer, name, is_tied)
@@ -310,10 +313,11 @@ class RigsaLinear(RigsaLayer):
                 f"target_modules: {name} carries an adapter of another method ({type(module).__module__}); merge or "
                 "unload that one first"
             )
-        if not is_plain_linear(module) and not is_nf4_linear(cast(nn.Linear, module)):
+        linear = cast(nn.Linear, module)
+        if not is_plain_linear(linear) and not is_nf4_linear(linear) and not is_eight_bits(linear):
             raise ValueError(
-                f"target_modules: {name} is a {type(module).__name__}; RIGSA adapts linear layers in floating point "
-                "or in NF4 (load_in_4bit with bnb_4bit_quant_type='nf4'), so leave it out"
+                f"target_modules: {name} is a {type(module).__name__}; RIGSA adapts linear layers in floating point, "
+                "in 8 bits or in NF4 (load_in_4bit with bnb_4bit_quant_type='nf4'), so leave it out"
             )
         if has_own_forward(module):
             raise ValueError(
@@ -327,7 +331,8 @@ class RigsaLinear(RigsaLayer):
         return self.out_features, self.in_features
 
     def _make(self, **options: Any) -> AdapterLinear:
-        adapter = AdapterLinear(cast(nn.Linear, self.base_layer), **options)
+        kind = AdapterEightBits if is_eight_bits(self.base_layer) else AdapterLinear
+        adapter = kind(cast(nn.Linear, self.base_layer), **options)
         adapter.name_in_base = self.name
         for table in HOOKS:
             adapter.__dict__[table] = self.base_layer.__dict__[table]
@@ -340,7 +345,10 @@ class RigsaLinear(RigsaLayer):
     def _frozen_matrix(self) -> Tensor:
         if self.adapters:
             return next(iter(self.adapters.values())).frozen_matrix()
-        return cast(Tensor, self.base_layer.weight)
+        base: Any = self.base_layer
+        if is_eight_bits(base):
+            return dequantize_bnb_weight(base.weight, state=base.state)
+        return cast(Tensor, base.weight)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """What the active adapter computes; with `adapter_names` each row is computed by the adapter named there."""

@@ -37,7 +37,7 @@ def watch_configurations() -> None:
             check_source(config, source, subfolder, options)
         return config
 
-    PeftConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, arg-type]
+    PeftConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
 
 
 def check_source(config: RigsaConfig, source: Any, subfolder: str | None, options: dict[str, Any]) -> None:

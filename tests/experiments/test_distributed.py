@@ -27,6 +27,8 @@ from rigsa.experiments.train import read_log
 from rigsa.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
+DRAWS_FIGURES = True
+"""As the runs in processes of their own do, which are compared with others byte by byte."""
 STEPS, LEVELS, GATES = 6, 3, 14
 TILES = ["--tile", "5x4", "--prunings", "1"]
 """Tickets of tiles, some of which end at an edge."""

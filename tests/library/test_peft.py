@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 pytest.importorskip("peft", minversion="0.21")
@@ -142,6 +143,7 @@ def test_the_configuration_takes_the_ticket_that_the_library_takes(tmp_path, ini
 
 def test_a_gradient_ticket_for_a_second_adapter_leaves_the_first_as_it_was():
     model = trained(wrapped())
+    next(iter(adapted_layers(model).values())).rigsa_alpha.requires_grad_(False)  # by hand
     before = logits(model)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.add_adapter("other", config(init="gradient", batches=BATCHES, density=0.1))
@@ -818,15 +820,58 @@ def test_a_base_in_four_bits_is_trained_and_refuses_to_merge(tmp_path):
         assert torch.equal(logits(model), logits(prepare_model_for_kbit_training(base())))
 
 
-def eight_bits():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    return bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False)
+@pytest.mark.parametrize("density", [None, 0.3])
+@pytest.mark.parametrize("init", ["random", "magnitude", "gradient"])
+def test_a_base_in_eight_bits_is_trained_and_refuses_to_merge(tmp_path, density, init):
+    """The base computes its part as before, to the bit, and the adapter's product is added."""
+    pytest.importorskip("bitsandbytes")
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    if init == "gradient" and density is None:
+        pytest.skip("a gradient ticket has a density")
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    make_llama(**sizes).save_pretrained(tmp_path / "base")
+
+    def base(**options):
+        bits = BitsAndBytesConfig(load_in_8bit=True)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=bits)
+        return prepare_model_for_kbit_training(loaded, **options)
+
+    asked = {"batches": BATCHES} if init == "gradient" else {}
+    model = get_peft_model(base(use_gradient_checkpointing=True), config(density=density, init=init, **asked))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    adapter, x = layer.adapters["default"], torch.randn(3, 64)
+    added = adapter.rigsa_alpha * F.linear(x, adapter.delta())
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + added)
+    trained(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the adapter was trained on another base")
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter")
+        bare = PeftModel.from_pretrained(make_llama(**sizes), tmp_path / "adapter")
+    assert torch.equal(logits(model), logits(loaded))
+    torch.testing.assert_close(logits(model), logits(bare), rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="in eight bits"):
+        model.merge_and_unload()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base()))
+    mixed = logits(model, ROWS[:2], adapter_names=["default", "__base__"])
+    torch.testing.assert_close(mixed[1:], logits(base(), ROWS[1:2]), rtol=0.02, atol=0.02)
+    merge_linears(import_onto(tmp_path, model, sizes))
+
+
+def import_onto(folder, model, sizes):
+    """The adapter of `model` on the plain base that it was trained beside."""
+    save_adapter(model, folder / "native")
+    plain = make_llama(**sizes)
+    load_adapter(plain, folder / "native")
+    return plain
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (eight_bits, "1 is a Linear8bitLt; RIGSA adapts linear layers in floating point or in NF4"),
         (lambda: nn.Embedding(8, 8), "1 is a Embedding"),
         (lambda: nn.Conv1d(8, 8, 1), "1 is a Conv1d"),
     ],
@@ -1025,6 +1070,21 @@ def test_a_combination_has_the_layers_of_all_its_adapters():
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
     model.set_adapter("both")
     assert set(adapted_layers(model)) == {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values())
+def test_a_file_of_another_version_is_refused(folder, loader):
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["format"] == 1
+    del saved["format"]  # as the first version wrote it
+    path.write_text(json.dumps(saved))
+    assert torch.equal(logits(loader(make_llama(), folder)), logits(wrapped(density=0.03)))
+    path.write_text(json.dumps(saved | {"format": 2, "what_comes_later": True}))
+    base = make_llama()
+    with pytest.raises(ValueError, match="format: expected 1, got 2; the adapter was saved by another version"):
+        loader(base, folder)
+    assert not gated_linears(base)
 
 
 def test_a_configuration_from_a_file_without_its_tensors_is_refused(folder):

@@ -91,7 +91,8 @@ PUSH_AND_LOAD = textwrap.dedent("""
     import torch
     from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
-    from rigsa import RigsaConfig
+    from huggingface_hub import upload_folder
+    from rigsa import RigsaConfig, write_card
 
     base, ids = sys.argv[1], torch.tensor([[1, 5, 9, 2]])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), RigsaConfig(density=0.2, alpha_init=0.3))
@@ -103,6 +104,9 @@ PUSH_AND_LOAD = textwrap.dedent("""
     other = AutoModelForCausalLM.from_pretrained(base)
     other.load_adapter("me/adapter")
     assert torch.equal(other.eval()(input_ids=ids).logits, expected)
+    model.save_pretrained(sys.argv[2])
+    write_card(model, sys.argv[2], "peft", data="chats.jsonl")
+    upload_folder(repo_id="me/adapter", folder_path=sys.argv[2])
 """)
 
 
@@ -111,8 +115,9 @@ def test_an_adapter_is_pushed_and_loaded_by_its_hub_id(hub, small_model_folder, 
     surroundings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test", "HF_HOME": str(tmp_path),
                     "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip
     found = subprocess.run(
-        [sys.executable, "-c", PUSH_AND_LOAD, str(small_model_folder)], capture_output=True, text=True,
-        env=os.environ | surroundings, cwd=Path(__file__).resolve().parents[2],
+        [sys.executable, "-c", PUSH_AND_LOAD, str(small_model_folder), str(tmp_path / "here")],
+        capture_output=True, text=True, env=os.environ | surroundings, cwd=Path(__file__).resolve().parents[2],
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "densities.png"} <= files.keys()
+    assert "Trained on: chats.jsonl" in files["README.md"].decode()

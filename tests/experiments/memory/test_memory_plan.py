@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from texts import byte_tokenizer, write_jsonl
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
@@ -44,6 +45,7 @@ from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_
 from rigsa.experiments.presets import paper, quickstart
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.experiments.tasks.packing import pack
+from rigsa.experiments.tasks.registry import load_task
 from rigsa.experiments.tasks.task import Batch, Size, collate
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.masks import random_patterns
@@ -213,6 +215,32 @@ def test_planned_peak_of_packed_rows(attention):
     measured = allocated_peak(lambda: train_two_steps(small_model(config), config, 1, batch, True))
     size = Size(250, 60, padded=True, packed=True)
     planned = SimulatedModel(SMALL, config, CPU, 1).training_step(size, 4, accumulates=True)
+    assert planned.peak == pytest.approx(measured, rel=0.03)
+
+
+def test_a_plan_refuses_patterns_that_name_nothing():
+    config = dataclasses.replace(paper("imp"), keep_trainable="model.nrm")
+    with pytest.raises(RigsaError, match=r"--keep-trainable: 'model.nrm' names no parameter and no module"):
+        SimulatedModel(SMALL, config, CPU, 1)
+
+
+def test_planned_peak_for_a_file(tmp_path):
+    """What `plan --data FILE` goes by is the largest batch that the file can make."""
+    lines = [{"prompt": f"{n} " * 60, "completion": "so " * (10 + n)} for n in range(100, 150)]
+    config = dataclasses.replace(
+        paper("imp"), numerics="composed", micro_batch_size=4, data=str(write_jsonl(tmp_path / "texts.jsonl", lines)),
+        **FLOAT32,
+    )  # fmt: skip
+    task = load_task(config)
+    task.meet(byte_tokenizer(), None)
+    samples = task.training()
+    longest = sorted(samples, key=lambda sample: len(sample["input_ids"]))[-4:]
+    batch = samples.collate(longest)
+    assert "attention_mask" in batch
+    shape = copy.deepcopy(SMALL)
+    shape.vocab_size = 280
+    measured = allocated_peak(lambda: train_two_steps(small_model(config, shape), config, 1, batch, True))
+    planned = SimulatedModel(shape, config, CPU, 1).training_step(task.size(), 4, accumulates=True)
     assert planned.peak == pytest.approx(measured, rel=0.03)
 
 
