@@ -86,7 +86,7 @@ def run_alone(asked: list[str], out: Path) -> Path:
 def worked(small_model_folder: Path, folder: Path) -> tuple[Path, str]:
     """What `work` left, and what it said while its last run failed."""
     process = launch(TORCHRUN, __file__, str(small_model_folder), str(folder))
-    _, error = process.communicate(timeout=240)
+    _, error = process.communicate(timeout=480)
     assert process.returncode == 1, error
     assert (folder / "sharded" / "level_2" / "done").exists(), error
     return folder, error
