@@ -4,18 +4,25 @@
 
 Processor time of one thread, which waits for nobody: contestants take turns, and of each the least time counts beside
 the least of full fine-tuning, with the median over the rounds of the ratio within a round. Memory is that of the same
-steps: what a forward pass saves for backward, and the peak.
+steps: what a forward pass saves for backward, and the peak. A page fault is memory that a step asks of the system anew:
+what forward saves cannot be used again before backward.
+
+Two contestants say where the time of rows goes that the frozen model does not take: rows of which nothing is trained
+pass through our layers and no more, and rows without an update make their gradients as well. What is left is the
+update, and bringing W0 back and composing anew after it.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 
 from benchmarks.checks import Problem, make_problem
 from benchmarks.memory import extra_bytes, held_bytes, saved_bytes, tensors_of
@@ -32,6 +39,7 @@ from benchmarks.providers import (
     TILES_32,
     TRAINEES,
     Layer,
+    NoUpdate,
     Trainee,
     build_lora,
     build_ours,
@@ -45,6 +53,20 @@ CPU = torch.device("cpu")
 TILES_64 = "ours, 3.46 % in tiles of 64"
 CONTESTANTS = {name: TRAINEES[name] for name in (FULL, FROZEN, ROWS, LORA_16, TICKET_NAME, TILES_32, COLUMNS, SHIRA)}
 CONTESTANTS[TILES_64] = partial(tune_gated, density=TICKET, tile=64, numerics="composed")
+
+
+def rows_in_part(model: nn.Module, trains: bool) -> Trainee:
+    """Rows whose values get a gradient, or none, and which nobody updates."""
+    rows = CONTESTANTS[ROWS](model)
+    for parameter in rows.trained:
+        parameter.requires_grad_(trains)
+    if not trains:  # gradients pass through all layers, as they do in the frozen model
+        model.enable_input_require_grads()
+    return Trainee(model, NoUpdate([]), rows.deltas)
+
+
+CONTESTANTS["rows, nothing trained"] = partial(rows_in_part, trains=False)
+CONTESTANTS["rows, no update"] = partial(rows_in_part, trains=True)
 
 ADAPTED = {
     LORA_16: partial(build_lora, autocast_adapter_dtype=False),
@@ -64,7 +86,7 @@ class Contest:
     def step(self) -> None:
         self.forward().backward()
         self.trainee.optimizer.step()
-        self.trainee.optimizer.zero_grad()
+        self.trainee.model.zero_grad()
 
     def memory(self) -> tuple[int, int]:
         """Bytes that forward saves for backward, and the peak of a step."""
@@ -90,6 +112,16 @@ def seconds(run: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
+def page_faults(run: Callable[[], None]) -> int:
+    """The median over three steps."""
+    counts = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return sorted(counts)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tile_steps", description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -106,13 +138,15 @@ def main() -> None:
         contests[name].step()  # makes the optimiser's state
     memory = {name: contest.memory() for name, contest in contests.items()}
     rounds = [{name: seconds(contest.step) for name, contest in contests.items()} for _ in range(options.rounds)]
+    faults = {name: page_faults(contest.step) for name, contest in contests.items()}
     least = {name: min(times[name] for times in rounds) for name in contests}
-    print("| provider | least | / full | / full, median | / frozen | saved for backward | peak |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print("| provider | least | / full | / full, median | / frozen | saved for backward | peak | page faults |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name in contests:
         ratio = statistics.median(times[name] / times[FULL] for times in rounds)
         cells = [f"{least[name]:.3f} s", f"{least[name] / least[FULL]:.2f}", f"{ratio:.2f}"]
         cells += [f"{least[name] / least[FROZEN]:.2f}", *(f"{size / 2**20:.0f} MiB" for size in memory[name])]
+        cells.append(f"{faults[name]:,}")
         print(f"| {name} | {' | '.join(cells)} |")
     saved = {name: saved_by_layers(build, getattr(torch, options.dtype)) for name, build in ADAPTED.items()}
     print(", ".join(f"{name}: {size / 2**20:.2f} MiB" for name, size in saved.items()), "saved by a block's layers")

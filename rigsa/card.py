@@ -158,22 +158,64 @@ def card_text(
         figure: whether `FIGURE_FILE` lies beside the card.
     """
     free, weights = sum(count for count, _ in counts), sum(count for _, count in counts)
-    lines = [
-        f"# {title}", "",
+    what = (
         f"A gated sparse adapter (RIGSA, arXiv 2511.01794) of `{base or 'its base model'}`: {free:,} trained entries, "
         f"{free / max(weights, 1):.2%} of the weights of {len(counts)} layers"
-        + (", merged into its weights." if to == "merged" else "."),
-        "", f"- Trained on: {data or 'not said'}", f"- Licence: {licence or 'not said'}",
-        f"- Written by rigsa {__version__}", "", "## Measured", "",
-    ]  # fmt: skip
-    if measured:
-        lines += ["| what | value (95 % interval) |", "|---|---|"]
-        lines += [f"| {name} | {found} |" for name, found in measured.items()]
-    else:
-        lines += ["Nothing was measured."]
+        + (", merged into its weights." if to == "merged" else ".")
+    )
+    lines = _beginning(title, what, data, measured or {}, licence)
     if figure:
         lines += ["", f"![density of every layer]({FIGURE_FILE})"]
     return "\n".join([*lines, "", "## Load it", "", *_how_to_load(to, base)]) + "\n"
+
+
+def _beginning(title: str, what: str, data: str, measured: Mapping[str, Measured], licence: str) -> list[str]:
+    """The lines of a card up to the table of what was measured. `what` says what lies beside it."""
+    lines = [
+        f"# {title}", "", what, "", f"- Trained on: {data or 'not said'}", f"- Licence: {licence or 'not said'}",
+        f"- Written by rigsa {__version__}", "", "## Measured", "",
+    ]  # fmt: skip
+    if not measured:
+        return [*lines, "Nothing was measured."]
+    lines += ["| what | value (95 % interval) |", "|---|---|"]
+    return lines + [f"| {name} | {found} |" for name, found in measured.items()]
+
+
+def write_plain_card(
+    folder: Path,
+    title: str,
+    what: str,
+    library: Literal["peft", "transformers"],
+    *,
+    base: str,
+    data: str,
+    measured: Mapping[str, Measured],
+    licence: str,
+) -> None:
+    """Write the card of an adapter without gates.
+
+    Args:
+        folder: where it lies.
+        title: its name.
+        what: it is, in words.
+        library: that loads it.
+        base: the base model's name; empty where it is not known.
+        data, measured, licence: as in `write_card`.
+
+    Raises:
+        RigsaError: the file cannot be written.
+    """
+    from huggingface_hub import ModelCardData
+
+    tags = ["peft"] if library == "peft" else None
+    head = ModelCardData(
+        base_model=base or None, library_name=library, license=licence or None, tags=tags
+    ).to_yaml()  # fmt: skip
+    lines = _beginning(title, f"{what}, of `{base or 'its base model'}`.", data, measured, licence)
+    code = _WITHOUT["supertuning" if library == "peft" else "merged"]
+    code = [line.partition("  #")[0].format(base=base or "BASE") for line in code]
+    text = "\n".join([*lines, "", "## Load it", "", "```python", *code, "```"])
+    write_text(folder / CARD_FILE, f"---\n{head}\n---\n\n{text}\n")
 
 
 def _how_to_load(to: Kind, base: str) -> list[str]:

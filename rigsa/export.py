@@ -148,7 +148,7 @@ def _write(
     config: dict[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    beside = _with_ties(model, trained_beside(model))
+    beside = with_ties(model, trained_beside(model))
     modules = sorted({name.rpartition(".")[0] for name in beside})
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
@@ -169,7 +169,7 @@ def _write(
     write_json(folder / CONFIG_FILE, json.loads(json.dumps(config | common)))
 
 
-def _with_ties(model: nn.Module, beside: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def with_ties(model: nn.Module, beside: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """`beside` with a name for each module that shares the parameter: PEFT trains a copy of a module, which ends a tie,
     so that each of them needs the parameter, an embedding and the head for instance."""
     names: dict[int, list[str]] = {}
@@ -202,16 +202,17 @@ def write_merged(
         raise RigsaError(f"to: 'merged' writes models of transformers, got a {type(model).__name__}")
     refuse_to_overwrite(folder)
     with _merged(model, keep_adapter, dequantize) as (plain, state):
+        write_folder(folder, lambda temporary: save_plain(plain, temporary, state, tokenizer))
 
-        def write(temporary: Path) -> None:
-            try:
-                type(plain).save_pretrained(plain, temporary, state_dict=state)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(temporary)
-            except SafetensorError as error:  # how safetensors reports a full disk
-                raise OSError(str(error)) from error
 
-        write_folder(folder, write)
+def save_plain(model: Any, folder: Path, state: dict[str, Tensor] | None, tokenizer: Any) -> None:
+    """transformers' own ``save_pretrained`` of a model without an adapter, and of its tokenizer if there is one."""
+    try:
+        type(model).save_pretrained(model, folder, state_dict=state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
 
 
 def refuse_to_overwrite(folder: Path) -> None:

@@ -103,7 +103,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for argument in sys.argv[1:] if arguments is None else arguments:
         if argument.startswith("--") and argument.endswith("=--"):  # argparse would drop the value, and fail on that
             raise RigsaError(f"{argument[:-3]}: expected a value, got '--'")
-    return build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        _refuse_of_others(argument.partition("=")[0], options)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _refuse_of_others(option: str, options: argparse.Namespace) -> None:
+    """Raises RigsaError where `option` is one that other methods read."""
+    name = getattr(options, "method", None)
+    flags = {other: {f"--{flag(field)}" for field in method.options} for other, method in METHODS.items()}
+    readers = [other for other, own in flags.items() if option in own]
+    if options.command is run_method and readers:
+        raise RigsaError(f"{option}: {name} does not read it; it is for {', '.join(readers)}")
 
 
 def flush_output() -> None:
@@ -261,9 +276,9 @@ def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--to",
         required=True,
-        choices=get_args(Format),
-        help="supertuning and shira: folders that PEFT loads without this package; safetensors: what "
-        "rigsa.load_adapter reads; merged: the whole model, which transformers loads",
+        choices=(*get_args(Format), "lora"),
+        help="supertuning and shira: folders that PEFT loads without this package, of methods of PEFT lora and shira; "
+        "safetensors: what rigsa.load_adapter reads; merged: the whole model, which transformers loads",
     )
     command.add_argument("--out", type=utf8_path, help="folder to write; default: RUN/export/FORMAT")
     add_number(command, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")

@@ -1,6 +1,6 @@
-"""Scores of entries from gradients before training: SIFT, FISH masks, SAM, RoSA, SNIP and GraSP.
+"""Scores of entries from gradients before training: SIFT, FISH masks, SAM, RoSA, Taylor, SNIP and GraSP.
 
-The first four are taken at the pretrained model. A layer that is dense, with zeros for a difference and a gate of 1, is
+The first five are taken at the pretrained model. A layer that is dense, with zeros for a difference and a gate of 1, is
 the pretrained layer, and the gradient of its difference is that of the weight. The last two are taken where an adapter
 with random initial values d starts, as SparseAdapter prunes adapters (He et al., "SparseAdapter: An Easy Approach for
 Improving the Parameter-Efficiency of Adapters", 2022). With g_i the gradient of batch i, and H_i that batch's Hessian:
@@ -13,6 +13,8 @@ sam     (mean g_i)^2/(h+mean h)   the gain of a second-order model of the loss (
                                   Parameter-Efficient Fine-Tuning", 2023, who leave the curvature h open); h is mean
                                   g_i^2 here, damped by its mean over the layer
 rosa    mean g_i^2                of batches as training makes them (Nikdan et al., "RoSA", 2024)
+taylor  |w mean g_i|              the change of the loss without the weight w, to first order (Molchanov et al.,
+                                  "Importance Estimation for Neural Network Pruning", 2019, who square it)
 snip    |d mean g_i|              the change of the loss without the entry (Lee et al., "SNIP", 2019)
 grasp   d (mean H_i) (mean g_i)   the fall of the squared gradient norm without the entry, to first order: what training
                                   would lose (Wang et al., "Picking Winning Tickets Before Training by Preserving
@@ -46,6 +48,7 @@ class GradientScore:
         by_example: meant for batches of one example, each with a gradient of its own.
         functions: elementwise; for each the mean of ``function(gradient)`` is taken, in float32.
         combine: the values of one layer and these means, each ``[N, K]``, to its scores. It may overwrite the means.
+        of_weights: `combine` takes the pretrained weights in place of the values.
         at_start: taken where the adapter starts, at its initial values. Otherwise at the pretrained model.
         curved: the Hessian times the mean gradient takes the means' place.
     """
@@ -53,6 +56,7 @@ class GradientScore:
     by_example: bool
     functions: tuple[Callable[[Tensor], Tensor], ...]
     combine: Callable[..., Tensor]
+    of_weights: bool = False
     at_start: bool = False
     curved: bool = False
 
@@ -87,6 +91,7 @@ SCORES = {
     "fisher": GradientScore(by_example=True, functions=(torch.square,), combine=_mean),
     "sam": GradientScore(by_example=True, functions=(_same, torch.square), combine=_gain),
     "rosa": GradientScore(by_example=False, functions=(torch.square,), combine=_mean),
+    "taylor": GradientScore(by_example=False, functions=(_same,), combine=_sensitivity, of_weights=True),
     "snip": GradientScore(by_example=False, functions=(_same,), combine=_sensitivity, at_start=True),
     "grasp": GradientScore(by_example=False, functions=(), combine=_times_values, at_start=True, curved=True),
 }
@@ -125,7 +130,11 @@ def gradient_scores(
         means = {name: [mean] for name, mean in _hessian_times(model, values, loss_fn, kept, gradients).items()}
     else:
         means = _gradient_means(model, values, loss_fn, batches, score.functions)
-    return {name: score.combine(value.detach(), *means.pop(name)) for name, value in values.items()}
+    layers = gated_linears(model) if score.of_weights else {}
+    return {
+        name: score.combine(layers[name].frozen_matrix() if layers else value.detach(), *means.pop(name))
+        for name, value in values.items()
+    }
 
 
 def _gradient_means(

@@ -313,7 +313,7 @@ def gradient_ticket(
         batches: what it is called with. For ``fisher`` and ``sam`` give batches of one example: they square the
             gradient of each. ``grasp`` keeps them all, for its second round.
         density: share of the entries, in (0, 1].
-        score: ``sift``, ``fisher``, ``sam``, ``rosa``, ``snip`` or ``grasp`` (`rigsa.scores`).
+        score: ``sift``, ``fisher``, ``sam``, ``rosa``, ``taylor``, ``snip`` or ``grasp`` (`rigsa.scores`).
         ranking: ``layer`` compares scores within each layer, ``global`` over the whole model.
         tile: free whole tiles, as in `prune`, by the norm of their scores; `density` is then the share of the tiles.
 

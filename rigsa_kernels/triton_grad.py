@@ -79,22 +79,16 @@ def store_dense(grad, start_n, start_k, values_ptr, dvalues_ptr, alpha, N, K, st
 
 
 @triton.jit
-def grad_kernel(dy_ptr, x_ptr, values_ptr, words_ptr, word_offsets_ptr, row_base_ptr, alpha_ptr, dvalues_ptr,
-                shares_ptr, M, N, K, stride_dym, stride_xm, PACKED: tl.constexpr,
-                EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-                GROUP: tl.constexpr):  # fmt: skip
-    """One tile ``[BLOCK_N, BLOCK_K]`` of G from dy ``[M, N]`` and x ``[M, K]``, and its share of dalpha.
+def sum_over_tokens(dy_ptr, x_ptr, rows, columns, M, stride_dym, stride_xm, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """``sum_m dy[m, n] * x[m, k]`` in float32 ``[BLOCK_N, BLOCK_K]``, for n in `rows` and k in `columns`.
 
-    EVEN: M is a multiple of BLOCK_M.
+    Both count from the pointers. EVEN: M is a multiple of BLOCK_M.
     """
-    pid_n, pid_k = grouped_program(tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
-    start_n, start_k = pid_n * BLOCK_N, pid_k * BLOCK_K
     rel_m = tl.arange(0, BLOCK_M)
     # dy is transposed by its addresses: tl.trans of what was loaded would lose the asynchronous copy.
-    dy_at = clamped(N - start_n, BLOCK_N)[:, None] + rel_m[None, :] * stride_dym
-    x_at = rel_m[:, None] * stride_xm + clamped(K - start_k, BLOCK_K)[None, :]
-    dy_ptr += start_n
-    x_ptr += start_k
+    dy_at = rows[:, None] + rel_m[None, :] * stride_dym
+    x_at = rel_m[:, None] * stride_xm + columns[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, M, BLOCK_M):
         if EVEN:
@@ -106,6 +100,23 @@ def grad_kernel(dy_ptr, x_ptr, values_ptr, words_ptr, word_offsets_ptr, row_base
         acc = tl.dot(dy, x, acc, input_precision="ieee")
         dy_ptr += BLOCK_M * stride_dym
         x_ptr += BLOCK_M * stride_xm
+    return acc
+
+
+@triton.jit
+def grad_kernel(dy_ptr, x_ptr, values_ptr, words_ptr, word_offsets_ptr, row_base_ptr, alpha_ptr, dvalues_ptr,
+                shares_ptr, M, N, K, stride_dym, stride_xm, PACKED: tl.constexpr,
+                EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+                GROUP: tl.constexpr):  # fmt: skip
+    """One tile ``[BLOCK_N, BLOCK_K]`` of G from dy ``[M, N]`` and x ``[M, K]``, and its share of dalpha.
+
+    EVEN: M is a multiple of BLOCK_M.
+    """
+    pid_n, pid_k = grouped_program(tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
+    start_n, start_k = pid_n * BLOCK_N, pid_k * BLOCK_K
+    acc = sum_over_tokens(dy_ptr + start_n, x_ptr + start_k, clamped(N - start_n, BLOCK_N),
+                          clamped(K - start_k, BLOCK_K), M, stride_dym, stride_xm, EVEN, BLOCK_N, BLOCK_K,
+                          BLOCK_M)  # fmt: skip
     alpha = tl.load(alpha_ptr).to(tl.float32)
     if PACKED:
         # The tile's words are loaded at once: loaded group by group, every entry loaded its own copy.

@@ -24,7 +24,7 @@ from . import triton_gather, triton_grad
 from .dispatch import kernels_win
 from .tiles import touched
 from .triton_common import MAX_REGISTERS, as_rows, check_product, clamped
-from .triton_grad import store_dense
+from .triton_grad import store_dense, sum_over_tokens
 
 
 @triton.jit
@@ -47,22 +47,9 @@ def tile_grad_kernel(dy_ptr, x_ptr, values_ptr, tiles_ptr, places_ptr, alpha_ptr
     # A piece beyond the edge of a smaller tile loads from the tile's beginning, and stores nothing. (The smaller of two
     # numbers, in place of a choice, would lose the alignment, and with it asynchronous copies.)
     start_n, start_k = top + tl.where(down < height, down, 0), left + tl.where(right < breadth, right, 0)
-    rel_m = tl.arange(0, BLOCK_M)
-    dy_at = clamped(height - down, BLOCK_N)[:, None] + rel_m[None, :] * stride_dym
-    x_at = rel_m[:, None] * stride_xm + clamped(breadth - right, BLOCK_K)[None, :]
-    dy_ptr += start_n
-    x_ptr += start_k
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, M, BLOCK_M):
-        if EVEN:
-            dy, x = tl.load(dy_ptr + dy_at), tl.load(x_ptr + x_at)
-        else:
-            ok = rel_m < M - start
-            dy = tl.load(dy_ptr + dy_at, mask=ok[None, :], other=0.0)
-            x = tl.load(x_ptr + x_at, mask=ok[:, None], other=0.0)
-        acc = tl.dot(dy, x, acc, input_precision="ieee")
-        dy_ptr += BLOCK_M * stride_dym
-        x_ptr += BLOCK_M * stride_xm
+    acc = sum_over_tokens(dy_ptr + start_n, x_ptr + start_k, clamped(height - down, BLOCK_N),
+                          clamped(breadth - right, BLOCK_K), M, stride_dym, stride_xm, EVEN, BLOCK_N, BLOCK_K,
+                          BLOCK_M)  # fmt: skip
     alpha = tl.load(alpha_ptr).to(tl.float32)
     terms = store_dense(acc, down, right, values_ptr + first, dvalues_ptr + first, alpha, height, breadth, width,
                         BLOCK_N, BLOCK_K)  # fmt: skip

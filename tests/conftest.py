@@ -86,11 +86,13 @@ def talking_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat")
     make_llama(initializer_range=0.4).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    assert main([
-        "imp", "--preset", "smoke", "--model", str(folder / "model"), "--dtype", "float32", "--device", "cpu",
-        "--test-examples", "20", "--train-examples", "40", "--alpha-learning-rate", "0.5", "--no-drift",
-        "--out", str(folder / "run"),
-    ]) == 0  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        assert main([
+            "imp", "--preset", "smoke", "--model", str(folder / "model"), "--dtype", "float32", "--device", "cpu",
+            "--test-examples", "20", "--train-examples", "40", "--alpha-learning-rate", "0.5", "--no-drift",
+            "--out", str(folder / "run"),
+        ]) == 0  # fmt: skip
     return folder / "run"
 
 
@@ -120,15 +122,36 @@ def collections_pass_over_what_is_there() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def figures_are_blank(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A run draws its report at its end, which takes longer than to train a tiny model. `report/` tests the figures."""
+    """A run draws its report at its end, which takes longer than to train a tiny model. `report/` tests the figures.
+    A module whose `DRAWS_FIGURES` is true has them."""
     folder = request.path.parent
     with pytest.MonkeyPatch.context() as patch:
-        if "experiments" in folder.parts and folder.name != "report":
-            from rigsa.experiments.report.figures import Drawing
-
-            patch.setattr(Drawing, "svg", lambda self: "<svg></svg>")
-            patch.setattr(Drawing, "save_png", lambda self, path: path.write_bytes(b"\x89PNG\r\n\x1a\n"))
+        wanted = folder.name == "report" or getattr(request.module, "DRAWS_FIGURES", False)
+        if "experiments" in folder.parts and not wanted:
+            draw_nothing(patch)
         yield
+
+
+DRAWN: dict[str, Any] = {}
+"""What `draw_nothing` takes away."""
+
+
+@pytest.fixture
+def figures_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that looks at the figures of a run."""
+    from rigsa.experiments.report.figures import Drawing
+
+    for name, function in DRAWN.items():
+        monkeypatch.setattr(Drawing, name, function)
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    from rigsa.experiments.report.figures import Drawing
+
+    for name in ("svg", "save_png"):
+        DRAWN.setdefault(name, getattr(Drawing, name))
+    patch.setattr(Drawing, "svg", lambda self: "<svg></svg>")
+    patch.setattr(Drawing, "save_png", lambda self, path: path.write_bytes(b"\x89PNG\r\n\x1a\n"))
 
 
 @pytest.fixture(scope="module", autouse=True)

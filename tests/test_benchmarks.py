@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 import weakref
@@ -16,13 +17,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_step
+from benchmarks import all_weights, bench_step, tile_figure
 from benchmarks.arena import Arena, describe, heats
 from benchmarks.bench_products import OPERATIONS, PROVIDERS, product
 from benchmarks.checks import assert_within, check_layer, make_problem
 from benchmarks.compare import RULE, SHORTEST, THRESHOLD, RecordError, check_common, compare, read_record
 from benchmarks.loss_curves import draw, labels, main, styles
-from benchmarks.memory import extra_bytes, held_bytes, saved_bytes
+from benchmarks.memory import extra_bytes, held_bytes, saved_bytes, tensors_of
+from benchmarks.models import make_model
 from benchmarks.providers import (
     FROZEN,
     FULL,
@@ -32,6 +34,8 @@ from benchmarks.providers import (
     SHIRA,
     TICKET_NAME,
     TRAINEES,
+    model_linears,
+    share,
     ticket_mask,
 )
 from benchmarks.race import Contestant, Replay, UnavailableError, ratios, run_rounds
@@ -496,3 +500,49 @@ def test_the_host_does_little_more_for_a_gated_layer_than_its_gradient_takes():
     timed = layer_host.measure(number=2, repeats=1)
     assert timed.keys() == found.keys()
     assert min(timed.values()) > 0
+
+
+def test_the_figure_of_tiles_has_every_tile_and_density(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tile_figure, "SHAPES", ((48, 40),))
+    monkeypatch.setattr(tile_figure, "TOKENS", 8)
+    monkeypatch.setattr(tile_figure, "DENSITIES", (0.1, 0.5))
+    tile_figure.main(["--out", str(tmp_path / "tiles.svg"), "--rounds", "1", "--dtypes", "float32"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")] == [
+        "| tile", *(f"| {tile}" for tile in tile_figure.TILES)
+    ]  # fmt: skip
+    assert (tmp_path / "tiles.svg").read_text().count("<svg") == 1
+    with pytest.raises(SystemExit):
+        tile_figure.main(["--out", str(tmp_path / "tiles.doc")])
+
+
+@pytest.fixture(scope="module")
+def tiny_base():  # type: ignore[no-untyped-def]
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return make_model(Batch("135M", 1, 2, 8, "bfloat16"), CPU, head_dim=32, vocab_size=1000, **sizes)
+
+
+OURS = [name for name in all_weights.CONTESTANTS if "level 0" in name or "torch AdamW" in name or "Masked" in name]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_all_weights_are_learned_and_their_bytes_counted(name, tiny_base):
+    """A weight takes its copy of 2 bytes, a gradient of 2 or 4, and moments; a level 0 the frozen weight as well."""
+    build, batches = all_weights.CONTESTANTS[name], all_weights.batches_of(Batch("135M", 1, 4, 8, "bfloat16"), 2)
+    (first, *_), (last, *_) = (all_weights.train(build, tiny_base, batches, 3e-3, steps) for steps in (2, 24))
+    assert last < first - 1
+    weights = sum(linear.weight.numel() for linear in model_linears(tiny_base).values())
+    bare = held_bytes(tensors_of(tiny_base)) - 2 * weights
+    least = 2 + 2 + (2 if "8-bit" in name else 4)
+    assert (all_weights.peak_bytes(build, tiny_base, batches[0]) - bare) / weights > least
+    arrives = all_weights.arriving(build, tiny_base)
+    assert arrives == pytest.approx(0.0 if "torch" in name else 1.0, abs=0.1)
+
+
+def test_what_is_not_installed_is_named_and_left_out(tiny_base, monkeypatch):
+    monkeypatch.setattr(all_weights.importlib.util, "find_spec", lambda name: None)
+    needed = {"torchao": "torchao", "bitsandbytes": "bitsandbytes", "GaLore": "galore_torch", "APOLLO": "apollo_torch"}
+    for name, build in all_weights.CONTESTANTS.items():
+        if name not in OURS:
+            with pytest.raises(UnavailableError, match=f"needs {needed[re.split('[ ,]', name)[0]]}, which is not"):
+                build(share(tiny_base), 1e-3)

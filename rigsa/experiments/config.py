@@ -561,6 +561,10 @@ class Method(abc.ABC):
         """The most entries that its last ticket can leave in a layer of so many weights."""
         return weights
 
+    def shares_over_layers(self, config: Config) -> bool:
+        """Whether its tickets keep a share of all layers together; otherwise it is one of each layer."""
+        return self.reads("ranking") and config.ranking == "global"
+
     @abc.abstractmethod
     def summary(self, config: Config) -> str:
         """The levels in words, for what a run prints first."""

@@ -47,11 +47,12 @@ def _check_width(shapes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def _check_kept(config: Config, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Entries ranked over the whole model may still leave a layer empty, which only training can tell."""
+    """A share of all layers together may still leave one empty, which only the choice of the mask can tell."""
     units, what = dict(sizes), "weights"
     if config.method.reads("tile") and config.tile:  # the shapes of experts are not known here
         units, what = {name: math.prod(grid_of(shape, config.tile)) for name, shape in shapes.items()}, "tiles"
-    if config.method.reads("ranking") and config.ranking == "global":
+    largest = max(units.values(), default=0)
+    if config.method.shares_over_layers(config):
         units = {"every layer": sum(units.values())}
     for name, number in units.items():
         if config.method.most_kept(config, number) == 0:
@@ -60,7 +61,6 @@ def _check_kept(config: Config, sizes: Mapping[str, int], shapes: Mapping[str, t
             raise RigsaError(f"--{option}: {value} leaves {name} empty ({number:,} {what}); keep more, or fewer levels")
     share = config.density or (config.keep_fraction if config.method.reads("keep_fraction") else 1.0)
     if what == "tiles" and share < 1 and all(config.method.most_kept(config, n) == n for n in units.values()):
-        largest = max(units.values())
         raise RigsaError(
             f"--tile: {config.tile} prunes nothing, as no layer has more than {largest:,} of such tiles; "
             "take smaller ones"

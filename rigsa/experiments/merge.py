@@ -75,7 +75,10 @@ def _of_run(run: Path, wishes: Wishes) -> tuple[PreTrainedModel, Any]:
     if wishes.base is not None:
         raise RigsaError(f"--base: expected none for {run}, a run folder, which says what its base is")
     if not config.method.gated:
-        raise RigsaError(f"{run}: expected a run of gated layers, got one of {config.method}, whose adapter is PEFT's")
+        raise RigsaError(
+            f"{run}: expected a run of gated layers, got one of {config.method}, whose adapter is PEFT's; rigsa export "
+            f"{run} --to {config.method.peft} or merged writes that"
+        )
     _require_consent(run, config.quantize != "none", wishes)
     model, tokenizer = load_model(config, CPU)
     attach(model, dataclasses.replace(config, checkpointing=False))

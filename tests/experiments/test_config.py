@@ -86,6 +86,8 @@ def test_every_method_has_every_preset_and_its_options(method, preset):
         "child-f",
         "sam",
         "super",
+        "smt",
+        "spruft",
         "rosa",
         "spiel",
         "full",
@@ -189,12 +191,24 @@ def test_numbers_of_steps_are_capped_and_need_a_batch():
         steps_per_level(paper(), 15)
 
 
-@pytest.mark.parametrize("argument", ["--learning-rat=1", "--match=runs/x", "--turbo", "--levels=3"])
+@pytest.mark.parametrize("argument", ["--learning-rat=1", "--turbo", "--levels=3"])
 def test_unknown_options_are_refused(argument, capsys):
-    """--match belongs to random-mask, so imp does not know it either."""
     with pytest.raises(SystemExit, match="2"):
         main(["imp", argument])
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("imp", ["--match=runs/x"], "--match: imp does not read it; it is for random-mask, reinit"),
+        ("spiel", ["--tile", "32"], "--tile: spiel does not read it; it is for imp, random-mask, erk, snip, "),
+        ("lora", ["--rank", "4", "--density", "0.1"], "--density: lora does not read it; it is for imp, "),
+    ],
+)
+def test_an_option_of_other_methods_is_one_sentence(method, given, message, capsys):
+    assert main([method, *given]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

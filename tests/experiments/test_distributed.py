@@ -27,7 +27,11 @@ from rigsa.experiments.train import read_log
 from rigsa.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
+DRAWS_FIGURES = True
+"""As the runs in processes of their own do, which are compared with others byte by byte."""
 STEPS, LEVELS, GATES = 6, 3, 14
+TILES = ["--tile", "5x4", "--prunings", "1"]
+"""Tickets of tiles, some of which end at an edge."""
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -58,12 +62,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(small_model_folder: Path, folder: Path) -> Path:
-    """The run of one process, with as many threads as each of two gets."""
+    """The run of one process."""
+    return run_alone(imp(small_model_folder, folder / "alone"), folder / "alone")
+
+
+@pytest.fixture(scope="module")
+def alone_in_tiles(small_model_folder: Path, folder: Path) -> Path:
+    """The same with tickets of tiles."""
+    out = folder / "alone-tiles"
+    return run_alone(imp(small_model_folder, out, *TILES), out)
+
+
+def run_alone(asked: list[str], out: Path) -> Path:
+    """With as many threads as each of two processes gets."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert main(imp(small_model_folder, folder / "alone")) == 0
+    assert main(asked) == 0
     torch.set_num_threads(threads)
-    return folder / "alone"
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +94,9 @@ def worked(small_model_folder: Path, folder: Path) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def killed(small_model_folder: Path, folder: Path) -> Path:
-    """All processes of a run, killed in the middle of level 1."""
+    """All processes of a run, killed in the middle of level 1, which trains tiles."""
     out = folder / "killed"
-    process = launch(TORCHRUN, "-m", "rigsa.run", *imp(small_model_folder, out))
+    process = launch(TORCHRUN, "-m", "rigsa.run", *imp(small_model_folder, out, *TILES))
     deadline = time.monotonic() + 120
     while not list(out.glob("level_1/checkpoints/*/done")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
@@ -97,15 +113,16 @@ def children(parent: int) -> list[int]:
 
 
 def contents(run: Path) -> dict[str, bytes]:
+    """Without figures, which are blank where a run is made in the process of the tests (conftest.py)."""
     return {
         str(path.relative_to(run)): path.read_bytes()
         for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name not in NOT_SHARED_BY_EQUAL_RUNS
+        if path.is_file() and path.name not in NOT_SHARED_BY_EQUAL_RUNS and path.suffix != ".png"
     }
 
 
 def logs(run: Path, name: str) -> list[float]:
-    return [line[name] for level in range(LEVELS) for line in read_log(run / f"level_{level}")]
+    return [line[name] for folder in sorted(run.glob("level_*")) for line in read_log(folder)]
 
 
 def metrics(run: Path, level: int) -> dict:  # type: ignore[type-arg]
@@ -114,18 +131,24 @@ def metrics(run: Path, level: int) -> dict:  # type: ignore[type-arg]
 
 def test_another_number_of_processes_does_not_go_on(killed, small_model_folder, tmp_path, capsys):
     copied = shutil.copytree(killed, tmp_path / "copy")
-    assert main(imp(small_model_folder, copied)) == 1
+    assert main(imp(small_model_folder, copied, *TILES)) == 1
     assert "was made by 2 processes; expected as many to go on, got 1" in capsys.readouterr().err
 
 
-def test_killed_and_run_again_gives_the_bits_of_one_process(killed, alone, small_model_folder):
+def test_killed_and_run_again_gives_the_bits_of_one_process(killed, alone_in_tiles, small_model_folder):
     """Started by torchrun, gone on with by accelerate; one micro-batch a process, so nothing is summed differently."""
-    process = launch(ACCELERATE, "-m", "rigsa.run", *imp(small_model_folder, killed))
+    process = launch(ACCELERATE, "-m", "rigsa.run", *imp(small_model_folder, killed, *TILES))
     out, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
-    assert contents(killed) == contents(alone)
-    assert out.count("| imp |") == LEVELS + 1, "printed by one process"
+    assert contents(killed) == contents(alone_in_tiles)
+    assert out.count("| imp |") == 3, "printed by one process: the base and two levels"
     assert not list(killed.rglob("checkpoints"))
+    with safe_open(killed / "level_1" / "mask.safetensors", "pt") as file:
+        assert set(json.loads(file.metadata()["rigsa"])["tiles"].values()) == {"5x4"}
+
+
+def test_tickets_of_entries_have_the_bits_of_one_process(worked, alone):
+    assert contents(worked[0] / "entries") == contents(alone)
 
 
 def test_accumulated_gradients_give_the_same_losses_to_rounding(worked, alone):
@@ -136,10 +159,10 @@ def test_accumulated_gradients_give_the_same_losses_to_rounding(worked, alone):
 
 
 def test_every_process_holds_the_same_adapter_and_masks(worked):
-    for run in ("accumulated", "sharded"):
+    for run, levels in (("accumulated", LEVELS), ("sharded", LEVELS), ("sharded-tiles", 2)):
         first, second = (json.loads((worked[0] / f"{run}-{rank}.json").read_text()) for rank in (0, 1))
         assert first["digests"] == second["digests"]
-        assert len(first["digests"]) == LEVELS
+        assert len(first["digests"]) == levels
 
 
 def test_what_is_sent_is_proportional_to_the_free_entries(worked):
@@ -149,16 +172,17 @@ def test_what_is_sent_is_proportional_to_the_free_entries(worked):
     assert free[2] < free[1] < free[0]
 
 
-def test_sharded_training_gives_what_one_process_does(worked, alone):
+@pytest.mark.parametrize(("name", "whole", "levels"), [("sharded", "alone", 3), ("sharded-tiles", "alone_in_tiles", 2)])
+def test_sharded_training_gives_what_one_process_does(worked, name, whole, levels, request):
     """Interrupted in level 1. The bits too, but where PyTorch's AdamW on a CPU rounds the last few values of a tensor,
     shorter than a vector, in another way than the others: a shard ends elsewhere. (With AVX2 it does, with AVX-512 it
     did not. The norm of the gradient, which clips nothing here, is summed in another order everywhere.)"""
-    run = worked[0] / "sharded"
+    run, alone = worked[0] / name, request.getfixturevalue(whole)
     ours, theirs = contents(run), contents(alone)
     assert ours.keys() == theirs.keys()
-    for name in ("loss", "learning_rate", "grad_norm"):
-        torch.testing.assert_close(torch.tensor(logs(run, name)), torch.tensor(logs(alone, name)))
-    for level in range(LEVELS):
+    for what in ("loss", "learning_rate", "grad_norm"):
+        torch.testing.assert_close(torch.tensor(logs(run, what)), torch.tensor(logs(alone, what)))
+    for level in range(levels):
         folders = run / f"level_{level}", alone / f"level_{level}"
         adapters = [load_file(folder / "adapter.safetensors") for folder in folders]
         torch.testing.assert_close(*adapters, rtol=1e-6, atol=1e-7)
@@ -168,7 +192,7 @@ def test_sharded_training_gives_what_one_process_does(worked, alone):
 
 
 def test_sharded_checkpoints_hold_the_adapter_alone(worked, tmp_path):
-    (checkpoint,) = (worked[0] / "kept").glob("checkpoint-4")
+    (checkpoint,) = (worked[0] / "kept-sharded").glob("checkpoint-4")
     names = {path.name for path in checkpoint.iterdir()}
     assert names == {
         "adapter.safetensors", "optimizer_0", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth",
@@ -255,6 +279,8 @@ def work(model: Path, folder: Path) -> int:
     optimizer_on_shards(folder / f"optimizer-{rank}.json")
     accumulated(model, folder, rank)
     sharded(model, folder, rank)
+    sharded(model, folder, rank, "sharded-tiles", TILES)
+    assert main(imp(model, folder / "entries")) == 0
     return diverging(model, folder, rank)
 
 
@@ -307,7 +333,7 @@ class Killed(BaseException):
     """In all processes at once."""
 
 
-def sharded(model: Path, folder: Path, rank: int) -> None:
+def sharded(model: Path, folder: Path, rank: int, name: str = "sharded", more: list[str] | None = None) -> None:
     """A run under FSDP2, interrupted in level 1 and gone on with.
 
     Accelerate shards for GPUs only, so it is told that these processes have one each; its device stays the CPU.
@@ -319,7 +345,8 @@ def sharded(model: Path, folder: Path, rank: int) -> None:
     from rigsa_kernels import gated_linears
     from rigsa_kernels.optim import local_part
 
-    before, backend, out = os.environ.copy(), PartialState._prepare_backend, folder / "sharded"
+    before, backend, out = os.environ.copy(), PartialState._prepare_backend, folder / name
+    asked = imp(model, out, "--checkpointing", *(more or []))
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     PartialState._reset_state()
     os.environ |= {
@@ -339,13 +366,13 @@ def sharded(model: Path, folder: Path, rank: int) -> None:
 
     train.MarkCheckpoint = Killing
     with pytest.raises(Killed):
-        main(imp(model, out, "--checkpointing"))
+        main(asked)
     if rank == 0:
-        shutil.copytree(out / "level_1" / "checkpoints", folder / "kept")
+        shutil.copytree(out / "level_1" / "checkpoints", folder / f"kept-{name}")
     train.MarkCheckpoint = plain
     torch.distributed.barrier()
-    assert main(imp(model, out, "--checkpointing")) == 0
-    (folder / f"sharded-{rank}.json").write_text(json.dumps({"digests": digests, "share": share[0]}))
+    assert main(asked) == 0
+    (folder / f"{name}-{rank}.json").write_text(json.dumps({"digests": digests, "share": share[0]}))
     PartialState._prepare_backend = backend
     PartialState._reset_state()
     os.environ.clear()

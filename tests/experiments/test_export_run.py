@@ -16,14 +16,18 @@ def logits(model):
     return model.eval()(input_ids=IDS).logits
 
 
-@pytest.fixture(scope="module")
-def expected(talking_run):
+def restored(run, level):
     from rigsa.experiments.experiment import Experiment
 
-    experiment = Experiment.prepare(load(talking_run), talking_run)
+    experiment = Experiment.prepare(load(run), run)
     experiment.attach()
-    experiment.restore(1)
-    return logits(experiment.model)
+    experiment.restore(level)
+    return experiment.model
+
+
+@pytest.fixture(scope="module")
+def expected(talking_run):
+    return logits(restored(talking_run, 1))
 
 
 @pytest.mark.parametrize("to", ["supertuning", "shira", "safetensors", "merged"])
@@ -79,11 +83,27 @@ def test_a_level_that_is_not_there_is_one_line(talking_run, capsys, arguments, m
     assert message in capsys.readouterr().err
 
 
-def test_a_run_of_lora_is_refused(tmp_path, small_model_folder, capsys):
-    run = tmp_path / "run"
+@pytest.mark.parametrize("method", ["lora", "shira"])
+def test_a_run_of_a_method_of_peft_is_exported_to_peft_and_merged(method, tmp_path, small_model_folder, capsys):
+    peft = pytest.importorskip("peft")
+    run, base = tmp_path / "run", str(small_model_folder)
     assert main([
-        "lora", "--preset", "smoke", "--model", str(small_model_folder), "--dtype", "float32", "--device", "cpu",
-        "--test-examples", "20", "--train-examples", "40", "--no-drift", "--out", str(run),
+        method, "--preset", "smoke", "--model", base, "--dtype", "float32", "--device", "cpu", "--rank", "2",
+        "--learning-rate", "0.05", "--test-examples", "20", "--train-examples", "40", "--no-drift",
+        "--keep-trainable", "model.norm", "--out", str(run),
     ]) == 0  # fmt: skip
-    assert main(["export", str(run), "--to", "merged"]) == 1
-    assert "expected a run of a method with gated layers alone, got lora" in capsys.readouterr().err
+    trained = logits(restored(run, 0))
+    assert (trained - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.01
+    assert main(["export", str(run), "--to", method]) == 0
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "export" / method)
+    torch.testing.assert_close(logits(adapted), trained, rtol=1e-5, atol=1e-5)
+    assert main(["export", str(run), "--to", "merged"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(run / "export" / "merged")
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-5)
+    for to in (method, "merged"):
+        assert f"rigsa {method}, level 0" in (run / "export" / to / "README.md").read_text()
+    capsys.readouterr()
+    assert main(["export", str(run), "--to", "supertuning"]) == 1
+    assert f"--to: expected {method} or merged for a run of {method}, got supertuning" in capsys.readouterr().err
+    assert main(["export", str(run), "--to", method]) == 1
+    assert "expected a folder that is not there yet" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Whole runs on texts of the user's own: every format, every method, three families, and that runs repeat."""
 
+import copy
 import json
 import math
 import os
@@ -14,9 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from texts import FAMILIES, byte_tokenizer, rows, save_family, write_jsonl
+from transformers import AutoModelForCausalLM
 
+from rigsa.experiments import experiment, sweep
 from rigsa.experiments.chat import run_chat
 from rigsa.experiments.config_file import load
+from rigsa.experiments.export import formats_of
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.run_folder import finished_levels, level_folder
 from rigsa.experiments.train import LevelTrainer
@@ -25,6 +29,7 @@ from rigsa.run import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SHARED_BY_EQUAL_RUNS = {"resources.json", "report.md", "report.html", "report.csv"}
+FORMATS = ("prompt-completion", "alpaca", "text", "messages", "sharegpt")
 SMALL = {"density": "0.1", "mask-examples": "8", "rank": "2", "reselect-steps": "2", "ranking": "layer"}
 
 
@@ -37,8 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("data")
-    formats = ("prompt-completion", "alpaca", "text", "messages", "sharegpt")
-    return {name: write_jsonl(folder / f"{name}.jsonl", rows(name)) for name in formats}
+    return {name: write_jsonl(folder / f"{name}.jsonl", rows(name)) for name in FORMATS}
 
 
 def command(method: str, model: Path, data: Path, out: Path, *options: str) -> list[str]:
@@ -77,74 +81,88 @@ def check_run(run: Path, method: str) -> dict[str, Any]:
     return metrics_of(run)
 
 
-@pytest.mark.parametrize("format_name", ["alpaca", "text", "messages", "sharegpt"])
-def test_every_format_is_trained_tested_and_reported(format_name, models, files, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert main(command("lora", models["llama"], files[format_name], out)) == 0
-    assert f"({format_name}): " in capsys.readouterr().out
-    assert load(out).format == format_name
-    check_run(out, "lora")
-
-
-@pytest.fixture(scope="module")
-def of_imp(models, files, tmp_path_factory) -> Path:
-    """A run that others take the ticket of."""
-    out = tmp_path_factory.mktemp("imp") / "run"
-    assert main(command("imp", models["llama"], files["prompt-completion"], out, "--score", "number")) == 0
-    return out
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_on_texts(method, models, files, of_imp, tmp_path):
-    pytest.importorskip("peft")
-    if method == "qlora":
-        pytest.importorskip("bitsandbytes")
-    out = of_imp if method == "imp" else tmp_path / "run"
-    needs_run = METHODS[method].matches == "imp" and not METHODS[method].reads("density")
-    needed = ("--match", str(of_imp)) if needs_run else ()
-    if method != "imp":
-        asked = command(method, models["llama"], files["prompt-completion"], out, "--score", "number", *needed)
-        assert main(asked) == 0
-    found = check_run(out, method)
-    assert found["test"]["number"].keys() == {"accuracy", "stderr", "examples"}
-    assert "right number (%)" in (out / "report.md").read_text()
-
-
-@pytest.mark.parametrize("name", ["qwen3", "gpt-neox"])
-def test_every_family_trains_on_texts(name, models, files, tmp_path):
-    out = tmp_path / "run"
-    assert main(command("imp", models[name], files["messages"], out, "--score", "exact", "--drift")) == 0
-    assert check_run(out, "imp")["drift"]["tokens"] > 0
-    assert main(["export", str(out), "--to", "merged"]) == 0
-    card = (out / "export" / "merged" / "README.md").read_text()
-    assert re.search(r"Trained on: messages\.jsonl \(\d+ examples\), rigsa imp, level 1", card)
-    assert str(files["messages"].parent) not in card  # where the file lay is nobody's business
-    assert "exact match" in card
-
-
 class KilledError(Exception):
     """As the process would end."""
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(models, files, tmp_path, monkeypatch):
-    asked = ("--max-steps", "6", "--checkpoint-steps", "2", "--group-by-length")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(command("imp", models["qwen3"], files["messages"], whole, *asked)) == 0
-    step = LevelTrainer.training_step
-    made = []
+def train(asked: list[str], *deaths: int) -> None:
+    """Run a command, which dies in these passes, counted from the first one of all, and is given again each time."""
+    step, made = LevelTrainer.training_step, []
 
     def fails(self: LevelTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         made.append(1)
-        if len(made) in (6, 20):  # in the third step of level 0; in level 1
+        if len(made) in deaths:
             raise KilledError
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(LevelTrainer, "training_step", fails)
-    for _ in range(2):
-        with pytest.raises(KilledError):
-            main(command("imp", models["qwen3"], files["messages"], cut, *asked))
-    assert main(command("imp", models["qwen3"], files["messages"], cut, *asked)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LevelTrainer, "training_step", fails)
+        for _ in deaths:
+            with pytest.raises(KilledError):
+                main(asked)
+        assert main(asked) == 0
+
+
+KINDS = [
+    (method, list(FAMILIES)[number % len(FAMILIES)], FORMATS[number % len(FORMATS)])
+    for number, method in enumerate(METHODS)
+]
+"""Each method, on families and formats in turn."""
+
+
+def test_each_family_meets_each_format():
+    assert len({(name, format_name) for _, name, format_name in KINDS}) == len(FAMILIES) * len(FORMATS)
+
+
+@pytest.mark.parametrize(("method", "name", "format_name"), KINDS)
+def test_every_method_trains_resumes_reports_and_exports(method, name, format_name, models, files, tmp_path, capsys):
+    """On each family and format. It dies once after a checkpoint, and ends with the bits of a run that does not."""
+    pytest.importorskip("peft")
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    score = "none" if format_name == "text" else "number"
+    options = ["--score", score, "--max-steps", "3", "--checkpoint-steps", "2"]
+    if METHODS[method].matches and not METHODS[method].reads("density"):
+        ticket = tmp_path / "ticket"
+        assert main(command(METHODS[method].matches, models[name], files[format_name], ticket)) == 0
+        options += ["--match", str(ticket)]
+    asked = [command(method, models[name], files[format_name], tmp_path / run, *options) for run in ("whole", "run")]
+    train(asked[0])
+    train(asked[1], 6)  # in the second half of the third step
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert f"({format_name}): " in capsys.readouterr().out
+    out = tmp_path / "run"
+    assert load(out).format == format_name
+    found = check_run(out, method)
+    if score == "number":
+        assert found["test"]["number"].keys() == {"accuracy", "stderr", "examples"}
+        assert "right number (%)" in (out / "report.md").read_text()
+    check_exports(out, method, files[format_name])
+
+
+def check_exports(run: Path, method: str, data: Path) -> None:
+    """Every format of the method is written, and the merged model loads. A ticket may be too dense for SHiRA's rank."""
+    for to in formats_of(load(run)):
+        is_dense = to == "shira" and METHODS[method].gated
+        assert main(["export", str(run), "--to", to]) in ((0, 1) if is_dense else (0,))
+        card = run / "export" / to / "README.md"
+        if card.exists():
+            text = card.read_text()
+            assert re.search(rf"Trained on: {data.name} \(\d+ examples\), rigsa {method}, level \d", text)
+            assert str(data.parent) not in text  # where the file lay is nobody's business
+            assert "token accuracy" in text
+        if to == "merged":
+            AutoModelForCausalLM.from_pretrained(card.parent)
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(models, files, tmp_path):
+    asked = ("--max-steps", "6", "--checkpoint-steps", "2", "--group-by-length", "--packing", "--drift")
+    asked += ("--drift-prompts", "2")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(command("imp", models["qwen3"], files["messages"], whole, *asked))
+    train(command("imp", models["qwen3"], files["messages"], cut, *asked), 6, 20)  # in level 0, and in level 1
     assert contents(cut) == contents(whole)
+    assert metrics_of(cut)["drift"]["tokens"] > 0
 
 
 def losses(run: Path) -> torch.Tensor:
@@ -152,16 +170,19 @@ def losses(run: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("covers", ["answer", "all"])
-def test_a_run_does_not_depend_on_the_micro_batch(covers, models, files, tmp_path):
+def test_a_run_does_not_depend_on_the_micro_batch_or_on_packing(covers, models, files, tmp_path):
     """The texts are of unequal length, and so are their answers."""
-    found = []
-    for micro in (4, 2, 1):
-        out = tmp_path / f"run-{micro}"
-        asked = ("--micro-batch-size", str(micro), "--loss", covers, "--values-dtype", "float32")
+    found, trained = [], []
+    for number, options in enumerate((["4"], ["2"], ["1"], ["4", "--packing"])):
+        out = tmp_path / f"run-{number}"
+        asked = ["--loss", covers, "--values-dtype", "float32", "--micro-batch-size", *options]
         assert main(command("full", models["llama"], files["prompt-completion"], out, *asked)) == 0
         found.append(losses(out))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
-    torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=0)
+        trained.append(load_file(out / "level_0" / "adapter.safetensors"))
+    for other, adapter in zip(found[1:], trained[1:], strict=True):
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=0)
+        for name, values in trained[0].items():
+            assert (adapter[name] - values).norm() <= 1e-2 * values.norm(), name
 
 
 def test_two_processes_take_the_mean_over_all_tokens_of_a_step(models, files, tmp_path):
@@ -191,8 +212,6 @@ def test_layers_are_included_and_excluded_by_name(models, files, tmp_path, capsy
 
 
 def test_bad_data_are_refused_before_a_model_is_loaded(models, files, tmp_path, capsys, monkeypatch):
-    from rigsa.experiments import experiment
-
     monkeypatch.setattr(experiment, "load_model", lambda *_: pytest.fail("a model was loaded"))
     bad = tmp_path / "bad.jsonl"
     bad.write_text(files["messages"].read_text() + "{\n")
@@ -227,8 +246,10 @@ def test_a_report_needs_no_data(models, files, tmp_path):
     assert "Gated sparse adapters on messages.jsonl" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_a_comparison_ends_with_a_table_and_a_verdict(models, files, tmp_path, capsys):
+def test_a_comparison_ends_with_a_table_and_a_verdict(models, files, tmp_path, capsys, monkeypatch):
+    """Its runs are made in this process, as importing takes longer; `test_sweep.py` has processes of their own."""
     out = tmp_path / "compare"
+    monkeypatch.setitem(sweep.run_sweep.__kwdefaults__, "run", lambda asked, log: main(asked[3:]))
     asked = ["--methods", "imp,lora", "--rank", "2", "--equal", "parameters", "--no-drift"]
     base = ["compare", "--preset", "smoke", "--model", str(models["llama"]), "--data", str(files["messages"])]
     assert main([*base, *asked, "--dtype", "float32", "--device", "cpu", "--out", str(out), "--dry-run"]) == 0
@@ -249,7 +270,17 @@ def test_a_comparison_ends_with_a_table_and_a_verdict(models, files, tmp_path, c
 
 
 def test_a_plan_for_texts_reads_them(models, files, capsys):
-    asked = ["plan", "--preset", "smoke", "--model", str(models["llama"]), "--data", str(files["messages"])]
+    asked = [
+        "plan",
+        "--preset",
+        "smoke",
+        "--prunings",
+        "0",
+        "--model",
+        str(models["llama"]),
+        "--data",
+        str(files["messages"]),
+    ]
     assert main([*asked, "--device", "cpu", "--system-prompt", "default"]) == 0
     longest = max(len(byte_tokenizer().apply_chat_template(row["messages"])["input_ids"]) for row in rows("messages"))
     assert 0 < longest - int(re.search(r"([0-9]+) tokens a prompt", capsys.readouterr().out)[1]) < 12
@@ -275,10 +306,12 @@ def test_what_is_measured_is_not_trained_on(models, tmp_path, capsys):
     mine = [{"prompt": goal, "completion": "so"} for goal in goals]
     write_jsonl(tmp_path / "data" / "train.jsonl", mine)
     write_jsonl(tmp_path / "data" / "test.jsonl", [{"prompt": "a", "completion": "b"}])
-    asked = ("--source-tasks", "piqa", "--data-dir", str(tmp_path), "--limit", "2")
-    assert main(command("lora", models["llama"], tmp_path / "data", tmp_path / "run", *asked)) == 1
-    error = capsys.readouterr().err
-    assert re.search(r"train.jsonl, line [0-9]+: asks what document [123] of piqa asks, which is measured, too", error)
+    for measured in (("--source-tasks", "piqa"), ("--score", "lm-eval:piqa")):
+        asked = (*measured, "--data-dir", str(tmp_path), "--limit", "2")
+        assert main(command("lora", models["llama"], tmp_path / "data", tmp_path / "run", *asked)) == 1
+        error = capsys.readouterr().err
+        assert re.search(r"train.jsonl, line [0-9]+: asks what document [123] of piqa asks, which is measured", error)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.model
@@ -286,11 +319,18 @@ def test_the_page_on_own_data_runs(tmp_path, monkeypatch, capsys):
     """Its commands, with two steps instead of all; the last one needs data that are not here."""
     page = (ROOT / "docs" / "own_data.md").read_text()
     commands = re.findall(r"^python -m rigsa\.run (.*)$", page.replace("\\\n", ""), re.MULTILINE)
-    assert [one.split()[0] for one in commands] == ["lora", "chat", "compare", "lora"]
+    assert [one.split()[0] for one in commands] == ["lora", "chat", "export", "compare", "lora"]
     parser = build_parser()
     for one in commands:
         parser.parse_args(one.split())
     monkeypatch.chdir(ROOT)
+    load_model, loaded = experiment.load_model, []
+
+    def load_once(*arguments: Any) -> tuple[Any, Any]:
+        loaded.append(load_model(*arguments) if not loaded else loaded[0])
+        return copy.deepcopy(loaded[0][0]), loaded[0][1]
+
+    monkeypatch.setattr(experiment, "load_model", load_once)
     short = ["--max-steps", "1", "--warmup-steps", "0", "--logging-steps", "1", "--test-examples", "2", "--no-drift"]
     asked = commands[0].replace("runs/own", str(tmp_path / "own")).split()
     assert main([*asked, *short, "--batch-size", "2", "--micro-batch-size", "2", "--device", "cpu"]) == 0
@@ -301,3 +341,5 @@ def test_the_page_on_own_data_runs(tmp_path, monkeypatch, capsys):
     lines = iter(["/example 0"])
     run_chat(tmp_path / "own", max_new_tokens=2, read=lambda _: next(lines, "/quit"), write=shown.append)
     assert "\ndata> " in "".join(shown)
+    assert main(commands[2].replace("runs/own", str(tmp_path / "own")).split()) == 0
+    assert (tmp_path / "own" / "export" / "lora" / "adapter_model.safetensors").exists()

@@ -21,6 +21,8 @@ from rigsa.experiments.presets import PRESETS
 from rigsa.run import main
 from rigsa_kernels import SparsePattern, layer_key, uniform_init
 
+DRAWS_FIGURES = True
+"""As the runs in processes of their own do, to which others are compared."""
 NOT_SHARED_BY_EQUAL_RUNS = {
     "resources.json",
     "report.md",

@@ -437,6 +437,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.usefixtures("figures_are_drawn")
 def test_a_real_sweep_survives_a_killed_run_and_ends_with_the_bits_of_single_runs(small_model_folder, tmp_path, capsys):
     """Two runs are processes of their own; the others run in this one, as importing takes the time."""
     options = {

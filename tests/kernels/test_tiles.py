@@ -300,7 +300,7 @@ def test_16_bits_train_on_either_path(tile, numerics):
 
 @pytest.mark.parametrize("tile", ["rows", "columns", 16])
 def test_a_base_in_four_bits_trains_the_same_entries(tile):
-    """A fused product there decodes the bit mask of the tiles."""
+    """A fused product there decodes the bit mask of the tiles. Four bits have no room to compose in place."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     trained = []
     for one in layer_of(tile, 0.2, (64, 64)):
@@ -310,7 +310,10 @@ def test_a_base_in_four_bits_trains_the_same_entries(tile):
         linear.weight = weight
         layer = GatedSparseLinear(linear.to("cpu"), seed=1, key=2, pattern=one.pattern, alpha_init=0.1)
         assert layer.is_nf4
+        codes = layer.weight.clone()
         train(layer)
+        assert layer.in_place_weight is None
+        assert torch.equal(layer.weight, codes)
         trained.append(layer.rigsa_values.detach())
     torch.testing.assert_close(*trained)
 

@@ -327,6 +327,7 @@ def test_gradient_tickets_take_the_gradients_of_the_pretrained_weights():
         "sift": {name: mean.abs() for name, mean in means.items()},
         "fisher": squares,
         "rosa": squares,
+        "taylor": {name: (base.get_submodule(name).weight * mean).abs() for name, mean in means.items()},
         "sam": {name: means[name] ** 2 / (squares[name] + squares[name].mean()) for name in means},
     }
     for score, expected in scores.items():

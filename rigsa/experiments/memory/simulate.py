@@ -24,7 +24,7 @@ from transformers.integrations import moe
 from rigsa.experiments.adapter import trained_parameters
 from rigsa.experiments.attach import attach_adapter, attach_peft, checkpoint_activations
 from rigsa.experiments.config import Base, Config
-from rigsa.experiments.kept import keep, kept_parameters, names_to_keep
+from rigsa.experiments.kept import check_kept, keep, kept_parameters, names_to_keep
 from rigsa.experiments.memory.live_memory import LiveMemory, Usage
 from rigsa.experiments.methods.gradient_masks import examples_at_a_time, score_entries
 from rigsa.experiments.methods.hard_concrete import DiffGates
@@ -79,7 +79,9 @@ class SimulatedModel:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         model = _on_meta(shape, config)
         layers = select_linears(model, config.included, config.excluded)[0].values()
-        self.num_weights = sum(adaptable(model, config.included, config.excluded).values())
+        sizes = adaptable(model, config.included, config.excluded)
+        check_kept(model, config, sizes)
+        self.num_weights = sum(sizes.values())
         model.requires_grad_(False)
         names = names_to_keep(model, config)
         if config.method.peft:

@@ -43,7 +43,7 @@ class DiffPruning(LtSft):
 DIFF_PRUNING = DiffPruning(
     name="diff-pruning",
     help="a difference that learns where to be zero, then trains its largest entries (Guo et al. 2021)",
-    options=(*fields_of(Gates), *fields_of(Tickets), "ranking", "density", "l0_penalty"),
+    options=(*fields_of(Gates), *fields_of(Tickets), "ranking", "density", "tile", "l0_penalty"),
     look=Look("green", (3, 1, 0), (0, (9, 2, 1, 2))),
     usual={**FROM_ZERO, "density": PAPER_DENSITY, "alpha_learning_rate": 0.1},
     quickstart={"learning_rate": 2e-4, "alpha_learning_rate": 0.1},

@@ -10,32 +10,33 @@ from rigsa.experiments.config import Config, Gates, Look, fields_of
 from rigsa.experiments.methods.ticket import PAPER_DENSITY, TICKET_RATES, TicketMethod
 from rigsa.masks import erk_counts, random_patterns
 from rigsa_kernels import SparsePattern, gated_linears
+from rigsa_kernels.tiles import grid_of
 
 if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
 
 
 class Erk(TicketMethod):
-    """Trains a random mask that keeps ``density`` of all weights, by `rigsa.masks.erk_counts` of each layer."""
+    """Trains a random mask: ``density`` of all entries or tiles, shared out over layers by `rigsa.masks.erk_counts`."""
 
-    def most_kept(self, config: Config, weights: int) -> int:
-        return weights
+    def shares_over_layers(self, config: Config) -> bool:
+        return True
 
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
-        config = experiment.config
+        config, tile = experiment.config, experiment.config.tile or None
         shapes = {name: layer.pattern.shape for name, layer in gated_linears(experiment.model).items()}
         try:
-            counts = erk_counts(shapes, config.density)
+            counts = erk_counts({name: grid_of(shape, tile) for name, shape in shapes.items()}, config.density)
         except ValueError as error:
             raise RigsaError(f"--{error}") from error
-        patterns = random_patterns(shapes, counts, seed=config.seed, device=experiment.model.device)
-        return patterns, {"kept": sum(counts.values())}
+        patterns = random_patterns(shapes, counts, seed=config.seed, device=experiment.model.device, tile=tile)
+        return patterns, {"kept": sum(pattern.nnz for pattern in patterns.values())}
 
 
 ERK = Erk(
     name="erk",
     help="a random mask whose narrow layers are denser (Erdős-Rényi; SparseAdapter, He et al. 2022)",
-    options=(*fields_of(Gates), "density"),
+    options=(*fields_of(Gates), "density", "tile"),
     look=Look("sky", (4, 1, 0), (0, (1, 1, 4, 1))),
     usual={"density": PAPER_DENSITY},
     quickstart=TICKET_RATES,

@@ -14,11 +14,12 @@ from rigsa.experiments.methods.random_mask import RANDOM_MASK
 from rigsa.experiments.methods.reinit import REINIT
 from rigsa.experiments.methods.spiel import SPIEL
 from rigsa.experiments.methods.super_mask import SUPER
+from rigsa.experiments.methods.tile_masks import SMT, SPRUFT
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        IMP, RANDOM_MASK, REINIT, ERK, SNIP, GRASP, LT_SFT, DIFF_PRUNING, SIFT, FISHER, SAM, SUPER, ROSA, SPIEL,
-        CHILD_D, CHILD_F, FULL, LORA, QLORA, SHIRA,
+        IMP, RANDOM_MASK, REINIT, ERK, SNIP, GRASP, LT_SFT, DIFF_PRUNING, SIFT, FISHER, SAM, SUPER, SMT, SPRUFT, ROSA,
+        SPIEL, CHILD_D, CHILD_F, FULL, LORA, QLORA, SHIRA,
     )
 }  # fmt: skip

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from texts import byte_tokenizer, write_jsonl
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
@@ -44,6 +45,7 @@ from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_
 from rigsa.experiments.presets import paper, quickstart
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.experiments.tasks.packing import pack
+from rigsa.experiments.tasks.registry import load_task
 from rigsa.experiments.tasks.task import Batch, Size, collate
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.masks import random_patterns
@@ -216,6 +218,32 @@ def test_planned_peak_of_packed_rows(attention):
     assert planned.peak == pytest.approx(measured, rel=0.03)
 
 
+def test_a_plan_refuses_patterns_that_name_nothing():
+    config = dataclasses.replace(paper("imp"), keep_trainable="model.nrm")
+    with pytest.raises(RigsaError, match=r"--keep-trainable: 'model.nrm' names no parameter and no module"):
+        SimulatedModel(SMALL, config, CPU, 1)
+
+
+def test_planned_peak_for_a_file(tmp_path):
+    """What `plan --data FILE` goes by is the largest batch that the file can make."""
+    lines = [{"prompt": f"{n} " * 60, "completion": "so " * (10 + n)} for n in range(100, 150)]
+    config = dataclasses.replace(
+        paper("imp"), numerics="composed", micro_batch_size=4, data=str(write_jsonl(tmp_path / "texts.jsonl", lines)),
+        **FLOAT32,
+    )  # fmt: skip
+    task = load_task(config)
+    task.meet(byte_tokenizer(), None)
+    samples = task.training()
+    longest = sorted(samples, key=lambda sample: len(sample["input_ids"]))[-4:]
+    batch = samples.collate(longest)
+    assert "attention_mask" in batch
+    shape = copy.deepcopy(SMALL)
+    shape.vocab_size = 280
+    measured = allocated_peak(lambda: train_two_steps(small_model(config, shape), config, 1, batch, True))
+    planned = SimulatedModel(shape, config, CPU, 1).training_step(task.size(), 4, accumulates=True)
+    assert planned.peak == pytest.approx(measured, rel=0.03)
+
+
 @pytest.mark.parametrize("method", ["imp", "lora"])
 def test_planned_peak_with_parameters_that_are_kept_trainable(method):
     pytest.importorskip("peft")
@@ -234,7 +262,7 @@ def test_planned_peak_with_parameters_that_are_kept_trainable(method):
 
 
 @pytest.mark.parametrize(("method", "options"), [
-    ("sift", FLOAT32), ("sam", {"checkpointing": True}), ("rosa", {}), ("snip", {}), ("grasp", FLOAT32),
+    ("sift", FLOAT32), ("sam", {"checkpointing": True}), ("rosa", {}), ("snip", {}), ("spruft", {}), ("grasp", FLOAT32),
     ("grasp", {"checkpointing": True, "attention": "eager"}),
 ])  # fmt: skip
 def test_planned_peak_of_choosing_a_mask(method, options):
@@ -535,19 +563,24 @@ def test_a_plan_of_nonsense_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_nf4_base_trains_and_resumes(tmp_path):
-    """Half a byte a weight; what is trained is saved and loaded beside it."""
+@pytest.mark.parametrize(
+    ("trained", "level"), [(["imp", "--prunings", "0"], 0), (["random-mask", "--density", "0.2", "--tile", "5x4"], 1)]
+)
+def test_nf4_base_trains_and_resumes(trained, level, tmp_path):
+    """Half a byte a weight; what is trained, all entries or a ticket of tiles, is saved and loaded beside it."""
     pytest.importorskip("bitsandbytes")
     make_llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     command = [
-        "imp", "--model", str(tmp_path / "model"), "--preset", "smoke", "--device", "cpu", "--quantize", "nf4",
-        "--prunings", "0", "--test-examples", "10", "--train-examples", "20", "--max-steps", "2", "--out",
+        *trained, "--model", str(tmp_path / "model"), "--preset", "smoke", "--device", "cpu", "--quantize", "nf4",
+        "--test-examples", "10", "--train-examples", "20", "--max-steps", "2", "--out",
         str(tmp_path / "run"), "--numerics", "auto",
     ]  # fmt: skip
     assert main(command) == 0
-    (tmp_path / "run" / "level_0" / "done").unlink()
+    finished = (tmp_path / "run" / f"level_{level}" / "adapter.safetensors").read_bytes()
+    (tmp_path / "run" / f"level_{level}" / "done").unlink()
     assert main(command) == 0
+    assert (tmp_path / "run" / f"level_{level}" / "adapter.safetensors").read_bytes() == finished
 
 
 def test_nf4_refuses_a_layer_it_cannot_hold(small_model_folder, tmp_path, capsys):

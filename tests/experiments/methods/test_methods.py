@@ -29,6 +29,8 @@ from tests.conftest import make_llama
 DENSITY = 0.1
 APART = ("imp", "reinit", "qlora")
 """Methods that tests/experiments/test_run.py runs, and one that needs a wider model."""
+SMALL_TILE = {"smt": {"tile": "4"}}
+"""What a layer of 16 rows has more than one of."""
 OPTIONS = {
     "dtype": "float32", "device": "cpu", "test_examples": 20, "epochs": 1, "train_examples": 40, "max_steps": 4,
     "eval_shots": "0", "micro_batch_size": 2,
@@ -40,6 +42,7 @@ def config_of(method: str, model: Path, **options: object):
     base = smoke(method)
     read = set(METHODS[method].options)
     chosen = {name: value for name, value in own.items() if name in read}
+    chosen |= SMALL_TILE.get(method, {})
     return dataclasses.replace(base, model=str(model), **OPTIONS | chosen | options)
 
 
@@ -80,10 +83,12 @@ def scores_of(prepared: Experiment, score: GradientScore) -> dict[str, torch.Ten
     return score_entries(prepared.model, score, mask_batches(prepared, score), divisor)
 
 
-def by_definition(method: str, gradients: list[torch.Tensor]) -> torch.Tensor:
+def by_definition(method: str, gradients: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
     mean, square = torch.stack(gradients).mean(0), torch.stack(gradients).square().mean(0)
     return {
         "sift": mean.abs(),
+        "smt": mean.abs(),
+        "spruft": (weight * mean).abs(),
         "fisher": square,
         "rosa": square,
         "child-d": square,
@@ -104,7 +109,8 @@ def test_gradient_scores_are_those_of_their_definition(method, small_model_folde
     )
     assert {name.removesuffix(".base_layer") for name in scores} == gradients.keys()
     for name, score in scores.items():
-        want = by_definition(method, gradients[name.removesuffix(".base_layer")])
+        weight = gated_linears(prepared.model)[name].weight.double()
+        want = by_definition(method, gradients[name.removesuffix(".base_layer")], weight)
         torch.testing.assert_close(score.double(), want, rtol=1e-4, atol=1e-5 * want.max().item())
     assert all(parameter.grad is None for parameter in prepared.model.parameters())
 
@@ -177,6 +183,8 @@ def test_sizes_are_what_was_asked_for(method, finished):
         "lora": low_rank,
         "shira": low_rank,
         "rosa": sparse + low_rank,
+        "smt": sum(round(DENSITY * (layer.weight.numel() // 16)) * 16 for layer in layers),  # tiles of 4 x 4
+        "spruft": sum(round(DENSITY * layer.out_features) * layer.in_features for layer in layers),
         "erk": round(DENSITY * 15_360) + gates,
     }.get(method, sparse + gates)
     assert metrics["trainable"] == want

@@ -1,4 +1,5 @@
-"""Methods with a state of their own beside values and gates: a run that dies at any write ends with the same bits."""
+"""Methods with a state of their own beside values and gates, and tickets of tiles: a run that dies at any write ends
+with the same bits."""
 
 import os
 from pathlib import Path
@@ -20,10 +21,15 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
-@pytest.mark.parametrize("method", ["child-f", "diff-pruning"])
-def test_death_at_any_write_and_running_again_gives_the_same_bits(method, small_model_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("child-f", {}), ("diff-pruning", {}), ("imp", {"tile": "4", "density": 0.2, "prunings": 1, "ranking": "layer"})],
+)
+def test_death_at_any_write_and_running_again_gives_the_same_bits(
+    method, options, small_model_folder, tmp_path, monkeypatch
+):
     """Dies before a rename, then before the fifth after it, ... each time in a run that goes on from the last death."""
-    config = config_of(method, small_model_folder, drift=False, max_steps=8)
+    config = config_of(method, small_model_folder, **{"drift": False, "max_steps": 8} | options)
 
     def run(out: Path) -> dict[str, bytes]:
         join(on_cpu=True)

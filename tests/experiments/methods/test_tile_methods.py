@@ -8,13 +8,16 @@ import shutil
 
 import pytest
 import torch
-from test_methods import DENSITY, command, config_of, experiment, last_level
+from test_methods import DENSITY, command, config_of, experiment, gradients_of_plain_weights, last_level
 
+from rigsa import masks as ranking
+from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import base_fingerprint, load_masks, save_masks
 from rigsa.experiments.methods.registry import METHODS
+from rigsa.masks import erk_counts
 from rigsa.run import main
 from rigsa_kernels import SparsePattern, gated_linears
-from rigsa_kernels.tiles import grid_of, tile_size
+from rigsa_kernels.tiles import grid_of, tile_size, tile_sums
 
 IN_TILES = [name for name, method in METHODS.items() if method.reads("tile")]
 
@@ -24,10 +27,11 @@ def masks(method, model, run, level):  # type: ignore[no-untyped-def]
 
 
 def test_the_methods_that_take_tiles():
-    assert {"imp", "random-mask", "sift", "fisher", "sam", "rosa", "lt-sft", "super"} <= set(IN_TILES)
+    """A method with a density that is not among them is refused by name (test_config.py)."""
+    assert {name for name, method in METHODS.items() if method.reads("density")} - set(IN_TILES) == {"spiel"}
 
 
-@pytest.mark.parametrize(("method", "tile"), [("random-mask", "columns"), ("sift", "rows"), ("lt-sft", "4x8")])
+@pytest.mark.parametrize(("method", "tile"), [("random-mask", "columns"), ("sift", "rows"), ("diff-pruning", "4x8")])
 def test_a_run_trains_whole_tiles(method, tile, small_model_folder, tmp_path):
     config = config_of(method, small_model_folder, tile=tile, density=0.2)
     assert main(command(config, tmp_path / "run")) == 0
@@ -36,6 +40,45 @@ def test_a_run_trains_whole_tiles(method, tile, small_model_folder, tmp_path):
         assert len(pattern.tiles) == round(0.2 * math.prod(grid_of(pattern.shape, tile)))
     metrics = json.loads((last_level(tmp_path / "run") / "metrics.json").read_text())
     assert metrics["pruning"]["kept"] == metrics["free"]
+
+
+@pytest.mark.parametrize(("method", "tile"), [("smt", "4"), ("smt", "5x3"), ("spruft", "rows"), ("spruft", "columns")])
+def test_masks_from_gradients_take_the_tiles_of_the_largest_norm(method, tile, small_model_folder, tmp_path):
+    """Tile by tile, from gradients of the plain weights, in float64; a tile at an edge counts what it has."""
+    prepared = experiment(method, small_model_folder, tmp_path, tile=tile, density=0.2)
+    gradients = gradients_of_plain_weights(prepared, 2)
+    patterns, record = prepared.config.method.choose(prepared)
+    assert record["kept"] == sum(pattern.nnz for pattern in patterns.values())
+    for name, pattern in patterns.items():
+        mean, weight = torch.stack(gradients[name]).mean(0), prepared.model.get_submodule(name).weight.double()
+        score, (rows, columns) = mean if method == "smt" else weight * mean, tile_size(tile, pattern.shape)
+        norms = torch.stack([part.norm() for band in score.split(rows, 0) for part in band.split(columns, 1)])
+        best = norms.topk(round(0.2 * len(norms))).indices.sort().values
+        assert pattern.tiles.tolist() == best.tolist(), name
+
+
+def test_fault_tiles_ranked_by_their_sum(monkeypatch, small_model_folder, tmp_path):
+    monkeypatch.setattr(ranking, "norms_of_tiles", tile_sums)
+    with pytest.raises(AssertionError):
+        test_masks_from_gradients_take_the_tiles_of_the_largest_norm("smt", "4", small_model_folder, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["smt", "spruft"])
+def test_a_mask_of_tiles_needs_their_size(method, small_model_folder, tmp_path, capsys):
+    assert main([method, "--model", str(small_model_folder), "--tile", "", "--out", str(tmp_path / "run")]) == 1
+    assert f"--tile: expected the size of a tile for {method}, got " in capsys.readouterr().err
+
+
+def test_erk_shares_out_tiles(small_model_folder, tmp_path):
+    """As many of all tiles as the density says, more of them in layers whose grid is narrow."""
+    prepared = experiment("erk", small_model_folder, tmp_path, tile="4", density=0.2)
+    patterns, record = prepared.config.method.choose(prepared)
+    grids = {name: grid_of(pattern.shape, "4") for name, pattern in patterns.items()}
+    assert {name: len(pattern.tiles) for name, pattern in patterns.items()} == erk_counts(grids, 0.2)
+    assert sum(len(pattern.tiles) for pattern in patterns.values()) == round(0.2 * sum(map(math.prod, grids.values())))
+    assert record["kept"] == sum(pattern.nnz for pattern in patterns.values())
+    with pytest.raises(RigsaError, match="--tile: 64 prunes nothing, as no layer has more than 1 of such tiles"):
+        experiment("erk", small_model_folder, tmp_path, tile="64", density=0.99)
 
 
 def test_imp_prunes_tiles_to_tiles_and_a_control_matches_them(small_model_folder, tmp_path, capsys):
