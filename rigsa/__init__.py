@@ -26,7 +26,7 @@ Keep it
     save_adapter(model, folder)           one folder, without the base
     load_adapter(model, folder)           onto a bare base, or in place of the adapter that the model carries
     export_adapter(model, folder, to="supertuning")         for PEFT without this package; or shira, merged
-    write_card(model, folder, to, data=..., measured=...)   a model card for it: README.md and a figure
+    write_card(model, folder, to, measured={"loss": Measured(0.2)})   a model card for it: README.md and a figure
     import_adapter(model, folder)         what PEFT's SHiRA or Super-Tuning have trained, behind a gate of 1
 
 Under transformers.Trainer
