@@ -30,13 +30,18 @@ NOT_SHARED_BY_EQUAL_RUNS = {
     "report.csv",
 }  # they hold seconds and peak memory
 
+IMP_ONLY = [
+    "--prunings", "2", "--keep-fraction", "0.8", "--ticket-learning-rate", "0", "--ticket-alpha-learning-rate", "0",
+]  # fmt: skip
+"""Levels as in the paper; the options that a control does not take, or need not."""
+
 
 @pytest.fixture(scope="module")
 def options(small_model_folder: Path) -> list[str]:
     return [
         "--model", str(small_model_folder), "--preset", "smoke", "--dtype", "float32", "--device", "cpu",
-        "--max-steps", "6", "--prunings", "2", "--test-examples", "20", "--checkpoint-steps", "2", "--epochs", "1",
-        "--train-examples", "40", "--alpha-learning-rate", "0.1", "--eval-shots", "0,2",
+        "--max-steps", "6", *IMP_ONLY, "--test-examples", "20", "--checkpoint-steps", "2", "--epochs", "1",
+        "--train-examples", "40", "--learning-rate", "2e-3", "--alpha-learning-rate", "0.1", "--eval-shots", "0,2",
     ]  # fmt: skip
 
 
@@ -222,8 +227,7 @@ def test_interrupt_says_how_to_go_on(options, tmp_path):
 
 
 def test_random_mask_matches_every_layer_of_the_last_ticket(finished, options, tmp_path, capsys):
-    imp_only = options.index("--prunings")
-    own = options[:imp_only] + options[imp_only + 2 :]
+    own = without_prunings(options)
     runs = {}
     for seed in (0, 1):
         runs[seed] = tmp_path / f"random{seed}"
@@ -242,7 +246,7 @@ def test_random_mask_matches_every_layer_of_the_last_ticket(finished, options, t
 
 def without_prunings(options: list[str]) -> list[str]:
     at = options.index("--prunings")
-    return options[:at] + options[at + 2 :]
+    return options[:at] + options[at + len(IMP_ONLY) :]
 
 
 def test_a_ticket_is_trained_again_to_the_same_bits_and_from_other_initial_values(finished, options, tmp_path):
@@ -301,8 +305,7 @@ def test_a_level_that_is_not_there_cannot_be_matched(method, finished, options, 
 
 
 def test_random_mask_of_a_given_density(options, tmp_path):
-    imp_only = options.index("--prunings")
-    own = options[:imp_only] + options[imp_only + 2 :]
+    own = without_prunings(options)
     assert main(["random-mask", *own, "--density", "0.25", "--out", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "level_1" / "metrics.json").read_text())
     assert set(metrics["layer_density"].values()) == {0.25}
@@ -354,8 +357,7 @@ def test_unknown_model_and_data_are_named_and_leave_no_folder(options, tmp_path,
 
 
 def test_random_mask_without_a_run_to_match_is_refused(finished, options, tmp_path, capsys):
-    imp_only = options.index("--prunings")
-    own = ["random-mask", *options[:imp_only], *options[imp_only + 2 :], "--out", str(tmp_path / "run")]
+    own = ["random-mask", *without_prunings(options), "--out", str(tmp_path / "run")]
     assert "no run folder there" in failure([*own, "--match", str(tmp_path)], capsys)
     unfinished = shutil.copytree(finished, tmp_path / "unfinished")
     for level in (1, 2):
