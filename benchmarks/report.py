@@ -124,12 +124,16 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
 
 def _plot_curves(axis: str, providers: Mapping[str, list[tuple[float, float]]], file: Path) -> None:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(figsize=(6, 4))
     for name, points in providers.items():
         xs, ys = zip(*points, strict=True)
         label = f"{name}: exponent {exponent(xs, ys):.2f}" if len(points) > 1 else name
         axes.loglog(xs, ys, marker="o", label=label)
+    measured = sorted({x for points in providers.values() for x, _ in points})
+    axes.set_xticks(measured, [f"{x:,}" for x in measured])
+    axes.xaxis.set_minor_formatter(NullFormatter())  # or labels between powers of ten run into each other
     axes.set(xlabel=axis, ylabel="seconds")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14))  # clear of the curves
     axes.grid(True, which="both", alpha=0.3)

@@ -183,7 +183,8 @@ class Adapters:
 
     def _check(self, name: str) -> None:
         if name not in self.names:
-            raise ValueError(f"name: expected one of {', '.join(self.names) or 'none: add one first'}, got {name!r}")
+            known = f"one of {', '.join(self.names)}" if self.names else "an adapter that was added, and none was"
+            raise ValueError(f"name: expected {known}, got {name!r}")
 
     def _state(self, name: str) -> Mapping[str, LayerState]:
         return _to_host(snapshot(self.model)) if name == self.active else self._waiting[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import io
 import json
 import logging
@@ -108,7 +109,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for argument in rest:
         _refuse_of_others(argument.partition("=")[0], options)
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        known = [f"--{flag(name)}" for name in OPTIONS]
+        close = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1, cutoff=0.8)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return options
 
 

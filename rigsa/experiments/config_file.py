@@ -49,7 +49,9 @@ def load(folder: Path) -> Config:
     """The configuration of a run folder. Raises RigsaError where there is none or it does not fit this version."""
     path = folder / CONFIG_FILE
     values = _read(path)
-    name = values.pop("method", None)
+    if "method" not in values:
+        raise RigsaError(f"{path} is not the configuration of a run: it names no method")
+    name = values.pop("method")
     if not isinstance(name, str) or name not in METHODS:
         known = ", ".join(METHODS)
         raise RigsaError(f"{path} does not fit this version of rigsa: method: expected one of {known}, got {name!r}")

@@ -37,6 +37,8 @@ def run_inspect(sources: Sequence[Path], figure: Path) -> str:
 
 
 def _tickets_of(source: Path) -> dict[str, Patterns]:
+    if not source.is_dir():
+        raise RigsaError(f"{source}: no such folder")
     if (source / ADAPTER_CONFIG).exists():
         return {str(source): read_patterns(source)}
     if not (source / CONFIG_FILE).exists():

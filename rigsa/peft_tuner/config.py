@@ -103,6 +103,8 @@ class RigsaConfig(PeftConfig):
         is_new = self.layers is None
         if is_new and self.init == "gradient" and (self.batches is None or self.density is None):
             raise ValueError("init: 'gradient' needs batches and a density, got neither or one of them")
+        if is_new and self.init == "magnitude" and self.density is None:
+            raise ValueError("init: 'magnitude' needs a density, got none, by which every entry is free")
         if self.batches is not None and self.init != "gradient":
             raise ValueError(f"batches: expected none beside init={self.init!r}, which does not ask them")
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:

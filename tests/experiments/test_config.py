@@ -191,11 +191,14 @@ def test_numbers_of_steps_are_capped_and_need_a_batch():
         steps_per_level(paper(), 15)
 
 
-@pytest.mark.parametrize("argument", ["--learning-rat=1", "--turbo", "--levels=3"])
-def test_unknown_options_are_refused(argument, capsys):
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [("--learning-rat=1", " (did you mean --learning-rate?)"), ("--turbo", ""), ("--levels=3", "")],
+)
+def test_unknown_options_are_refused_and_a_close_one_is_named(argument, hint, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["imp", argument])
-    assert "unrecognized arguments" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {argument}{hint}\n")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_values_out_of_range_are_named(arguments, message, capsys):
         ("qlora", ["--quantize", "none"], "--quantize: expected nf4 for qlora, got none"),
         ("lora", ["--quantize", "nf4"], "--quantize: expected none for lora, got nf4"),
         ("full", ["--quantize", "nf4"], "--quantize: expected none for full, got nf4"),
-        ("imp", ["--density", "0.1", "--prunings", "0"], "--density: expected 0 without prunings"),
+        ("imp", ["--density", "0.1", "--prunings", "0"], "--density: expected 0 with --prunings 0, as only"),
         ("snip", ["--init-scale", "0"], "--init-scale 0: every score of snip would be 0"),
         ("grasp", ["--alpha-init", "0"], "--alpha-init 0: every score of grasp would be 0"),
         ("erk", ["--density", "0"], "--density: expected more than 0 for erk, got 0.0"),
@@ -285,6 +288,9 @@ def test_folders_that_are_no_run_are_refused(tmp_path):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"method": "imp", "turbo": 1}')
     with pytest.raises(RigsaError, match="does not fit this version of rigsa"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # the folder of a model
+    with pytest.raises(RigsaError, match=r"config\.json is not the configuration of a run: it names no method"):
         load(tmp_path)
     for name in ('"turbo"', "[]", "null"):
         (tmp_path / "config.json").write_text(f'{{"method": {name}}}')

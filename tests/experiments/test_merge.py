@@ -166,7 +166,7 @@ def test_what_cannot_be_compared_is_one_message(talking_run, tmp_path, capsys):
     figure = tmp_path / "figure.png"
     for arguments, message in [
         ([talking_run, tmp_path / "other"], "expected the model's gated layers"),
-        ([tmp_path / "nowhere"], "metrics.json is missing"),
+        ([tmp_path / "nowhere"], "nowhere: no such folder"),
         ([damaged], "does not fit metrics.json beside it"),
         ([talking_run, "--out", tmp_path / "figure.nothing"], "not supported"),
     ]:

@@ -209,6 +209,11 @@ def test_what_is_refused_changes_nothing(folders, name):
     assert_equal(before, state(adapters.model))
 
 
+def test_a_name_among_no_adapters_is_refused():
+    with pytest.raises(ValueError, match=r"^name: expected an adapter that was added, and none was, got '9'$"):
+        Adapters(make_llama()).use("9")
+
+
 def test_an_adapter_on_other_layers_is_refused(folders, tmp_path):
     save_adapter(replace_linears(make_llama(), "*mlp*"), tmp_path / "mlp")
     adapters = Adapters(adapted())

@@ -29,9 +29,8 @@ class Imp(Method):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        require(
-            config, "density", "0 without prunings, which alone lead to it", config.prunings > 0 or not config.density
-        )
+        reachable = config.prunings > 0 or not config.density
+        require(config, "density", "0 with --prunings 0, as only a pruning leads to a density", reachable)
         if config.init_scale == 0 and (config.criterion == "rigsa" or config.rewind != "init"):
             raise RigsaError(
                 "--init-scale 0: initial values have no signs to compare and nothing to rearrange; expected another "

@@ -74,22 +74,24 @@ def recognise_format(rows: Sequence[Row], source: str) -> str:
     if not rows:
         raise RigsaError(f"--data {source}: expected rows, got none")
     place, row = rows[0]
-    found = [name for name, (_, fits) in FORMATS.items() if fits(row)]
+    found = [name for name in FORMATS if _fits(row, name)]
     if len(found) != 1:
         fits = f"its columns fit {' and '.join(found)}; say which with --format" if found else "no format has them"
-        raise RigsaError(
-            f"--data: {place}: expected the columns of one of {', '.join(FORMATS)}; got {_columns(row)}: {fits}"
-        )
+        known = "; ".join(f"{name} ({_needed(name)})" for name in FORMATS)
+        raise RigsaError(f"--data: {place}: expected the columns of one format: {known}; got {_columns(row)}: {fits}")
     return found[0]
 
 
 def read_examples(rows: Sequence[Row], format_name: str) -> list[Example]:
     """Every row as an example. Raises RigsaError for the first that is none; its place is named."""
-    convert, fits = FORMATS[format_name]
+    convert, _ = FORMATS[format_name]
     examples = []
     for place, row in rows:
-        if not fits(row):
-            raise RigsaError(f"--data: {place}: expected the columns of the format {format_name}, got {_columns(row)}")
+        if not _fits(row, format_name):
+            raise RigsaError(
+                f"--data: {place}: expected the columns of the format {format_name} ({_needed(format_name)}), "
+                f"got {_columns(row)}"
+            )
         example = convert(row, place)
         _check(example)
         examples.append(example)
@@ -133,22 +135,24 @@ def _plain(row: dict[str, Any], place: str) -> Example:
     return Example(place, text=_text(row, "text", place))
 
 
-def _has(*columns: str) -> Callable[[dict[str, Any]], bool]:
-    return lambda row: all(row.get(column) is not None for column in columns)
+def _fits(row: dict[str, Any], format_name: str) -> bool:
+    _, choices = FORMATS[format_name]
+    return any(all(row.get(column) is not None for column in columns) for columns in choices)
 
 
-def _has_pair(row: dict[str, Any]) -> bool:
-    return _has("prompt", "completion")(row) or _has("question", "answer")(row)
+def _needed(format_name: str) -> str:
+    _, choices = FORMATS[format_name]
+    return " or ".join(" and ".join(columns) for columns in choices)
 
 
-FORMATS: dict[str, tuple[Callable[[dict[str, Any], str], Example], Callable[[dict[str, Any]], bool]]] = {
-    "messages": (_messages, _has("messages")),
-    "sharegpt": (_sharegpt, _has("conversations")),
-    "alpaca": (_alpaca, _has("instruction", "output")),
-    "prompt-completion": (_prompt_completion, _has_pair),
-    "text": (_plain, _has("text")),
+FORMATS: dict[str, tuple[Callable[[dict[str, Any], str], Example], tuple[tuple[str, ...], ...]]] = {
+    "messages": (_messages, (("messages",),)),
+    "sharegpt": (_sharegpt, (("conversations",),)),
+    "alpaca": (_alpaca, (("instruction", "output"),)),
+    "prompt-completion": (_prompt_completion, (("prompt", "completion"), ("question", "answer"))),
+    "text": (_plain, (("text",),)),
 }
-"""Name to how a row is read, and whether it has the columns."""
+"""Name to how a row is read, and the sets of columns of which it has to have one."""
 
 
 def _text(row: dict[str, Any], column: str, place: str) -> str:

@@ -106,6 +106,8 @@ def test_several_formats_need_to_be_told_apart(tmp_path):
     assert task_of(path, format="messages").format == "messages"
     with pytest.raises(RigsaError, match="expected rows, got none"):
         recognise_format([], "x")
+    with pytest.raises(RigsaError, match=r"alpaca \(instruction and output\).*\(prompt and completion or question"):
+        recognise_format([("x", {"input": "a"})], "x")
 
 
 USER, SAYS = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -118,8 +120,8 @@ TOOL = {"role": "tool", "content": "7"}
     [
         ("{", r"line 3: not JSON"),
         ("[1]", r"line 3: expected an object with columns, got \[1\]"),
-        ({"prompt": "a"}, r"line 3: expected the columns of the format messages, got prompt"),
-        ({"messages": None}, r"line 3: expected the columns of the format messages, got messages \(null\)"),
+        ({"prompt": "a"}, r"line 3: expected the columns of the format messages \(messages\), got prompt"),
+        ({"messages": None}, r"line 3: expected the columns of the format messages \(.*\), got messages \(null\)"),
         ({"messages": []}, r"line 3, column messages: expected a list of turns"),
         ({"messages": [SAYS, USER]}, r"line 3: roles out of order; expected system or user .*, got assistant"),
         ({"messages": [USER, USER, SAYS]}, r"line 3: roles out of order; expected assistant after user, got user"),
