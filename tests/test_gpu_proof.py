@@ -31,9 +31,9 @@ from benchmarks.gpu_proof.workers import spread
 from rigsa_kernels import gated_linear
 
 ROOT = Path(__file__).resolve().parents[1]
-MAY_BE_SKIPPED = {"sanitizer", "mnist"}
+MAY_BE_SKIPPED = {"sanitizer", "mnist", "liger"}
 """On a CPU, without data."""
-IF_INSTALLED = {"liger": "liger_kernel", "unsloth": "unsloth"}
+IF_INSTALLED = {"unsloth": "unsloth"}
 
 
 def in_an_hour(folder: Path, dry: bool = True) -> Setting:

@@ -109,13 +109,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for position, method in enumerate(METHODS):
             values: dict[str, Any] = {"seed": seed, **measured}
             if method == "imp":
-                values["prunings"] = 3
+                values |= {"prunings": 3, "density": 0.0}
             if METHODS[method].matches:
                 values["match"] = f"runs/imp-quickstart-seed{seed}"
             for rank in RANKS if method in ("lora", "qlora") else (8,):
                 config = make(method, **values, rank=rank)
                 levels = (3,) if METHODS[method].matches else None
-                write_run(folder / method / f"rank{rank}-seed{seed}", config, 80 + position, levels)
+                write_run(folder / method / f"rank{rank}-seed{seed}", config, 70 + position, levels)
     write(folder / "broken" / "failed.json", {"exit_code": 1, "message": "rigsa: training <diverged> at step 7"})
     write(folder / "begun" / "config.json", make("imp", seed=9, **measured).record())
     return folder
