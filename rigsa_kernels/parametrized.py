@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from ._ops import ops as operators
 from .in_place import optimizer_steps
-from .linear import GatedSparseLinear
+from .linear import NO_CAPTURE, GatedSparseLinear
 from .snapshot import Snapshot
 
 PREFIX = "rigsa_"
@@ -111,12 +111,22 @@ class GatedSparseWeight(GatedSparseLinear):
         if torch.compiler.is_compiling():
             return cast(Tensor, operators.compose(self.weight, values, alpha, self.pattern.tensors))
         made = self._made
-        if made is None or made[0] != optimizer_steps() or not made[1].is_of(*self._trio()):
+        is_stale = made is None or made[0] != optimizer_steps() or not made[1].is_of(*self._trio())
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._check_capture(is_stale)
+        if made is None or is_stale:
             self._made = None  # or it would be kept beside the new one
             with torch.inference_mode(False), torch.no_grad():
                 made = optimizer_steps(), Snapshot(*self._trio()), self._composed(self.weight.detach())
             self._made = made
         return made[2]
+
+    def _check_capture(self, is_stale: bool) -> None:
+        """Raises RuntimeError where a replay would read an old matrix, or where nobody would have made it."""
+        if self.training:
+            raise RuntimeError(NO_CAPTURE)
+        if is_stale:
+            self._refuse_preparing()
 
     def _start(self) -> None:
         super()._start()

@@ -184,8 +184,11 @@ def save_adapter(model: nn.Module, path: Path) -> None:
 def load_adapter(model: nn.Module, path: Path) -> None:
     """Load a file of `save_adapter` into a model that carries the adapter and whose layers have its pattern.
 
+    The file holds no pattern: its folder has it in a file of its own, which the caller puts on the model first.
+
     Raises:
-        RigsaError: the file is missing, damaged, of another base model or another pattern. The model is unchanged.
+        RigsaError: the file is missing, damaged, of another base model or of a pattern with another number of entries.
+            The model is unchanged.
     """
     wanted = trained_parameters(model)
     saved = read_adapter(model, path, {name: tuple(parameter.shape) for name, parameter in wanted.items()})

@@ -54,8 +54,8 @@ class AdapterEightBits(AdapterLinear):
         return dequantize_bnb_weight(layer.weight, state=layer.state).float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer in 8 bits computes, and the adapter's part."""
+        """What the layer in 8 bits computes, and the adapter's part. The hooks of both are the same, and run once."""
         if self._awaited is not None:
             self._take_saved()
-        y = self._eight_bits(x)
+        y = self._eight_bits.forward(x)
         return add_adapter(y, x.to(y.dtype), self.rigsa_values, self.rigsa_alpha, self.pattern)

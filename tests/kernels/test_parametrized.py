@@ -356,3 +356,31 @@ def test_where_16_bits_round_a_read_weights_adapter_away_that_is_said(make):
     wide = replace_linears(make(), alpha_init=1e-6)
     assert "in 16 bits" not in adapter_summary(wide)
     assert verify_adapted(wide, IDS) == {}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_capture_that_is_refused_prepares_nothing(training, monkeypatch):
+    """What runs in a capture is recorded and not done, so a matrix that is made there holds nothing."""
+    model = gpt2().train(training)
+    replace_linears(model, alpha_init=0.5)
+    layer = next(iter(weights(model).values()))
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            before = layer._made
+            with pytest.raises(RuntimeError, match="cannot be captured" if training else "expected a pass"):
+                layer()
+            assert layer._made is before
+        made = layer()
+        torch.testing.assert_close(made, (layer.weight + layer.rigsa_alpha * layer.delta()).view_as(made))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            if training:  # a replay would read the matrix of the values that an optimiser has replaced since
+                with pytest.raises(RuntimeError, match="cannot be captured"):
+                    layer()
+            else:
+                assert torch.equal(layer(), made)
+        with torch.no_grad():
+            layer.rigsa_values.mul_(2)

@@ -841,7 +841,11 @@ def test_a_base_in_eight_bits_is_trained_and_refuses_to_merge(tmp_path, density,
     asked = {"batches": BATCHES} if init == "gradient" else {}
     model = get_peft_model(base(use_gradient_checkpointing=True), config(density=density, init=init, **asked))
     layer = model.base_model.model.model.layers[0].mlp.up_proj
-    adapter, x = layer.adapters["default"], torch.randn(3, 64)
+    adapter, x, seen = layer.adapters["default"], torch.randn(3, 64), []
+    hook = layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    layer(x)
+    assert len(seen) == 1
+    hook.remove()
     added = adapter.rigsa_alpha * F.linear(x, adapter.delta())
     torch.testing.assert_close(layer(x), layer.base_layer(x) + added)
     trained(model)
