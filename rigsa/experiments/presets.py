@@ -46,6 +46,7 @@ def quickstart(method: str = "imp", device: str = "auto") -> Config:
         eval_batch_size=32,
         source_tasks="",
         checkpoint_steps=100,
+        scale_rates=METHODS[method].reads("scale_rates"),
         **{"learning_rate": 2e-3, "alpha_learning_rate": 2e-2, **METHODS[method].quickstart},
     )
 

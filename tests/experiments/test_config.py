@@ -45,7 +45,7 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "numerics": "auto",
         "prunings": 4, "keep_fraction": 0.8, "criterion": "rigsa", "rewind": "init",
         "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
-        "ticket_learning_rate": 0.0, "ticket_alpha_learning_rate": 0.0,
+        "scale_rates": False, "ticket_learning_rate": 0.0, "ticket_alpha_learning_rate": 0.0,
         "match": "", "match_level": 0, "init_seed": -1, "density": 0.0, "gradient_share": 0.3, "l0_penalty": 1.25e-7,
         "mask_examples": 64, "tile": "", "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
@@ -309,21 +309,36 @@ def test_initial_values_of_the_control_have_another_seed():
         parse("random-mask", "--density", "0.1", "--match-level", "1")
 
 
+def rates(config: Config, level: int, density: float) -> tuple[float, float]:
+    found = config.at_level(level, density)
+    assert dataclasses.replace(
+        found, learning_rate=config.learning_rate, alpha_learning_rate=config.alpha_learning_rate
+    ) == config  # fmt: skip
+    return found.learning_rate, found.alpha_learning_rate
+
+
 def test_a_ticket_trains_by_rates_of_its_own_where_it_has_some():
-    options = ["--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--ticket-learning-rate", "0.3"]
-    config = parse("imp", *options, "--ticket-alpha-learning-rate", "0")
-    assert config.at_level(0) == config
-    assert (config.at_level(1).learning_rate, config.at_level(1).alpha_learning_rate) == (0.3, 0.2)
-    config = parse("random-mask", "--density", "0.1", "--ticket-alpha-learning-rate", "0.4")
-    assert config.at_level(1) == dataclasses.replace(config, alpha_learning_rate=0.4)
+    options = ["--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--no-scale-rates"]
+    assert rates(parse("imp", *options), 1, 0.25) == (0.1, 0.2)
+    assert rates(parse("imp", *options, "--ticket-learning-rate", "0.3"), 1, 0.25) == (0.3, 0.2)
+    assert rates(parse("imp", *options, "--ticket-alpha-learning-rate", "0.3", "--scale-rates"), 1, 0.25) == (0.2, 0.3)
 
 
-def test_the_quickstarts_ticket_is_the_papers_and_its_control_is_trained_as_it_is():
-    ticket, control = parse("imp").at_level(1), parse("random-mask").at_level(1)
-    assert ticket.density == PAPER_DENSITY
-    rates = [(config.learning_rate, config.alpha_learning_rate) for config in (ticket, control)]
-    assert rates[0] == rates[1] == (2e-2, 1e-1)
-    assert parse("imp").at_level(0).learning_rate == 2e-3
+def test_the_rates_of_a_ticket_grow_with_the_square_root_of_what_is_pruned():
+    options = ["--learning-rate", "0.1", "--alpha-learning-rate", "0.2"]
+    config = parse("imp", *options)
+    assert rates(config, 0, 1.0) == (0.1, 0.2)
+    assert rates(config, 1, 0.25) == (0.2, 0.4)
+    assert rates(config, 2, 0.01) == pytest.approx((1.0, 2.0))
+    assert rates(parse("imp", "--preset", "paper", *options), 2, 0.01) == (0.1, 0.2)
+
+
+@pytest.mark.parametrize("control", ["random-mask", "reinit", "erk", "snip", "grasp"])
+def test_the_quickstarts_ticket_is_the_papers_and_its_controls_are_trained_as_it_is(control):
+    assert parse("imp").density == PAPER_DENSITY
+    assert rates(parse("imp"), 0, 1.0) == (2e-3, 2e-2)
+    assert rates(parse(control), 1, PAPER_DENSITY) == rates(parse("imp"), 1, PAPER_DENSITY)
+    assert rates(parse("imp"), 1, PAPER_DENSITY) == pytest.approx((1.075e-2, 1.075e-1), rel=1e-3)
 
 
 def test_the_density_of_a_preset_yields_to_what_is_given_for_the_prunings():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config, Gates, Look, Method, Pruning, Tickets, fields_of, require
-from rigsa.experiments.methods.ticket import PAPER_DENSITY, TICKET_RATES
+from rigsa.experiments.methods.ticket import PAPER_DENSITY
 from rigsa.masks import PruneCounts, TrainedLayer, prune
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.select import count_bits
@@ -158,6 +158,6 @@ IMP = Imp(
     help="iterative magnitude pruning: train the dense adapter, prune it to tickets, train each (RIGSA)",
     options=(*fields_of(Gates), *fields_of(Pruning), *fields_of(Tickets), "ranking", "density", "tile"),
     look=Look("blue", "o", "solid", by_level=True),
-    quickstart={"density": PAPER_DENSITY, **{f"ticket_{name}": rate for name, rate in TICKET_RATES.items()}},
+    quickstart={"density": PAPER_DENSITY},
     is_reference=True,
 )

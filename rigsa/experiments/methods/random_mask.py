@@ -13,7 +13,6 @@ from rigsa.experiments.adapter import load_ticket
 from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of
 from rigsa.experiments.methods import matched
 from rigsa.experiments.methods.matched import Matched, matched_folder, matched_level
-from rigsa.experiments.methods.ticket import TICKET_RATES
 from rigsa.masks import random_patterns
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.tiles import grid_of
@@ -80,6 +79,5 @@ RANDOM_MASK = RandomMask(
     help="the control: one level whose ticket is drawn at random, as dense as an imp run's last one",
     options=(*fields_of(Gates), *fields_of(Tickets), *matched.OPTIONS, "density", "tile"),
     look=Look("red", "s", (0, (5, 2)), by_level=True),
-    quickstart=TICKET_RATES,
     matches="imp",
 )
