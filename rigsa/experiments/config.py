@@ -578,6 +578,11 @@ class Method(abc.ABC):
             same_sign_share: of a level's entries, those that a pruning may keep.
         """
 
+    def ticket_fields(self, config: Config) -> frozenset[str]:
+        """Fields that its level 0 does not depend on, as only its tickets read them: runs that differ in no others
+        have the same level 0. Empty where there is no ticket after it."""
+        return frozenset()
+
     def known_densities(self, config: Config) -> dict[int, float] | None:
         """The same where another run's files say it; None where nothing is known before.
 

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
 
 
+TICKET_FIELDS = frozenset((*fields_of(Pruning), *fields_of(Tickets), "ranking", "density", "tile")) - {
+    "rewind_step", "early_bird_steps", "early_bird_distance",
+}  # fmt: skip
+"""What only tickets read. Level 0 writes down the step that they are rewound to, and may end early."""
+
+
 class Imp(Method):
     """Levels 0 to ``config.prunings``. A finished step is never done again, a started one goes on where it stopped."""
 
@@ -60,6 +66,10 @@ class Imp(Method):
 
     def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
         return ticket_densities(config, same_sign_share, config.prunings)
+
+    def ticket_fields(self, config: Config) -> frozenset[str]:
+        """An early bird ends level 0 by the mask that would be drawn."""
+        return frozenset(fields_of(Tickets)) if config.early_bird_steps else TICKET_FIELDS
 
     def run(self, experiment: Experiment) -> None:
         from rigsa.experiments.methods.rewinding import rewind  # here: reports import this file, and no transformers
