@@ -162,8 +162,8 @@ class Pruning:
     keep_fraction: float = _field(
         0.8,
         "share of the eligible (under criterion rigsa: same-sign) entries kept by a pruning; only 'kept' gives the "
-        "paper's 3.46 %",
-        SHARE,
+        "paper's 3.46 %; 0: what leads to --density",
+        SHARE_OR_0,
     )
     criterion: str = _field(
         "rigsa",

@@ -1,4 +1,4 @@
-"""Whole runs on a model of 40 kB: what lands in the folder, what a rerun does, and what interruption cannot break."""
+"""Whole runs on a model of 70 kB: what lands in the folder, what a rerun does, and what interruption cannot break."""
 
 import json
 import os

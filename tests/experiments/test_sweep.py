@@ -1,4 +1,4 @@
-"""The queue of a sweep with a runner that only writes results, and one real sweep on a model of 40 kB."""
+"""The queue of a sweep with a runner that only writes results, and one real sweep on a model of 70 kB."""
 
 import dataclasses
 import os

@@ -37,6 +37,13 @@ class Imp(Method):
         super().check(config)
         reachable = config.prunings > 0 or not config.density
         require(config, "density", "0 with --prunings 0, as only a pruning leads to a density", reachable)
+        if config.keep_fraction and config.density:
+            raise RigsaError(
+                f"--keep-fraction {config.keep_fraction} and --density {config.density}: both say how much prunings "
+                "keep; give one of them"
+            )
+        if config.prunings and not config.density:
+            require(config, "keep_fraction", "more than 0, or a --density", config.keep_fraction > 0)
         if config.init_scale == 0 and (config.criterion == "rigsa" or config.rewind != "init"):
             raise RigsaError(
                 "--init-scale 0: initial values have no signs to compare and nothing to rearrange; expected another "
@@ -158,6 +165,6 @@ IMP = Imp(
     help="iterative magnitude pruning: train the dense adapter, prune it to tickets, train each (RIGSA)",
     options=(*fields_of(Gates), *fields_of(Pruning), *fields_of(Tickets), "ranking", "density", "tile"),
     look=Look("blue", "o", "solid", by_level=True),
-    quickstart={"density": PAPER_DENSITY},
+    quickstart={"density": PAPER_DENSITY, "keep_fraction": 0.0},
     is_reference=True,
 )

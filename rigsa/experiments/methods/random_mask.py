@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import load_ticket
-from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of
+from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of, flag
 from rigsa.experiments.methods import matched
 from rigsa.experiments.methods.matched import Matched, matched_folder, matched_level
 from rigsa.masks import random_patterns
@@ -26,8 +26,9 @@ class RandomMask(Matched):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        if config.density and config.match_level:
-            raise RigsaError("--match-level and --density: give one of them")
+        for name in ("match", "match_level"):
+            if config.density and getattr(config, name):
+                raise RigsaError(f"--{flag(name)} and --density: give one of them")
 
     def levels(self, config: Config) -> tuple[int, ...]:
         return (1,) if config.density else ()

@@ -132,7 +132,7 @@ def level_figure(report: Report) -> Drawing:
             places = [(last + 1 + index, setting) for index, setting in enumerate(others)]
             for place, setting in places:
                 value = setting.estimate(measure, setting.final)
-                _plot(axes, [] if value is None else [(place, value)], _look_of(report, setting), None)
+                _plot(axes, [] if value is None else [(place, value)], _look_of(report, setting), setting.label)
             if series and others:
                 axes.axvline(last + 0.5, color="0.6", linewidth=0.8)
             name = "level {}" if others else "{}"
@@ -261,7 +261,8 @@ def all_series(report: Report) -> list[Series]:
 
     The setting that others are compared with comes first, and so has the plain look of its method.
     """
-    groups = group([setting.config for setting in report.settings], ignore=("rank",))
+    firsts = [setting.runs[0] for setting in report.settings]
+    groups = group([run.config for run in firsts], ignore=("rank",), tickets=[run.ticket for run in firsts])
     groups.sort(key=lambda one: report.reference not in [report.settings[index] for index in one.members])
     seen: dict[str, int] = {}
     series = []
@@ -374,9 +375,11 @@ def _legend(figure: Figure, panels: Sequence[Panel]) -> None:
     if len(panels) > 1 and len(panels) % 2:
         spare = figure.add_subplot((len(panels) + 1) // 2, 2, len(panels) + 1)
         spare.axis("off")
-        spare.legend(handles, labels, loc="lower center" if len(labels) > 8 else "center")
+        spare.legend(handles, labels, loc="lower center" if len(labels) > 8 else "center", ncols=1 + len(labels) // 12)
     else:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+        columns = min(3, len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(labels) // columns) - 1))  # panels keep their size
 
 
 def _interval_note(report: Report) -> str:

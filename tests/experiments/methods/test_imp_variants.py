@@ -1,4 +1,4 @@
-"""Variants of imp on a model of 40 kB: other criteria and starts, an early step, levels that end when masks settle."""
+"""Variants of imp on a model of 70 kB: other criteria and starts, an early step, levels that end when masks settle."""
 
 import json
 import shutil

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -109,7 +110,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for position, method in enumerate(METHODS):
             values: dict[str, Any] = {"seed": seed, **measured}
             if method == "imp":
-                values |= {"prunings": 3, "density": 0.0}
+                values |= {"prunings": 3, "density": 0.0, "keep_fraction": 0.8}
             if METHODS[method].matches:
                 values["match"] = f"runs/imp-quickstart-seed{seed}"
             for rank in RANKS if method in ("lora", "qlora") else (8,):
@@ -272,6 +273,29 @@ def test_differences_are_paired_by_seed(tmp_path):
     table = comparison_table(read_report([tmp_path]))
     assert table.rows[0] == ["0-shot (%)", "full", "3", "+2.00", "-0.48 to +4.48", "0.074"]
     assert table.rows[1][2:] == ["3", "+0.000", "+0.000 to +0.000", "1.000"]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_controls_are_paired_by_what_their_configurations_say(tmp_path, moved):
+    """Whatever the folders are called, also where they were moved together after they were made."""
+    made = tmp_path / "made"
+    for seed, name in enumerate(("first", "2nd", "tuesday")):
+        write_run(made / name, make("imp", seed=seed))
+        write_run(made / f"{name}-apart", make("imp", seed=seed, prunings=2))
+        for method in ("random-mask", "reinit"):
+            for matched in (name, f"{name}-apart"):
+                control = make(method, seed=seed, match=str(made / matched))
+                write_run(made / f"{method} of {matched}", control, levels=(1,))
+    if moved:
+        made = made.rename(tmp_path / "moved")
+    report = read_report([made])
+    assert [len(setting.runs) for setting in report.settings] == [3] * 6
+    for setting in report.settings[2:]:
+        assert {run.path.name.endswith("-apart") for run in setting.runs} == {setting.label.endswith("-apart)")}
+    rows = [row for row in comparison_table(report).rows if "random-mask" in row[1] or "reinit" in row[1]]
+    assert rows
+    assert all(row[2] == "3" for row in rows)
+    assert [len(one.points) for one in figures.all_series(report)] == [2, 3, 1, 1, 1, 1]
 
 
 def test_a_difference_of_one_pair_is_honest(tmp_path):
@@ -474,6 +498,23 @@ def test_labels_of_figures_do_not_overlap(sweep):
             for index, box in enumerate(boxes):
                 for other in boxes[index + 1 :]:
                     assert not box.padded(-1).overlaps(other), drawing.file
+
+
+FEW = ("imp", "random-mask", "lt-sft", "lora", "qlora")
+
+
+@pytest.mark.parametrize(("names", "seeds"), [(FEW, 1), (FEW, 3), (tuple(METHODS), 1)])
+def test_every_method_is_named_beside_its_marker(tmp_path, names, seeds):
+    for seed, method in itertools.product(range(seeds), names):
+        write_run(tmp_path / f"{method}{seed}", make(method, seed=seed))
+    for drawing in figures.drawings(read_report([tmp_path]), None):
+        drawing.figure.canvas.draw()
+        legends = [*drawing.figure.legends, *(axes.get_legend() for axes in drawing.figure.axes if axes.get_legend())]
+        named = {text.get_text().removesuffix(", final level") for legend in legends for text in legend.get_texts()}
+        ranked = {name for name in names if METHODS[name].reads("rank") or METHODS[name].look.by_level}
+        assert named - {"untrained", "untrained, 4 bits"} == (ranked if drawing.file == "figure_3.png" else set(names))
+        for axes in drawing.figure.axes:
+            assert axes.get_window_extent().height / drawing.figure.dpi > 1.5, "the legend leaves no room"
 
 
 def test_series_join_levels_and_ranks(sweep):
