@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ class Panel:
     axes: Axes
     measure: Measure
     lowest: bool
+
+
+SIZES = ("rank", "density", "match")
+"""Fields that say how much is trained: settings that differ in these alone are one line by trained numbers."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def _headline(report: Report) -> str:
 
 def size_figure(report: Report) -> Drawing:
     """Figure 4: accuracy on the target task by trained numbers."""
-    series = all_series(report)
+    series = all_series(report, SIZES)
     measure = report.accuracies[0]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, max(3.8, 0.19 * len(series) + 1)), layout="constrained")
@@ -215,7 +219,7 @@ def size_figure(report: Report) -> Drawing:
 
 def density_figure(report: Report) -> Drawing:
     """Figure 5: accuracy on the target task by level and by density."""
-    series = all_series(report)
+    series = all_series(report, SIZES)
     measure = report.accuracies[0]
     levelled = [one for one in series if one.points[0][0].config.method.look.by_level]
     with matplotlib.rc_context(STYLE):
@@ -223,7 +227,9 @@ def density_figure(report: Report) -> Drawing:
         figure = Figure(figsize=(9, 3.4 + 0.2 * legend_rows), layout="constrained")
         by_level, by_density = figure.subplots(1, 2, sharey=True)
         for one in levelled:
-            _plot(by_level, [(level, value) for _, level, value in one.values(measure)], one.look, None)
+            for setting in {id(setting): setting for setting, _ in one.points}.values():
+                points = [(level, value) for owner, level, value in one.values(measure) if owner is setting]
+                _plot(by_level, points, one.look, None)
         for one in series:
             _plot(by_density, _by(one, measure, "density"), one.look, one.label)
         _baselines(by_level, report, measure, labelled=False)
@@ -256,19 +262,19 @@ def drawings(report: Report, images: Images | None) -> list[Drawing]:
     ]  # fmt: skip
 
 
-def all_series(report: Report) -> list[Series]:
-    """Every setting once: levels of a setting on one line, and settings that differ in nothing but the rank.
+def all_series(report: Report, joined: Collection[str] = ("rank",)) -> list[Series]:
+    """Every setting once: levels of a setting on one line, and settings that differ in nothing but `joined` fields.
 
     The setting that others are compared with comes first, and so has the plain look of its method.
     """
     firsts = [setting.runs[0] for setting in report.settings]
-    groups = group([run.config for run in firsts], ignore=("rank",), tickets=[run.ticket for run in firsts])
+    groups = group([run.config for run in firsts], joined, [run.ticket for run in firsts])
     groups.sort(key=lambda one: report.reference not in [report.settings[index] for index in one.members])
     seen: dict[str, int] = {}
     series = []
     for one in groups:
         settings = [report.settings[index] for index in one.members]
-        settings.sort(key=lambda setting: setting.config.rank)
+        settings.sort(key=lambda setting: (setting.config.rank, setting.config.density))
         method = settings[0].config.method
         variant = seen.get(method.name, 0)
         seen[method.name] = variant + 1
@@ -288,13 +294,14 @@ def _look_of(report: Report, setting: Setting) -> dict[str, Any]:
 
 
 def _by(series: Series, measure: Measure, what: str) -> list[tuple[float, Estimate]]:
-    """Points by density, in per cent, or by trained numbers, each a mean over seeds."""
-    points = []
+    """Points by density, in per cent, or by trained numbers, each a mean over seeds; one for a level 0 that settings
+    share."""
+    points: dict[float, Estimate] = {}
     for setting, level, value in series.values(measure):
         found = setting.at(level).values()
         sizes = [float(trainable(one)) if what == "trained numbers" else 100 * one["density"] for one in found]
-        points.append((estimate(sizes).mean, value))
-    return points
+        points[estimate(sizes).mean] = value
+    return list(points.items())
 
 
 def _tick(axes: Axes, values: Sequence[float]) -> None:

@@ -76,7 +76,7 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def group(
-    configs: Sequence[Config], ignore: Collection[str] = (), tickets: Sequence[Config | None] | None = None
+    configs: Sequence[Config], joined: Collection[str] = (), tickets: Sequence[Config | None] | None = None
 ) -> list[Group]:
     """Settings in the order of `METHODS`, then of the values they differ in.
 
@@ -84,14 +84,14 @@ def group(
 
     Args:
         configs: of the runs.
-        ignore: fields that part no settings either; what they hold does not matter.
+        joined: fields whose values part no settings either, but only whether they have one.
         tickets: of each run that is matched to another's ticket, the configuration of that other run; None where it is
             not known, so that the name of its folder has to tell.
     """
     members: dict[tuple[tuple[str, Any], ...], list[int]] = {}
     matched = _matched(configs, [None] * len(configs) if tickets is None else tickets)
     for index, (config, name) in enumerate(zip(configs, matched, strict=True)):
-        members.setdefault(tuple(_setting(config, ignore, name).items()), []).append(index)
+        members.setdefault(tuple(_setting(config, joined, name).items()), []).append(index)
     found = []
     for key, indices in members.items():
         setting = dict(key)
@@ -116,11 +116,13 @@ def _matched(configs: Sequence[Config], tickets: Sequence[Config | None]) -> lis
     return found
 
 
-def _setting(config: Config, ignore: Collection[str], matched: str) -> dict[str, Any]:
+def _setting(config: Config, joined: Collection[str], matched: str) -> dict[str, Any]:
     """The method and the fields that it reads, without the seed, and with `matched` for the run it is matched to."""
-    names = [name for name in OPTIONS if config.method.reads(name) and name not in ("seed", *MEASURING, *ignore)]
-    setting = {"method": config.method} | {name: getattr(config, name) for name in names}
-    return setting | ({"match": matched} if "match" in setting else {})
+    names = [name for name in OPTIONS if config.method.reads(name) and name not in ("seed", *MEASURING)]
+    values = {name: matched if name == "match" else getattr(config, name) for name in names}
+    return {"method": config.method} | {
+        name: bool(value) if name in joined else value for name, value in values.items()
+    }
 
 
 def _label(method: Method, differing: Mapping[str, Any]) -> str:

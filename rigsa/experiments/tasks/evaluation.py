@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from rigsa.experiments.tasks.task import IGNORED, Batch, Samples, num_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_LOGITS = 2**27
 """In one pass of a test: 512 MiB in float32, and as much again for the cross-entropy."""

@@ -58,7 +58,7 @@ def write_run(folder: Path, config: Config, accuracy: float = 90.0, levels: tupl
 
 
 def write_level(folder: Path, config: Config, level: int, accuracy: float, chance: random.Random) -> None:
-    density = 0.43**level
+    density = config.density if level and config.density else 0.43**level
     sizes: dict[str, Any] = {"density": density, "free": round(density * WEIGHTS), "weights": WEIGHTS}
     sizes["trainable"] = sizes["free"] + 210
     if not config.method.gated:
@@ -220,7 +220,7 @@ def test_table_of_one_run_is_the_readmes(tmp_path):
         "seconds", "peak memory",
     ]  # fmt: skip
     assert table.rows[0][:3] == ["imp", "untrained", ""]
-    assert table.rows[2][:6] == ["imp", "1", "43.00%", "53.9%", "539", "45,652,378"]
+    assert table.rows[2][:6] == ["imp", "1", "3.46%", "53.9%", "539", "3,673,424"]
     assert table.rows[2][-2:] == ["360", "4.00 GiB"]
     assert table.markdown().count("| imp |") == 3
 
@@ -522,6 +522,22 @@ def test_series_join_levels_and_ranks(sweep):
     assert series.keys() == set(METHODS)
     assert [level for _, level in series["imp"].points] == [0, 1, 2, 3]
     assert [setting.config.rank for setting, _ in series["qlora"].points] == list(RANKS)
+
+
+def test_tickets_of_several_densities_and_their_controls_are_one_line_each_by_density(tmp_path):
+    for density, seed in itertools.product((0.2, 0.01), range(2)):
+        name = f"imp-density{density}-seed{seed}"
+        write_run(tmp_path / name, make("imp", seed=seed, density=density, keep_fraction=0.0, prunings=1))
+        control = make("random-mask", seed=seed, match=str(tmp_path / name))
+        write_run(tmp_path / f"random-{name}", control, levels=(1,))
+        write_run(tmp_path / f"uniform-{name}", make("random-mask", seed=seed, density=density))
+    report = read_report([tmp_path])
+    assert len(report.settings) == 6
+    series = {one.label: one for one in figures.all_series(report, figures.SIZES)}
+    assert series.keys() == {"imp", "random-mask (match off, density on)", "random-mask (match on, density off)"}
+    by_density = [at for at, _ in figures._by(series["imp"], report.accuracies[0], "density")]
+    assert sorted(by_density) == pytest.approx([1, 20, 100])  # level 0 once
+    assert all(len({id(setting) for setting, _ in one.points}) == 2 for one in series.values())
 
 
 def test_what_an_early_end_saved_is_in_the_table(tmp_path):
