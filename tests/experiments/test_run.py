@@ -268,7 +268,8 @@ def test_a_ticket_is_trained_again_to_the_same_bits_and_from_other_initial_value
 @pytest.mark.parametrize("criterion", ["rigsa", "large_final"])
 def test_tickets_of_a_density_that_is_asked_for(criterion, options, tmp_path):
     run = tmp_path / "run"
-    assert main(["imp", *options, "--density", "0.09", "--criterion", criterion, "--out", str(run)]) == 0
+    asked = [*options, "--keep-fraction", "0", "--density", "0.09", "--criterion", criterion]
+    assert main(["imp", *asked, "--out", str(run)]) == 0
     for level, density in ((1, 0.3), (2, 0.09)):
         metrics = json.loads((run / f"level_{level}" / "metrics.json").read_text())
         assert abs(metrics["free"] - density * metrics["weights"]) <= len(metrics["layer_density"]) / 2
