@@ -16,6 +16,7 @@ import torch.nn as nn
 from safetensors import safe_open
 from torch import Tensor
 
+from rigsa import saving
 from rigsa.peft_format import CONFIG_FILE, CONTAINER, PARTS, PREFIX, TENSORS_FILE, parse_layer
 from rigsa.record import MOST_BYTES, from_json
 from rigsa.saving import naming
@@ -82,6 +83,10 @@ def import_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.exists():
+        if not folder.exists():
+            raise ValueError("there is no such folder")
+        if (folder / saving.CONFIG_FILE).exists():
+            raise ValueError(f"save_adapter wrote it ({saving.CONFIG_FILE}); write rigsa.load_adapter(model, folder)")
         raise ValueError(f"it has no {CONFIG_FILE}, which PEFT's save_pretrained writes")
     with open_regular(path, MOST_BYTES) as file:
         config = from_json(file.read())

@@ -277,6 +277,8 @@ def _read_config(folder: Path) -> tuple[Record, dict[str, Any]]:
     if not path.exists():
         if (folder / peft_format.CONFIG_FILE).exists():
             raise ValueError(f"PEFT saved it ({peft_format.CONFIG_FILE}); write rigsa.import_adapter(model, folder)")
+        if not folder.exists():
+            raise ValueError("there is no such folder")
         raise ValueError(f"it has no {CONFIG_FILE}, which save_adapter(model, folder) writes")
     with open_regular(path, MOST_BYTES) as file:
         config = from_json(file.read())

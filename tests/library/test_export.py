@@ -27,6 +27,7 @@ from rigsa import (
     load_adapter,
     prune,
     replace_linears,
+    save_adapter,
 )
 from rigsa.export import _sparsity
 
@@ -262,6 +263,16 @@ def test_an_adapter_of_peft_becomes_a_gated_one(base, of_peft):
     prune(model, 0.5, "large_final", rewind="none")
     with pytest.raises(ValueError, match="bare base model"):
         import_adapter(model, folder)
+
+
+def test_a_folder_that_is_missing_or_of_the_other_kind_is_said_with_what_reads_it(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for load in load_adapter, import_adapter:
+        with pytest.raises(RigsaError, match="there is no such folder"):
+            load(model, tmp_path / "nowhere")
+    save_adapter(replace_linears(AutoModelForCausalLM.from_pretrained(base)), tmp_path)
+    with pytest.raises(RigsaError, match=r"save_adapter wrote it .* rigsa\.load_adapter"):
+        import_adapter(model, tmp_path)
 
 
 def damage(key, change):
