@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
 SWEEP = "methods x seeds x settings: run folders one after another, on one machine or in shards, and their report"
 COMPARE = "several methods on your own data with one budget, and a table that says which to take"
+REPORT = "tables and figures from run folders alone"
 CHAT = "talk to the adapted model of a run, and show it its test examples"
 EXPORT = "the trained adapter of a run for those who do not have this package, or a merged model"
 MERGE = "write the plain model that a run or a saved adapter makes of its base, for anything that loads such models"
@@ -104,17 +105,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for argument in sys.argv[1:] if arguments is None else arguments:
         if argument.startswith("--") and argument.endswith("=--"):  # argparse would drop the value, and fail on that
             raise RigsaError(f"{argument[:-3]}: expected a value, got '--'")
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = build_parser().parse_known_args(arguments)
     if options.command in (run_method, run_plan):  # a plan has the options of all methods
         given = [f"--{flag(name)}" for name in given_fields(options)]
         for argument in (*given, *rest):
             _refuse_of_others(argument.partition("=")[0], options.method)
     if rest:
-        known = [f"--{flag(name)}" for name in OPTIONS]
-        close = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1, cutoff=0.8)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        options.parser.refuse(rest)
     return options
 
 
@@ -165,21 +162,33 @@ class Parser(argparse.ArgumentParser):
         """Raises RigsaError."""
         raise RigsaError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
+    def refuse(self, rest: Sequence[str]) -> NoReturn:
+        """Raises RigsaError for arguments that are none of this command's, with the option that the first may mean."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        close = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1, cutoff=0.8)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+
+
+def sentence(help: str) -> str:
+    """A line of the list of commands as a sentence. The rest of it is left as it is, for it names people."""
+    return f"{help[0].upper()}{help[1:]}."
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="rigsa", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for method in METHODS.values():
         command = commands.add_parser(
-            method.name, help=method.help, description=method.help.capitalize() + ".", allow_abbrev=False
+            method.name, help=method.help, description=sentence(method.help), allow_abbrev=False
         )
         command.set_defaults(command=run_method, method=method.name)
         add_run_options(command, method)
-    add_plan(commands.add_parser("plan", help=PLAN, description=PLAN[0].upper() + PLAN[1:] + ".", allow_abbrev=False))
-    add_sweep(commands.add_parser("sweep", help=SWEEP, description=SWEEP.capitalize() + ".", allow_abbrev=False))
-    compare = commands.add_parser("compare", help=COMPARE, description=COMPARE.capitalize() + ".", allow_abbrev=False)
+    add_plan(commands.add_parser("plan", help=PLAN, description=sentence(PLAN), allow_abbrev=False))
+    add_sweep(commands.add_parser("sweep", help=SWEEP, description=sentence(SWEEP), allow_abbrev=False))
+    compare = commands.add_parser("compare", help=COMPARE, description=sentence(COMPARE), allow_abbrev=False)
     add_compare(compare)
-    report = commands.add_parser("report", help="tables and figures from run folders alone", allow_abbrev=False)
+    report = commands.add_parser("report", help=REPORT, description=sentence(REPORT), allow_abbrev=False)
     report.add_argument("runs", nargs="+", type=utf8_path, metavar="RUN", help="run folders, or folders that hold them")
     report.add_argument(
         "--out",
@@ -187,14 +196,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for report.html, report.md, report.csv and figures; default: RUN, or ./report",
     )
     report.set_defaults(command=run_report)
-    chat = commands.add_parser("chat", help=CHAT, description=CHAT.capitalize() + ".", allow_abbrev=False)
+    chat = commands.add_parser("chat", help=CHAT, description=sentence(CHAT), allow_abbrev=False)
     chat.add_argument("run", type=utf8_path, metavar="RUN", help="run folder")
     add_number(chat, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
     add_number(chat, "--max-new-tokens", int, bounds.TOKENS, default=256, help="where a reply is cut; default: 256")
     chat.set_defaults(command=run_chat)
-    add_export(commands.add_parser("export", help=EXPORT, description=EXPORT.capitalize() + ".", allow_abbrev=False))
-    add_merge(commands.add_parser("merge", help=MERGE, description=MERGE.capitalize() + ".", allow_abbrev=False))
-    inspect = commands.add_parser("inspect", help=INSPECT, description=INSPECT.capitalize() + ".", allow_abbrev=False)
+    add_export(commands.add_parser("export", help=EXPORT, description=sentence(EXPORT), allow_abbrev=False))
+    add_merge(commands.add_parser("merge", help=MERGE, description=sentence(MERGE), allow_abbrev=False))
+    inspect = commands.add_parser("inspect", help=INSPECT, description=sentence(INSPECT), allow_abbrev=False)
     inspect.add_argument(
         "sources", nargs="+", type=utf8_path, metavar="ADAPTER",
         help="folders of saved adapters, run folders (all their finished levels), or folders of levels",
@@ -203,6 +212,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=utf8_path, default=Path("tickets.png"), metavar="FILE", help="of the figure; default: tickets.png"
     )
     inspect.set_defaults(command=run_inspect)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)  # whose help an error names
     return parser
 
 
@@ -290,8 +301,9 @@ def add_export(command: argparse.ArgumentParser) -> None:
         "--to",
         (*get_args(Format), "lora"),
         required=True,
-        help="supertuning and shira: folders that PEFT loads without this package, of methods of PEFT lora and shira; "
-        "safetensors: what rigsa.load_adapter reads; merged: the whole model, which transformers loads",
+        help="supertuning and shira: a folder that PEFT loads without this package; lora, and shira of a run of shira: "
+        "the run's adapter as PEFT saves it; safetensors: what rigsa.load_adapter reads; merged: the whole model, "
+        "which transformers loads",
     )
     command.add_argument("--out", type=utf8_path, help="folder to write; default: RUN/export/FORMAT")
     add_number(command, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")

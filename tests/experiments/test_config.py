@@ -193,12 +193,26 @@ def test_numbers_of_steps_are_capped_and_need_a_batch():
 
 
 @pytest.mark.parametrize(
-    ("argument", "hint"),
-    [("--learning-rat=1", " (did you mean --learning-rate?)"), ("--turbo", ""), ("--levels=3", "")],
+    ("command", "argument", "hint"),
+    [
+        (["imp"], "--learning-rat=1", " (did you mean --learning-rate?)"),
+        (["imp"], "--dryrun", " (did you mean --dry-run?)"),
+        (["imp"], "--turbo", ""),
+        (["imp"], "--levels=3", ""),
+        (["chat", "RUN"], "--modell=x", ""),  # it has no --model
+        (["chat", "RUN"], "--levels=3", " (did you mean --level?)"),
+    ],
 )
-def test_unknown_options_are_refused_and_a_close_one_is_named(argument, hint, capsys):
-    assert main(["imp", argument]) == 1
-    assert capsys.readouterr().err == f"rigsa: unrecognized arguments: {argument}{hint}; see rigsa --help\n"
+def test_unknown_options_are_refused_and_a_close_one_of_the_command_is_named(command, argument, hint, capsys):
+    assert main([*command, argument]) == 1
+    expected = f"rigsa: unrecognized arguments: {argument}{hint}; see rigsa {command[0]} --help\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_help_of_a_command_opens_with_its_line_in_the_list_of_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["lora", "--help"])
+    assert "\nLow-rank adapters of PEFT on the same layers (Hu et al. 2022).\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def matched_level(config: Config) -> int:
         density = ", or give --density" if config.method.reads("density") else ""
         raise RigsaError(
             f"--match {run}: no run folder there, so there is no ticket to match. Run `python -m rigsa.run imp` first "
-            f"(same preset and seed), name a run with --match{density}."
+            f"(same preset and seed), or name a run with --match{density}."
         )
     method = read_record(run / CONFIG_FILE, Fields({"method": TEXT}, {}))["method"]
     if method != config.method.matches:
