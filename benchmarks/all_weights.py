@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks.memory import extra_bytes, held_bytes, tensors_of
 from benchmarks.models import make_model
-from benchmarks.providers import fused_adamw, model_linears, share
+from benchmarks.providers import adamw_8bit, fused_adamw, model_linears, own_weights, share
 from benchmarks.race import UnavailableError
 from benchmarks.shapes import Batch
 from rigsa.experiments.tasks.evaluation import training_loss
@@ -48,14 +48,6 @@ LOW_RANK = {"galore": "rank=64, update_proj_gap=50, scale=0.25", "apollo": "rank
 Build = Callable[[nn.Module, float], torch.optim.Optimizer]
 
 
-def weights_of(model: nn.Module) -> list[nn.Parameter]:
-    """Makes the weights of the linear layers trainable copies of the base's."""
-    linears = model_linears(model).values()
-    for linear in linears:
-        linear.weight = nn.Parameter(linear.weight.detach().clone())
-    return [linear.weight for linear in linears]
-
-
 def level_0(model: nn.Module, rate: float, *, values: torch.dtype, moments: str) -> torch.optim.Optimizer:
     replace_linears(model, alpha_init=1.0, init_scale=0.0, numerics="composed", values_dtype=values)
     for name, parameter in model.named_parameters():
@@ -65,26 +57,18 @@ def level_0(model: nn.Module, rate: float, *, values: torch.dtype, moments: str)
 
 def masked_adamw(model: nn.Module, rate: float, *, moments: str) -> torch.optim.Optimizer:
     """Our optimiser on the weights themselves: what torchao's would be dropped or taken for."""
-    return MaskedAdamW([{"params": weights_of(model)}], lr=rate, weight_decay=0.0, state_dtype=moments)
+    return MaskedAdamW([{"params": own_weights(model)}], lr=rate, weight_decay=0.0, state_dtype=moments)
 
 
-def torch_adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    optimizer = fused_adamw(weights_of(model))
-    return _set(optimizer, lr=rate, weight_decay=0.0)
-
-
-def bitsandbytes_adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    _need("bitsandbytes")
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(weights_of(model), lr=rate, weight_decay=0.0)
+def on_weights(model: nn.Module, rate: float, *, make: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    return make(own_weights(model), lr=rate, weight_decay=0.0)
 
 
 def torchao_adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     _need("torchao")
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(weights_of(model), lr=rate, weight_decay=0.0, bf16_stochastic_round=True)
+    return AdamW8bit(own_weights(model), lr=rate, weight_decay=0.0, bf16_stochastic_round=True)
 
 
 def of_transformers(model: nn.Module, rate: float, *, name: str) -> torch.optim.Optimizer:
@@ -95,19 +79,13 @@ def of_transformers(model: nn.Module, rate: float, *, name: str) -> torch.optim.
         raise UnavailableError("its step waits for a GPU, and there is none")
     from transformers import Trainer, TrainingArguments
 
-    weights_of(model)
+    own_weights(model)
     targets = sorted({path.rpartition(".")[2] for path in model_linears(model)})
     arguments = TrainingArguments(
         "unused", optim=name, optim_target_modules=targets, optim_args=LOW_RANK[family], learning_rate=rate,
         weight_decay=0.0, use_cpu=True, report_to=[], save_strategy="no",
     )  # fmt: skip
     return Trainer(model, arguments).create_optimizer()
-
-
-def _set(optimizer: torch.optim.Optimizer, **options: float) -> torch.optim.Optimizer:
-    for group in optimizer.param_groups:
-        group.update(options)
-    return optimizer
 
 
 def _need(package: str) -> None:
@@ -117,13 +95,13 @@ def _need(package: str) -> None:
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 CONTESTANTS: dict[str, Build] = {
-    "torch AdamW (fused), bf16 moments": torch_adamw,
+    "torch AdamW (fused), bf16 moments": partial(on_weights, make=fused_adamw),
     "level 0, float32 values and moments": partial(level_0, values=SINGLE, moments="float32"),
     "level 0, bf16 values and moments": partial(level_0, values=HALF, moments="bfloat16"),
     "level 0, bf16 values, 8-bit moments": partial(level_0, values=HALF, moments="int8"),
     "MaskedAdamW on the weights, 8-bit moments": partial(masked_adamw, moments="int8"),
     "torchao AdamW8bit, stochastic rounding": torchao_adamw,
-    "bitsandbytes AdamW8bit": bitsandbytes_adamw,
+    "bitsandbytes AdamW8bit": partial(on_weights, make=adamw_8bit),
     "GaLore, rank 64": partial(of_transformers, name="galore_adamw"),
     "GaLore, rank 64, 8-bit moments": partial(of_transformers, name="galore_adamw_8bit"),
     "APOLLO, rank 64": partial(of_transformers, name="apollo_adamw"),

@@ -290,23 +290,28 @@ def model_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return select_linears(model, "*", ())[0]
 
 
-def fused_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, fused=True)
+def own_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Gives the linear layers trainable copies of their weights, which other contestants read."""
+    linears = model_linears(model).values()
+    for linear in linears:
+        linear.weight = nn.Parameter(linear.weight.detach().clone())
+    return [linear.weight for linear in linears]
 
 
-def adamw_8bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def fused_adamw(parameters: list[nn.Parameter], **options: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def adamw_8bit(parameters: list[nn.Parameter], **options: float) -> torch.optim.Optimizer:
     try:
         import bitsandbytes
     except ImportError as error:
         raise UnavailableError(f"bitsandbytes: {error}; pip install bitsandbytes") from error
-    return bitsandbytes.optim.AdamW8bit(parameters)
+    return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
 def tune_fully(model: nn.Module, optimizer: Callable[..., torch.optim.Optimizer] = fused_adamw) -> Trainee:
-    linears = model_linears(model).values()
-    for linear in linears:
-        linear.weight = nn.Parameter(linear.weight.detach().clone())
-    return Trainee(model, optimizer([linear.weight for linear in linears]))
+    return Trainee(model, optimizer(own_weights(model)))
 
 
 class NoUpdate(torch.optim.Optimizer):
@@ -344,9 +349,8 @@ def tune_gated(
 ) -> Trainee:
     if options.get("force") == "fused" and next(model.parameters()).device.type != "cuda":
         raise UnavailableError("the fused kernel needs a CUDA device")
-    if density is not None:  # a ticket composes into its own weights, and other contestants read the base's
-        for linear in model_linears(model).values():
-            linear.weight = nn.Parameter(linear.weight.detach().clone())
+    if density is not None:  # a ticket composes into its weights
+        own_weights(model)
     replace_linears(model, alpha_init=ALPHA, **options)
     if density is not None:
         for layer in gated_linears(model).values():

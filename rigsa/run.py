@@ -14,9 +14,9 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 _interrupts: list[int] = []
 """Signals that came. C code that is importing a module may swallow the exception, and fail in another way later."""
@@ -43,7 +43,7 @@ try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
 
     from rigsa.errors import RigsaError
     from rigsa.experiments import bounds
-    from rigsa.experiments.bounds import GIBIBYTES, SHARE, Number, Range
+    from rigsa.experiments.bounds import GIBIBYTES, SHARE, Choice, Number, Range
     from rigsa.experiments.config import OPTIONS, Config, Method, flag
     from rigsa.experiments.config_file import check_folder, load, save
     from rigsa.experiments.methods.registry import METHODS
@@ -100,14 +100,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Raises RigsaError for a number out of range and for text that is not UTF-8; exits where argparse does."""
+    """What the command line asks for; exits after ``--help``. Raises RigsaError for what is none of its options."""
     for argument in sys.argv[1:] if arguments is None else arguments:
         if argument.startswith("--") and argument.endswith("=--"):  # argparse would drop the value, and fail on that
             raise RigsaError(f"{argument[:-3]}: expected a value, got '--'")
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    for argument in rest:
-        _refuse_of_others(argument.partition("=")[0], options)
+    if options.command in (run_method, run_plan):  # a plan has the options of all methods
+        given = [f"--{flag(name)}" for name in given_fields(options)]
+        for argument in (*given, *rest):
+            _refuse_of_others(argument.partition("=")[0], options.method)
     if rest:
         known = [f"--{flag(name)}" for name in OPTIONS]
         close = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1, cutoff=0.8)
@@ -116,13 +118,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _refuse_of_others(option: str, options: argparse.Namespace) -> None:
-    """Raises RigsaError where `option` is one that other methods read."""
-    name = getattr(options, "method", None)
-    flags = {other: {f"--{flag(field)}" for field in method.options} for other, method in METHODS.items()}
-    readers = [other for other, own in flags.items() if option in own]
-    if options.command is run_method and readers:
-        raise RigsaError(f"{option}: {name} does not read it; it is for {', '.join(readers)}")
+def _refuse_of_others(option: str, method: str) -> None:
+    """Raises RigsaError where `option` is one that other methods read, and `method` does not."""
+    readers = [other for other, its in METHODS.items() if option in {f"--{flag(field)}" for field in its.options}]
+    if readers and method not in readers:
+        raise RigsaError(f"{option}: {method} does not read it; it is for {', '.join(readers)}")
 
 
 def flush_output() -> None:
@@ -158,8 +158,16 @@ def speaker() -> str:
     return "rigsa" if rank == "0" else f"rigsa (process {rank})"
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one sentence, without the usage, which has a hundred options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises RigsaError."""
+        raise RigsaError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rigsa", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="rigsa", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for method in METHODS.values():
         command = commands.add_parser(
@@ -204,8 +212,8 @@ def add_merge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=utf8_path, required=True, metavar="FOLDER", help="must not be there yet")
     add_number(command, "--level", int, bounds.COUNT_OR_0, help="of a run; default: the last finished one")
     command.add_argument("--base", help="of a saved adapter: hub id or folder; default: the one that it names")
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights; default: the base's"
+    add_choice(
+        command, "--dtype", ("float32", "bfloat16", "float16"), help="of the merged weights; default: the base's"
     )
     command.add_argument(
         "--dequantize", action="store_true", help="merge a base in four bits into one in the dtype it computes in"
@@ -228,7 +236,7 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=run_plan)
     add_preset(command, "paper")
     planned = [method for method in METHODS.values() if method.planned]
-    command.add_argument("--method", choices=[method.name for method in planned], default="imp", help="default: imp")
+    add_choice(command, "--method", [method.name for method in planned], default="imp", help="default: imp")
     add_number(command, "--gpu-memory", float, GIBIBYTES, default=24.0, metavar="GIB", help="of the GPU; default: 24")
     add_number(
         command, "--tokens", int, bounds.TOKENS,
@@ -246,8 +254,8 @@ def add_plan(command: argparse.ArgumentParser) -> None:
 
 def add_compare(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=run_compare, vary=[])
-    command.add_argument(
-        "--equal", choices=("steps", "parameters"), default="steps",
+    add_choice(
+        command, "--equal", ("steps", "parameters"), default="steps",
         help="what every method gets as much of; parameters: as many as LoRA of --rank trains, and as many steps; "
         "default: steps",
     )  # fmt: skip
@@ -277,10 +285,11 @@ def add_queue(command: argparse.ArgumentParser, out: Path) -> None:
 
 def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=utf8_path, metavar="RUN", help="run folder")
-    command.add_argument(
+    add_choice(
+        command,
         "--to",
+        (*get_args(Format), "lora"),
         required=True,
-        choices=(*get_args(Format), "lora"),
         help="supertuning and shira: folders that PEFT loads without this package, of methods of PEFT lora and shira; "
         "safetensors: what rigsa.load_adapter reads; merged: the whole model, which transformers loads",
     )
@@ -291,8 +300,8 @@ def add_export(command: argparse.ArgumentParser) -> None:
 
 
 def add_preset(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument(
-        "--preset", choices=PRESETS, default=default,
+    add_choice(
+        command, "--preset", PRESETS, default=default,
         help="where the other values come from: paper (SmolLM2-1.7B, a 24 GB GPU), quickstart (two CPU cores), "
         f"smoke (a check that everything runs); default: {default}",
     )  # fmt: skip
@@ -322,8 +331,21 @@ def _how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
     kind, choices = type(field.default), field.metadata["choices"]
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if choices:
+        return {"type": Choice(flag(field.name), choices), "metavar": one_of(choices)}
     converter = kind if kind is str else Number(flag(field.name), kind, field.metadata["bound"])
-    return {"type": converter, "choices": choices or None, "metavar": None if choices else kind.__name__.upper()}
+    return {"type": converter, "metavar": kind.__name__.upper()}
+
+
+def one_of(choices: Iterable[str]) -> str:
+    """What stands for the value of an option in its help, as argparse has it."""
+    return f"{{{','.join(choices)}}}"
+
+
+def add_choice(command: argparse.ArgumentParser, option: str, choices: Iterable[str], help: str, **how: Any) -> None:
+    """An option that takes one of some words."""
+    converter = Choice(option.removeprefix("--"), choices)
+    command.add_argument(option, type=converter, metavar=one_of(choices), help=help, **how)
 
 
 def add_number(command: argparse.ArgumentParser, option: str, kind: type, bound: Range, help: str, **how: Any) -> None:
@@ -357,8 +379,6 @@ def resolve(options: argparse.Namespace) -> Config:
 
     config = recognise(configure(options))
     other = config.method.matches
-    if other and config.match and config.density:
-        raise RigsaError("--match and --density: give one of them")
     if other and not config.match and not config.density:
         config = dataclasses.replace(config, match=str(default_out(other, options.preset, config.seed)))
     return config

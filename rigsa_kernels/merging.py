@@ -174,9 +174,12 @@ def rounding_losses(model: nn.Module) -> dict[str, Rounding]:
     """Name to what a merge of each gated layer would round away. Nothing is changed.
 
     Raises:
-        ValueError: a gate is not finite.
+        ValueError: `model` has no gated layer, or a gate is not finite.
     """
-    return {name: _rounding(layer) for name, layer in gated_linears(model).items()}
+    layers = gated_linears(model)
+    if not layers:
+        raise ValueError(f"model: expected gated sparse layers to merge, found none in {type(model).__name__}")
+    return {name: _rounding(layer) for name, layer in layers.items()}
 
 
 def _rounding(layer: GatedSparseLinear) -> Rounding:

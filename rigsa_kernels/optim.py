@@ -103,7 +103,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         seed: of the stochastic rounding. It is saved with the state, so a resumed run repeats to the bit.
 
     Raises:
-        ValueError: an option out of range, or nothing to train.
+        ValueError: an option out of range, or nothing to train; or no gated layer holds any of the trainable parameters
+            of a model, or of the named ones. A list of groups may be of any parameters.
 
     Under ``transformers.Trainer`` pass ``optimizers=(MaskedAdamW(model, ...), None)``, or
     ``optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, ...})``, which makes it when training begins. Without
@@ -487,10 +488,14 @@ def _groups(
     """What `MaskedAdamW` was given, as groups with the gates apart."""
     if isinstance(params, nn.Module):
         alpha_lr = lr if alpha_lr is None else alpha_lr
-        return parameter_groups(params, alpha_lr, alpha_weight_decay or 0.0, other_weight_decay)
+        groups = parameter_groups(params, alpha_lr, alpha_weight_decay or 0.0, other_weight_decay)
+        _require_adapter([item for group in groups for item in group["params"]])
+        return groups
     params = list(params)
     if params and all(isinstance(item, tuple) for item in params):
-        params = _others_apart([item for item in params if item[1].requires_grad], other_weight_decay)
+        named = [item for item in params if item[1].requires_grad]
+        _require_adapter(named)
+        params = _others_apart(named, other_weight_decay)
     if not all(isinstance(item, dict) for item in params):
         raise ValueError(
             "params: expected a model or a list of groups, got bare parameters, among which gates cannot be told "
@@ -504,6 +509,17 @@ def _groups(
             "model}))"
         )
     return others + gates
+
+
+def _require_adapter(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raises ValueError where no gated layer holds one of these: all weights of a bare model would be trained."""
+    ours = parameters_called(GATE) | parameters_called(VALUES)
+    if not any(id(parameter) in ours for _, parameter in named):
+        got = f"{len(named)} others ({named[0][0]}, ...)" if named else "none that is trainable"
+        raise ValueError(
+            f"params: expected trainable parameters of gated sparse layers, got {got}; call replace_linears(model) "
+            "first, or pass groups, [{'params': ...}], to train other parameters"
+        )
 
 
 def _gates_apart(

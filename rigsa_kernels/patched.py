@@ -1,13 +1,23 @@
 """Models whose passes another library has replaced: which of them an adapter has a part in.
 
 Liger's kernels take the place of norms, rotary embeddings and the product between the two projections of an MLP, and
-call linear layers as before. The one exception is its fused loss, which reads the weight of the head. unsloth reads
-the weights of linear layers itself while it generates, and knows LoRA's layers only.
+call linear layers as before, so it makes no difference whether they come before an adapter or, as under a Trainer with
+``use_liger_kernel=True``, after it. The one exception is its fused loss, which reads the weight of the head. unsloth
+reads the weights of linear layers itself while it generates, and knows LoRA's layers only.
 """
 
 from __future__ import annotations
 
 import torch.nn as nn
+
+from .linear import GatedSparseLinear
+
+HEAD = "lm_head"
+"""The attribute whose weight Liger's fused loss reads."""
+LIGER_READS_THE_HEAD = (
+    "Liger's fused loss reads the weight of {} and does not call it, so an adapter there would not be trained; leave "
+    "it out, or have Liger take fused_linear_cross_entropy=False (under a Trainer in liger_kernel_config)"
+)
 
 
 def refuse_unsloth(model: nn.Module) -> None:
@@ -24,11 +34,22 @@ def refuse_unsloth(model: nn.Module) -> None:
 def heads_that_liger_reads(model: nn.Module) -> set[str]:
     """Names of heads whose weight Liger's fused loss reads, so that an adapter there would have no part in the loss."""
     return {
-        f"{name}.lm_head".removeprefix(".")
+        f"{name}.{HEAD}".removeprefix(".")
         for name, module in model.named_modules()
-        if home_of_forward(module).startswith("liger_kernel")
-        and isinstance(getattr(module, "lm_head", None), nn.Module)
+        if home_of_forward(module).startswith("liger_kernel") and isinstance(getattr(module, HEAD, None), nn.Module)
     }
+
+
+def refuse_liger_later(owner: nn.Module) -> None:
+    """Have each pass of `owner`, whose head carries an adapter, see whether Liger has been patched in since."""
+    owner.register_forward_pre_hook(_refuse_liger)
+
+
+def _refuse_liger(owner: nn.Module, _inputs: object) -> None:
+    if home_of_forward(owner).startswith("liger_kernel"):
+        head = owner.get_submodule(HEAD)
+        if any(isinstance(module, GatedSparseLinear) for module in head.modules()):
+            raise ValueError(f"model: {LIGER_READS_THE_HEAD.format(HEAD)}")
 
 
 def home_of_forward(module: nn.Module) -> str:

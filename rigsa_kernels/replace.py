@@ -310,11 +310,13 @@ def restore_linears(model: M) -> M:
     Parameters stay frozen, as `replace_linears` left them. Hooks go with the layer.
 
     Raises:
-        ValueError: `model` is itself a gated layer or carries adapters of this method under PEFT, or a layer has a
-            `forward` of the instance's own. `model` is unchanged.
+        ValueError: `model` has no gated layer, is itself one or carries adapters of this method under PEFT, or a layer
+            has a `forward` of the instance's own. `model` is unchanged.
     """
     refuse_adapters_of_peft(model)
     layers = gated_linears(model)
+    if not layers:
+        raise ValueError(f"model: expected gated sparse layers to restore, found none in {type(model).__name__}")
     check_replaceable(layers)
     linears = {}
     for name, gated in layers.items():

@@ -1,4 +1,4 @@
-"""What many tests need: a language model of 40 kB with a ChatML tokenizer, and where real data lies."""
+"""What many tests need: a language model of 70 kB with a ChatML tokenizer, and where real data lies."""
 
 from __future__ import annotations
 

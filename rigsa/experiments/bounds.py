@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,15 +103,39 @@ class Number:
         bound: of its values.
 
     Raises:
-        ValueError: on a call, for text that is no number; argparse then says so.
-        RigsaError: on a call, for a number out of range.
+        RigsaError: on a call, for text that is no number, and for a number out of range.
     """
 
     def __init__(self, option: str, kind: type, bound: Bound) -> None:
         self.option, self.kind, self.bound = option, kind, bound
-        self.__name__ = kind.__name__  # argparse has it in its message
 
     def __call__(self, text: str) -> Any:
-        value = self.kind(text)
+        try:
+            value = self.kind(text)
+        except ValueError:
+            number = "a whole number" if self.kind is int else "a number"
+            raise RigsaError(
+                f"--{self.option}: expected {number}, {self.bound.expected}, got {reprlib.repr(text)}"
+            ) from None
         check(self.option, value, self.bound)
         return value
+
+
+class Choice:
+    """What argparse converts the text of an option with that takes one of some words.
+
+    Args:
+        option: its name on the command line.
+        choices: the words.
+
+    Raises:
+        RigsaError: on a call, for another one.
+    """
+
+    def __init__(self, option: str, choices: Iterable[str]) -> None:
+        self.option, self.choices = option, tuple(choices)
+
+    def __call__(self, text: str) -> str:
+        if text not in self.choices:
+            raise RigsaError(f"--{self.option}: expected one of {', '.join(self.choices)}, got {text!r}")
+        return text

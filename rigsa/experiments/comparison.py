@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rigsa.errors import RigsaError
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.presets import PRESETS, configured
 from rigsa.experiments.report.decision import decision_table
@@ -36,8 +37,12 @@ def equal_budget(methods: Sequence[str], preset: str, given: dict[str, Any], equ
         equal: ``steps`` or ``parameters``.
 
     Raises:
-        RigsaError: the model's configuration cannot be loaded.
+        RigsaError: the model's configuration cannot be loaded, or the size of tickets is given twice.
     """
+    if equal == "parameters" and given.get("keep_fraction"):
+        raise RigsaError(
+            "--keep-fraction and --equal parameters: both say how many entries a ticket has; give one of them"
+        )
     usual = PRESETS[preset](methods[0], given.get("device", "auto"))
     options = {name: getattr(usual, name) for name in _STEPS} | given
     if equal == "steps":

@@ -162,8 +162,8 @@ class Pruning:
     keep_fraction: float = _field(
         0.8,
         "share of the eligible (under criterion rigsa: same-sign) entries kept by a pruning; only 'kept' gives the "
-        "paper's 3.46 %",
-        SHARE,
+        "paper's 3.46 %; 0: what leads to --density",
+        SHARE_OR_0,
     )
     criterion: str = _field(
         "rigsa",
@@ -190,14 +190,19 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Tickets:
-    """The training of a ticket, where it is not that of level 0. Methods of several levels, and the
-    controls of `imp`, read these fields."""
+    """The learning rates of a ticket, where they are not those of level 0. Methods that train one of random values, or
+    after another level, read these fields."""
 
+    scale_rates: bool = _field(
+        False,
+        "tickets take learning_rate and alpha_learning_rate divided by the square root of their density: a step then "
+        "moves the weights as far as a step of a dense level does; paper: no",
+    )
     ticket_learning_rate: float = _field(
-        0.0, "peak of the linear schedule of the levels after level 0; 0: learning_rate, as in the paper", RATE_OR_0
+        0.0, "peak of the linear schedule of a ticket; 0: what scale_rates makes of learning_rate", RATE_OR_0
     )
     ticket_alpha_learning_rate: float = _field(
-        0.0, "the same of their gates; 0: alpha_learning_rate, as in the paper", RATE_OR_0
+        0.0, "the same of its gates; 0: what scale_rates makes of alpha_learning_rate", RATE_OR_0
     )
 
 
@@ -416,14 +421,19 @@ class Config(Measuring, Training, LowRank, Choosing, Tickets, Pruning, Gates, Ba
             return self.seed
         return self.seed + 1_000_000 if self.init_seed < 0 else self.init_seed
 
-    def at_level(self, level: int) -> Config:
-        """What that level trains by: a ticket's own rates, where it has some, stand in place of those of level 0."""
+    def at_level(self, level: int, density: float) -> Config:
+        """What that level trains by: a ticket's own rates stand in place of those of level 0.
+
+        An AdamW step moves each free entry by about the rate, so it moves a matrix, in the Frobenius norm, by the rate
+        times the square root of the number of free entries.
+        """
         if level == 0:
             return self
+        factor = density**-0.5 if self.scale_rates else 1.0
         return dataclasses.replace(
             self,
-            learning_rate=self.ticket_learning_rate or self.learning_rate,
-            alpha_learning_rate=self.ticket_alpha_learning_rate or self.alpha_learning_rate,
+            learning_rate=self.ticket_learning_rate or factor * self.learning_rate,
+            alpha_learning_rate=self.ticket_alpha_learning_rate or factor * self.alpha_learning_rate,
         )
 
     def record(self) -> dict[str, Any]:
@@ -577,6 +587,11 @@ class Method(abc.ABC):
             config: of the run.
             same_sign_share: of a level's entries, those that a pruning may keep.
         """
+
+    def ticket_fields(self, config: Config) -> frozenset[str]:
+        """Fields that its level 0 does not depend on, as only its tickets read them: runs that differ in no others
+        have the same level 0. Empty where there is no ticket after it."""
+        return frozenset()
 
     def known_densities(self, config: Config) -> dict[int, float] | None:
         """The same where another run's files say it; None where nothing is known before.

@@ -47,6 +47,8 @@ def save(config: Config, folder: Path) -> None:
 
 def load(folder: Path) -> Config:
     """The configuration of a run folder. Raises RigsaError where there is none or it does not fit this version."""
+    if not folder.is_dir():
+        raise RigsaError(f"{folder}: no such run folder")
     path = folder / CONFIG_FILE
     values = _read(path)
     if "method" not in values:
@@ -65,4 +67,6 @@ def _read(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values, dict):
         raise RigsaError(f"{path} is damaged (expected a JSON object, got {values!r}); delete its folder and run again")
+    if values.get("method") == "imp" and values.get("density"):
+        values["keep_fraction"] = 0.0  # earlier versions wrote one there, too, and did not read it
     return values

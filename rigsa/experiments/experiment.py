@@ -246,7 +246,8 @@ class Experiment:
         """
         folder, label = self.folder(level), f"level {level}"
         wait_for_all()  # until every process has seen that this level is not done
-        train_level(self.model, self.task.training(), self.config.at_level(level), folder, label, callbacks, first_step)
+        config = self.config.at_level(level, self._adapter_metrics()["density"])
+        train_level(self.model, self.task.training(), config, folder, label, callbacks, first_step)
         if is_sharded(self.model):
             self.reload(level)
         with main_first():

@@ -46,6 +46,7 @@ def quickstart(method: str = "imp", device: str = "auto") -> Config:
         eval_batch_size=32,
         source_tasks="",
         checkpoint_steps=100,
+        scale_rates=METHODS[method].reads("scale_rates"),
         **{"learning_rate": 2e-3, "alpha_learning_rate": 2e-2, **METHODS[method].quickstart},
     )
 
@@ -72,14 +73,20 @@ PRESETS: dict[str, Callable[[str, str], Config]] = {"paper": paper, "quickstart"
 def configured(preset: str, method: str, given: Mapping[str, Any], device: str = "auto") -> Config:
     """The preset's configuration with the fields that were given; ``auto`` stands for `device`.
 
-    A density that the preset leads to yields to a share that was given for each pruning, and to no prunings at all.
+    `keep_fraction` and `density` are two ways to say how much prunings keep: of the two, the one that was given takes
+    the place of the other in the preset. No prunings at all take that of a density.
     """
     named = given.get("device", "auto")
     usual = PRESETS[preset](method, device if named == "auto" else named)
-    elsewhere = "keep_fraction" in given or given.get("prunings") == 0
-    if elsewhere and "density" not in given and METHODS[method].reads("keep_fraction"):
-        usual = dataclasses.replace(usual, density=0.0)
-    return dataclasses.replace(usual, **given)
+    yielding: dict[str, Any] = {}
+    if METHODS[method].reads("keep_fraction"):
+        if given.get("prunings") == 0:
+            yielding["density"] = 0.0
+        elif "density" in given:
+            yielding["keep_fraction"] = 0.0 if given["density"] else OPTIONS["keep_fraction"].default
+        elif given.get("keep_fraction"):
+            yielding["density"] = 0.0
+    return dataclasses.replace(usual, **{**yielding, **given})
 
 
 def arguments_of(config: Config, preset: str) -> list[str]:

@@ -15,7 +15,8 @@ A sweep folder::
 
 Each run is a process of its own, so that one that crashes does not end the others. The same command goes on: it skips
 runs that are done and tries failed ones again. A command with more methods, seeds or values adds runs; one that would
-change a run that is there is refused, and runs that it leaves out stay as they are.
+change a run that is there is refused, and runs that it leaves out stay as they are. What another run of the sweep has
+measured or trained already is copied, not made again (`rigsa.experiments.shared_results`).
 
 The cluster's scheduler does the scheduling. An array job starts one shard a task, each on the GPU that it was given::
 
@@ -31,32 +32,26 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Base, Config, Measuring, fields_of
-from rigsa.experiments.config_file import check_folder, load
+from rigsa.experiments.config_file import check_folder
 from rigsa.experiments.lock import LOCK_FILE, InUseError, folder_lock, locked
 from rigsa.experiments.measures import accuracies
 from rigsa.experiments.presets import arguments_of
-from rigsa.experiments.run_folder import BASE, CONFIG_FILE, FAILED_FILE, OUTPUT_FILE
+from rigsa.experiments.run_folder import CONFIG_FILE, FAILED_FILE, OUTPUT_FILE
+from rigsa.experiments.shared_results import share_results
 from rigsa.experiments.sweep_plan import WHOLE, Job, Plan, Shard
-from rigsa.files import first_damage, is_done, is_temporary, mark_done, write_json
+from rigsa.files import is_done, is_temporary, mark_done, write_json
 
 SWEEP_FILE = "sweep.json"
 TRACES = {CONFIG_FILE, FAILED_FILE, OUTPUT_FILE, LOCK_FILE}
 """All that a run leaves which failed before it measured anything: another configuration may take its place."""
-
-BASE_FIELDS = (*fields_of(Base), *fields_of(Measuring))
-"""What the untrained model's results depend on, whatever the method."""
-EXAMPLE_FIELDS = ("seed", "train_examples")
-"""And these where test prompts hold examples, which are drawn from the training images."""
 
 GRACE = 60.0
 """Seconds that an interrupted run has to end by itself."""
@@ -185,7 +180,7 @@ def _attempt(
             _check_run_folder(job, folder)  # again: another command may have begun a run there since
             (folder / FAILED_FILE).unlink(missing_ok=True)
             write_json(folder / CONFIG_FILE, job.config.record())
-            share_base(job, plan)
+            share_results(job, plan)
     except InUseError:
         return IN_USE
     command = command_of(job, plan, extra)
@@ -215,33 +210,6 @@ def last_words(text: str) -> str:
     """The error that ended a run's output, or its last lines; without progress bars."""
     lines = [line.rstrip() for line in text[max(text.rfind("rigsa: "), 0) :].splitlines()]
     return "\n".join([line for line in lines if line and "%|" not in line][-MESSAGE_LINES:])
-
-
-def share_base(job: Job, plan: Plan) -> None:
-    """Copy the untrained model's results from a run that measured the same thing, if one has."""
-    mine = plan.folder(job) / BASE
-    if is_done(mine):
-        return
-    for other in plan.jobs:
-        theirs = plan.folder(other) / BASE
-        if not is_done(theirs) or first_damage(theirs):
-            continue
-        if _measured(load(plan.folder(other))) == _measured(job.config):
-            partial = plan.folder(job) / f".{BASE}.part"
-            try:
-                for folder in (partial, mine):
-                    shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(theirs, partial)
-                partial.rename(mine)
-            except OSError as error:
-                raise RigsaError(f"cannot copy {theirs} to {mine}: {error}") from error
-            return
-
-
-def _measured(config: Config) -> dict[str, Any]:
-    """What the untrained model's results depend on."""
-    names = (*BASE_FIELDS, *EXAMPLE_FIELDS) if any(config.shots) else BASE_FIELDS
-    return {name: getattr(config, name) for name in names}
 
 
 def _result(folder: Path) -> dict[str, str]:

@@ -26,7 +26,13 @@ from rigsa.peft_tuner.gradient_init import take_gradient_ticket
 from rigsa.peft_tuner.layer import BASE, Conv1DLinear, ParamWrapper, RigsaLayer, RigsaLinear
 from rigsa.peft_tuner.targets import check_names
 from rigsa_kernels.in_place import Peers
-from rigsa_kernels.patched import heads_that_liger_reads, refuse_unsloth
+from rigsa_kernels.patched import (
+    HEAD,
+    LIGER_READS_THE_HEAD,
+    heads_that_liger_reads,
+    refuse_liger_later,
+    refuse_unsloth,
+)
 from rigsa_kernels.selection import read_by_the_parent
 
 RULES = {"linear": "sum", "sum": "sum", "ties": "ties"}
@@ -168,10 +174,7 @@ class RigsaModel(BaseTuner):
                 "would have no effect; leave it out, or adapt the model with rigsa.replace_linears"
             )
         if owner_name in self.__dict__["_read_by_liger"]:
-            raise ValueError(
-                f"target: Liger's fused loss reads the weight of {owner_name} and does not call it, so an adapter "
-                "there would not be trained; leave it out, or have Liger take fused_linear_cross_entropy=False"
-            )
+            raise ValueError(f"target: {LIGER_READS_THE_HEAD.format(owner_name)}")
         if parameter_name is None and type(target).__name__ == "Conv1D":
             return Conv1DLinear(target, name, False, "weight")
         if parameter_name is not None:
@@ -184,6 +187,8 @@ class RigsaModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Layers of ours are on the right device, and share what PEFT would copy."""
         setattr(parent, child_name, new_module)
+        if child_name == HEAD:
+            refuse_liger_later(parent)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Values have the dtype that the configuration says, and gates always float32 or float64."""

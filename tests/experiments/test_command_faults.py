@@ -91,7 +91,7 @@ def test_ends_are_taken_and_what_lies_beyond_is_refused(command, action):
         with pytest.raises(RigsaError, match=f"{option}: expected .*, got"):
             parser.parse_args([*needed, f"{option}={value!r}"])
     for text in ("²", "x", "", "1" * 5000 if action.type.kind is int else "0x"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(RigsaError, match=f"{option}: expected a (whole )?number, .*, got '"):
             parser.parse_args([*needed, f"{option}={text}"])
 
 

@@ -8,6 +8,7 @@ import torch
 
 from rigsa.errors import RigsaError
 from rigsa.experiments import hardware, run_plan
+from rigsa.experiments.comparison import equal_budget
 from rigsa.experiments.config import (
     OPTIONS,
     Base,
@@ -45,7 +46,7 @@ def test_paper_preset_is_the_papers_configuration_field_for_field():
         "numerics": "auto",
         "prunings": 4, "keep_fraction": 0.8, "criterion": "rigsa", "rewind": "init",
         "rewind_step": 0, "early_bird_steps": 0, "early_bird_distance": 0.1, "ranking": "layer",
-        "ticket_learning_rate": 0.0, "ticket_alpha_learning_rate": 0.0,
+        "scale_rates": False, "ticket_learning_rate": 0.0, "ticket_alpha_learning_rate": 0.0,
         "match": "", "match_level": 0, "init_seed": -1, "density": 0.0, "gradient_share": 0.3, "l0_penalty": 1.25e-7,
         "mask_examples": 64, "tile": "", "super_rank": "largest", "reselect_steps": 20, "reselect_share": 0.2,
         "rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.0,
@@ -196,9 +197,8 @@ def test_numbers_of_steps_are_capped_and_need_a_batch():
     [("--learning-rat=1", " (did you mean --learning-rate?)"), ("--turbo", ""), ("--levels=3", "")],
 )
 def test_unknown_options_are_refused_and_a_close_one_is_named(argument, hint, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["imp", argument])
-    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {argument}{hint}\n")
+    assert main(["imp", argument]) == 1
+    assert capsys.readouterr().err == f"rigsa: unrecognized arguments: {argument}{hint}; see rigsa --help\n"
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,44 @@ def test_unknown_options_are_refused_and_a_close_one_is_named(argument, hint, ca
 def test_an_option_of_other_methods_is_one_sentence(method, given, message, capsys):
     assert main([method, *given]) == 1
     assert message in capsys.readouterr().err
+    if given[0] != "--match=runs/x":  # which no plan has
+        assert main(["plan", "--method", method, *given]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--keep-fraction", "1.5"], "--keep-fraction: expected more than 0 and at most 1, got 1.5"),
+        (["imp", "--preset", "quickstrat"], "--preset: expected one of paper, quickstart, smoke, got 'quickstrat'"),
+        (["imp", "--dtype", "float23"], "--dtype: expected one of float32, bfloat16, got 'float23'"),
+        (["imp", "--seed", "one"], "--seed: expected a whole number, 0 to 2**63 - 1, got 'one'"),
+        (["imp", "--seed"], "--seed: expected one argument; see rigsa imp --help"),
+        (["plan", "--method", "shira"], "--method: expected one of imp, random-mask, "),
+        (["sweep"], "the following arguments are required: --methods; see rigsa sweep --help"),
+        (["compare", "--methods", "imp", "--equal", "x"], "--equal: expected one of steps, parameters, got 'x'"),
+        (["imq"], "COMMAND: invalid choice: 'imq' (choose from "),
+        ([], "the following arguments are required: COMMAND; see rigsa --help"),
+        (["export", "nothere", "--to", "merged"], "nothere: no such run folder"),
+        (["export", "nothere", "--to", "pickle"], "--to: expected one of supertuning, "),
+        (["chat", "nothere"], "nothere: no such run folder"),
+        (["merge", "nothere", "--out", "there"], "nothere: no such run folder"),
+        (["report", "nothere"], "nothere: no such run folder"),
+        (["inspect", "nothere"], "nothere: no such folder"),
+    ],
+)
+def test_a_mistyped_command_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"rigsa: {message}")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep-fraction", "1.5"], "--keep-fraction: expected 0 to 1, got 1.5"),
         (["--micro-batch-size", "5"], "--micro-batch-size: expected a divisor of the batch size 8, got 5"),
         (["--learning-rate", "nan"], "--learning-rate: expected more than 0 and at most 1,000, got nan"),
         (["--checkpoint-steps", "15"], "--checkpoint-steps: expected a multiple of the 10 logging steps, got 15"),
@@ -309,31 +341,71 @@ def test_initial_values_of_the_control_have_another_seed():
         parse("random-mask", "--density", "0.1", "--match-level", "1")
 
 
+def rates(config: Config, level: int, density: float) -> tuple[float, float]:
+    found = config.at_level(level, density)
+    assert dataclasses.replace(
+        found, learning_rate=config.learning_rate, alpha_learning_rate=config.alpha_learning_rate
+    ) == config  # fmt: skip
+    return found.learning_rate, found.alpha_learning_rate
+
+
 def test_a_ticket_trains_by_rates_of_its_own_where_it_has_some():
-    options = ["--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--ticket-learning-rate", "0.3"]
-    config = parse("imp", *options, "--ticket-alpha-learning-rate", "0")
-    assert config.at_level(0) == config
-    assert (config.at_level(1).learning_rate, config.at_level(1).alpha_learning_rate) == (0.3, 0.2)
-    config = parse("random-mask", "--density", "0.1", "--ticket-alpha-learning-rate", "0.4")
-    assert config.at_level(1) == dataclasses.replace(config, alpha_learning_rate=0.4)
+    options = ["--learning-rate", "0.1", "--alpha-learning-rate", "0.2", "--no-scale-rates"]
+    assert rates(parse("imp", *options), 1, 0.25) == (0.1, 0.2)
+    assert rates(parse("imp", *options, "--ticket-learning-rate", "0.3"), 1, 0.25) == (0.3, 0.2)
+    assert rates(parse("imp", *options, "--ticket-alpha-learning-rate", "0.3", "--scale-rates"), 1, 0.25) == (0.2, 0.3)
 
 
-def test_the_quickstarts_ticket_is_the_papers_and_its_control_is_trained_as_it_is():
-    ticket, control = parse("imp").at_level(1), parse("random-mask").at_level(1)
-    assert ticket.density == PAPER_DENSITY
-    rates = [(config.learning_rate, config.alpha_learning_rate) for config in (ticket, control)]
-    assert rates[0] == rates[1] == (2e-2, 1e-1)
-    assert parse("imp").at_level(0).learning_rate == 2e-3
+def test_the_rates_of_a_ticket_grow_with_the_square_root_of_what_is_pruned():
+    options = ["--learning-rate", "0.1", "--alpha-learning-rate", "0.2"]
+    config = parse("imp", *options)
+    assert rates(config, 0, 1.0) == (0.1, 0.2)
+    assert rates(config, 1, 0.25) == (0.2, 0.4)
+    assert rates(config, 2, 0.01) == pytest.approx((1.0, 2.0))
+    assert rates(parse("imp", "--preset", "paper", *options), 2, 0.01) == (0.1, 0.2)
+
+
+@pytest.mark.parametrize("control", ["random-mask", "reinit", "erk", "snip", "grasp"])
+def test_the_quickstarts_ticket_is_the_papers_and_its_controls_are_trained_as_it_is(control):
+    assert parse("imp").density == PAPER_DENSITY
+    assert rates(parse("imp"), 0, 1.0) == (2e-3, 2e-2)
+    assert rates(parse(control), 1, PAPER_DENSITY) == rates(parse("imp"), 1, PAPER_DENSITY)
+    assert rates(parse("imp"), 1, PAPER_DENSITY) == pytest.approx((1.075e-2, 1.075e-1), rel=1e-3)
 
 
 def test_the_density_of_a_preset_yields_to_what_is_given_for_the_prunings():
     assert parse("imp", "--keep-fraction", "0.5").density == 0
     assert parse("imp", "--prunings", "0").density == 0
     assert parse("imp", "--prunings", "2").density == PAPER_DENSITY
-    assert parse("imp", "--keep-fraction", "0.5", "--density", "0.1").density == 0.1
+    assert parse("imp", "--preset", "paper", "--density", "0.1").keep_fraction == 0
+    assert parse("imp", "--density", "0").keep_fraction == 0.8
     (job,) = plan_sweep("imp", "0", [], preset="quickstart", options={"prunings": 0}, out=Path("runs/x")).jobs
     assert job.config.density == 0
     assert arguments_of(job.config, "quickstart") == ["--prunings=0", "--density=0.0"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_prunings_keep_is_said_in_one_way(preset):
+    both = "--keep-fraction 0.8 and --density 0.1: both say how much prunings keep; give one of them"
+    with pytest.raises(RigsaError, match=both):
+        parse("imp", "--preset", preset, "--keep-fraction", "0.8", "--density", "0.1")
+    with pytest.raises(RigsaError, match=both):
+        plan_sweep("imp", "0", ["density=0.1"], preset=preset, options={"keep_fraction": 0.8}, out=Path("runs/x"))
+    with pytest.raises(RigsaError, match="--keep-fraction and --equal parameters: both say how many entries"):
+        equal_budget(["imp", "lora"], preset, {"keep_fraction": 0.8}, "parameters")
+    with pytest.raises(RigsaError, match=r"--keep-fraction: expected more than 0, or a --density, got 0\.0"):
+        parse("imp", "--preset", preset, "--keep-fraction", "0", "--density", "0")
+    for keep_fraction, density, prunings in ((0.0, 0.1, 2), (0.5, 0.0, 2), (0.8, 0.0, 1), (0.0, 0.0, 0)):
+        values = {"keep_fraction": keep_fraction, "density": density, "prunings": prunings}
+        config = dataclasses.replace(PRESETS[preset]("imp"), **values)
+        assert parse("imp", "--preset", preset, *arguments_of(config, preset)) == config
+
+
+def test_a_run_of_an_earlier_version_that_names_both_goes_on_by_its_density(tmp_path):
+    config = PRESETS["quickstart"]("imp")
+    (tmp_path / "config.json").write_text(json.dumps(config.record() | {"keep_fraction": 0.8}))
+    check_folder(config, tmp_path)
+    assert load(tmp_path) == config
 
 
 def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():

@@ -74,11 +74,7 @@ def test_an_earlier_level_goes_into_the_run_folder(talking_run, capsys):
     ],
 )
 def test_a_level_that_is_not_there_is_one_line(talking_run, capsys, arguments, message):
-    try:
-        code = main(["export", str(talking_run), "--to", "merged", *arguments])
-    except SystemExit as error:
-        code = error.code
-    assert code != 0
+    assert main(["export", str(talking_run), "--to", "merged", *arguments]) == 1
     assert message in capsys.readouterr().err
 
 

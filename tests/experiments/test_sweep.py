@@ -1,4 +1,4 @@
-"""The queue of a sweep with a runner that only writes results, and one real sweep on a model of 40 kB."""
+"""The queue of a sweep with a runner that only writes results, and one real sweep on a model of 70 kB."""
 
 import dataclasses
 import os
@@ -22,6 +22,7 @@ from rigsa.experiments.config_file import load
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.presets import PRESETS, arguments_of
 from rigsa.experiments.report.page import write_report
+from rigsa.experiments.shared_results import share_results
 from rigsa.experiments.sweep import command_of, print_commands, run_logged, run_sweep
 from rigsa.experiments.sweep_plan import VARIABLE, Job, Plan, Shard, plan_sweep
 from rigsa.files import mark_done, read_json, write_json
@@ -347,13 +348,13 @@ def test_dry_run_prints_commands_that_can_be_pasted_and_writes_nothing(tmp_path,
     assert not (tmp_path / "a sweep").exists()
 
 
-def test_the_base_is_shared_where_it_is_the_same(tmp_path):
-    def shared(**options) -> list[str]:  # type: ignore[no-untyped-def]
-        """The names of the runs that find `base/` before they start."""
+def test_base_and_level_0_are_shared_where_they_are_the_same(tmp_path):
+    def shared(folder="base", **options) -> list[str]:  # type: ignore[no-untyped-def]
+        """The names of the runs that find that folder before they start."""
         found = []
 
         def runner(command, log) -> int:  # type: ignore[no-untyped-def]
-            if (Path(command[-1]) / "base" / "done").exists():
+            if (Path(command[-1]) / folder / "done").exists():
                 found.append(Path(command[-1]).name)
             return runs(command, log)
 
@@ -369,18 +370,32 @@ def test_the_base_is_shared_where_it_is_the_same(tmp_path):
     assert shared(vary=["dtype=float32,bfloat16"]) == []
     assert shared(vary=["learning_rate=0.1,0.2"]) == ["imp-learning-rate0.2-seed0"]
 
+    assert shared("level_0", vary=["density=0.1,0.2"]) == ["imp-density0.2-seed0"]
+    assert shared("level_0", vary=["density=0.1,0.2"], early_bird_steps=1) == []  # the mask decides when it ends
+    assert shared("level_0", vary=["tile=8,rows", "ticket_learning_rate=0.1"]) == [
+        "imp-tile-rows-ticket-learning-rate0.1-seed0"
+    ]
+    assert shared("level_0", vary=["rewind_step=0,1"]) == []  # it writes down that step
+    assert shared("level_0", vary=["learning_rate=0.1,0.2"]) == []
+    assert shared("level_0", vary=["drift_prompts=4,5"]) == []  # which are measured at level 0, too
+    assert shared("level_0", seeds="0,1", methods="lora") == []
+    assert shared("level_0", methods="lt-sft,imp,random-mask", vary=["density=0.1,0.2"]) == [
+        "lt-sft-density0.2-seed0",
+        "imp-density0.2-seed0",
+    ]
+
 
 def test_an_unfinished_base_is_not_shared_and_is_replaced(tmp_path):
     plan = planned(tmp_path, seeds="0,1")
     run(planned(tmp_path, seeds="0"))
     (tmp_path / "imp-seed0" / "base" / "done").unlink()
-    sweep.share_base(plan.jobs[1], plan)
+    share_results(plan.jobs[1], plan)
     assert not (tmp_path / "imp-seed1" / "base").exists()
     mark_done(tmp_path / "imp-seed0" / "base")
     for left_over in ("base", ".base.part"):
         (tmp_path / "imp-seed1" / left_over).mkdir(parents=True)
         (tmp_path / "imp-seed1" / left_over / "old").touch()
-    sweep.share_base(plan.jobs[1], plan)
+    share_results(plan.jobs[1], plan)
     copied, measured = (tmp_path / f"imp-seed{seed}" / "base" for seed in (1, 0))
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == {
         path.name: path.read_bytes() for path in measured.iterdir()
@@ -478,6 +493,18 @@ def test_a_real_sweep_survives_a_killed_run_and_ends_with_the_bits_of_single_run
     in_sweep = contents(tmp_path / "sweep" / "imp-seed1")
     assert in_sweep["base/metrics.json"] == contents(tmp_path / "sweep" / "imp-seed0")["base/metrics.json"]
     assert in_sweep == contents(alone)
+
+
+def test_a_run_with_a_copied_level_0_ends_with_the_bits_of_one_alone(small_model_folder, tmp_path):
+    options = {"model": str(small_model_folder), "dtype": "float32", "device": "cpu", "drift": False}
+    plan = planned(tmp_path / "sweep", vary=["density=0.1,0.05"], rewind_step=1, **options)
+    run_sweep(plan, lambda runs, out: None, run=lambda command, log: main(command[3:]))
+    alone = tmp_path / "alone"
+    assert main(["imp", "--preset", "smoke", *arguments_of(plan.jobs[1].config, "smoke"), "--out", str(alone)]) == 0
+    first, second = (contents(tmp_path / "sweep" / name) for name in names(plan))
+    assert second == contents(alone)
+    assert first["level_0/adapter.safetensors"] == second["level_0/adapter.safetensors"]
+    assert first["level_1/adapter.safetensors"] != second["level_1/adapter.safetensors"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

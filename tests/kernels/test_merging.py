@@ -17,6 +17,7 @@ from rigsa_kernels import (
     gated_linears,
     merge_linears,
     replace_linears,
+    restore_linears,
     rounding_losses,
     unmerge_linears,
 )
@@ -68,8 +69,9 @@ def test_a_merge_that_would_lose_the_adapter_is_refused_and_possible_in_float32(
     before = model.float()(ids).logits
     torch.testing.assert_close(merge_linears(model)(ids).logits, before)
     assert not gated_linears(model)
-    with pytest.raises(ValueError, match="found none in LlamaForCausalLM"):
-        merge_linears(model)
+    for call in (merge_linears, rounding_losses, restore_linears):
+        with pytest.raises(ValueError, match=r"expected gated sparse layers to .*, found none in LlamaForCausalLM"):
+            call(model)
 
 
 def test_closed_gates_merge_into_the_base_model():

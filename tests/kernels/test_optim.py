@@ -920,8 +920,21 @@ def test_a_new_head_does_not_decay_as_values_do():
             assert by_role(optimizer, model)["weight"] == {(0.1, 1.0 if decay is None else decay)}
     groups = parameter_groups(model, other_weight_decay=0.3)
     assert by_role(torch.optim.AdamW(groups, lr=0.1, weight_decay=0.7), model)["bias"] == {(0.1, 0.3)}
-    plain = nn.Linear(3, 3)  # without gated layers nothing stands beside them
-    assert by_role(MaskedAdamW(plain, lr=0.1), plain) == {"weight": {(0.1, 1.0)}, "bias": {(0.1, 1.0)}}
+
+
+def test_a_model_without_an_adapter_is_not_trained_whole():
+    plain = nn.Linear(3, 3)
+    frozen_adapter = nn.Sequential(*make_model().requires_grad_(False), nn.Linear(8, 4))
+    for model in (plain, frozen_adapter):
+        for params in (model, model.named_parameters()):
+            with pytest.raises(
+                ValueError, match=r"gated sparse layers, got 2 others \(.*weight, \.\.\.\); call replace_lin"
+            ):
+                MaskedAdamW(params)
+    with pytest.raises(ValueError, match="gated sparse layers, got none that is trainable"):
+        MaskedAdamW(nn.Linear(3, 3).requires_grad_(False).named_parameters())
+    asked = MaskedAdamW([{"params": plain.named_parameters()}], lr=0.1)
+    assert by_role(asked, plain) == {"weight": {(0.1, 1.0)}, "bias": {(0.1, 1.0)}}
 
 
 # Launches.

@@ -67,6 +67,24 @@ def test_an_adapter_on_a_head_that_liger_reads_is_refused(liger):
     assert len(gated_linears(under_peft(other, target_modules=["lm_head"]))) == 1
 
 
+def test_an_adapter_on_a_head_that_liger_comes_to_read_is_refused():
+    """A Trainer patches the model when training begins. Liger sets a function of its own on it; here it is ours."""
+    base = make_llama()
+
+    def lce_forward(self, *args, **kwargs):
+        return type(self).forward(self, *args, **kwargs)
+
+    lce_forward.__module__ = "liger_kernel.transformers.model.llama"
+    model = under_peft(base, target_modules=["q_proj", "lm_head"])
+    model(input_ids=IDS, labels=IDS)
+    base.forward = types.MethodType(lce_forward, base)
+    with pytest.raises(ValueError, match=r"Liger's fused loss reads the weight of lm_head.*in liger_kernel_config"):
+        model(input_ids=IDS, labels=IDS)
+    model.unload()(input_ids=IDS, labels=IDS)
+    others = under_peft(base, target_modules=["q_proj"])
+    others(input_ids=IDS, labels=IDS)
+
+
 @pytest.mark.parametrize("adapt", [native, under_peft])
 def test_a_model_with_passes_of_unsloth_is_refused(adapt):
     """unsloth sets functions of its own modules on the classes of transformers; here on one instance."""

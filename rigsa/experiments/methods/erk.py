@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config, Gates, Look, fields_of
-from rigsa.experiments.methods.ticket import PAPER_DENSITY, TICKET_RATES, TicketMethod
+from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of
+from rigsa.experiments.methods.ticket import PAPER_DENSITY, TicketMethod
 from rigsa.masks import erk_counts, random_patterns
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.tiles import grid_of
@@ -36,8 +36,7 @@ class Erk(TicketMethod):
 ERK = Erk(
     name="erk",
     help="a random mask whose narrow layers are denser (Erdős-Rényi; SparseAdapter, He et al. 2022)",
-    options=(*fields_of(Gates), "density", "tile"),
+    options=(*fields_of(Gates), *fields_of(Tickets), "density", "tile"),
     look=Look("sky", (4, 1, 0), (0, (1, 1, 4, 1))),
     usual={"density": PAPER_DENSITY},
-    quickstart=TICKET_RATES,
 )

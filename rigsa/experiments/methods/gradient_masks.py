@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config, Gates, Look, LowRank, Training, fields_of
+from rigsa.experiments.config import Config, Gates, Look, LowRank, Tickets, Training, fields_of
 from rigsa.experiments.methods.baselines import OWN_DTYPE
-from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TICKET_RATES, TicketMethod, highest
+from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.scores import SCORES, GradientScore, gradient_scores
 from rigsa_kernels import SparsePattern, gated_linears
@@ -128,18 +128,16 @@ ROSA = GradientMask(
 SNIP = GradientMask(
     name="snip",
     help="train the random entries without which the loss would change most (SNIP; SparseAdapter, He et al. 2022)",
-    options=GRADIENT_OPTIONS,
+    options=(*GRADIENT_OPTIONS, *fields_of(Tickets)),
     look=Look("green", "8", (0, (4, 1, 1, 1, 1, 1))),
     usual={"density": PAPER_DENSITY},
-    quickstart=TICKET_RATES,
     score=SCORES["snip"],
 )
 GRASP = GradientMask(
     name="grasp",
     help="train the random entries that carry the gradient's flow (GraSP; SparseAdapter, He et al. 2022)",
-    options=GRADIENT_OPTIONS,
+    options=(*GRADIENT_OPTIONS, *fields_of(Tickets)),
     look=Look("orange", "H", (0, (6, 1, 2, 1))),
     usual={"density": PAPER_DENSITY},
-    quickstart=TICKET_RATES,
     score=SCORES["grasp"],
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import Config, Gates, Look, Method, Pruning, Tickets, fields_of, require
-from rigsa.experiments.methods.ticket import PAPER_DENSITY, TICKET_RATES
+from rigsa.experiments.methods.ticket import PAPER_DENSITY
 from rigsa.masks import PruneCounts, TrainedLayer, prune
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.select import count_bits
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from rigsa.experiments.experiment import Experiment
 
 
+TICKET_FIELDS = frozenset((*fields_of(Pruning), *fields_of(Tickets), "ranking", "density", "tile")) - {
+    "rewind_step", "early_bird_steps", "early_bird_distance",
+}  # fmt: skip
+"""What only tickets read. Level 0 writes down the step that they are rewound to, and may end early."""
+
+
 class Imp(Method):
     """Levels 0 to ``config.prunings``. A finished step is never done again, a started one goes on where it stopped."""
 
@@ -31,6 +37,13 @@ class Imp(Method):
         super().check(config)
         reachable = config.prunings > 0 or not config.density
         require(config, "density", "0 with --prunings 0, as only a pruning leads to a density", reachable)
+        if config.keep_fraction and config.density:
+            raise RigsaError(
+                f"--keep-fraction {config.keep_fraction} and --density {config.density}: both say how much prunings "
+                "keep; give one of them"
+            )
+        if config.prunings and not config.density:
+            require(config, "keep_fraction", "more than 0, or a --density", config.keep_fraction > 0)
         if config.init_scale == 0 and (config.criterion == "rigsa" or config.rewind != "init"):
             raise RigsaError(
                 "--init-scale 0: initial values have no signs to compare and nothing to rearrange; expected another "
@@ -53,6 +66,10 @@ class Imp(Method):
 
     def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
         return ticket_densities(config, same_sign_share, config.prunings)
+
+    def ticket_fields(self, config: Config) -> frozenset[str]:
+        """An early bird ends level 0 by the mask that would be drawn."""
+        return frozenset(fields_of(Tickets)) if config.early_bird_steps else TICKET_FIELDS
 
     def run(self, experiment: Experiment) -> None:
         from rigsa.experiments.methods.rewinding import rewind  # here: reports import this file, and no transformers
@@ -150,6 +167,6 @@ IMP = Imp(
     help="iterative magnitude pruning: train the dense adapter, prune it to tickets, train each (RIGSA)",
     options=(*fields_of(Gates), *fields_of(Pruning), *fields_of(Tickets), "ranking", "density", "tile"),
     look=Look("blue", "o", "solid", by_level=True),
-    quickstart={"density": PAPER_DENSITY, **{f"ticket_{name}": rate for name, rate in TICKET_RATES.items()}},
+    quickstart={"density": PAPER_DENSITY, "keep_fraction": 0.0},
     is_reference=True,
 )

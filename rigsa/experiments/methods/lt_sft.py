@@ -27,6 +27,9 @@ class LtSft(TicketMethod):
     def densities(self, config: Config, same_sign_share: float) -> dict[int, float]:
         return {0: 1.0, 1: config.density}
 
+    def ticket_fields(self, config: Config) -> frozenset[str]:
+        return frozenset((*fields_of(Tickets), "ranking", "density", "tile"))
+
     def choose(self, experiment: Experiment) -> tuple[dict[str, SparsePattern], dict[str, Any]]:
         experiment.restore(0)
         changes = {name: layer.rigsa_values.detach() for name, layer in gated_linears(experiment.model).items()}

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import load_ticket
-from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of
+from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of, flag
 from rigsa.experiments.methods import matched
 from rigsa.experiments.methods.matched import Matched, matched_folder, matched_level
-from rigsa.experiments.methods.ticket import TICKET_RATES
 from rigsa.masks import random_patterns
 from rigsa_kernels import SparsePattern, gated_linears
 from rigsa_kernels.tiles import grid_of
@@ -27,8 +26,9 @@ class RandomMask(Matched):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        if config.density and config.match_level:
-            raise RigsaError("--match-level and --density: give one of them")
+        for name in ("match", "match_level"):
+            if config.density and getattr(config, name):
+                raise RigsaError(f"--{flag(name)} and --density: give one of them")
 
     def levels(self, config: Config) -> tuple[int, ...]:
         return (1,) if config.density else ()
@@ -80,6 +80,5 @@ RANDOM_MASK = RandomMask(
     help="the control: one level whose ticket is drawn at random, as dense as an imp run's last one",
     options=(*fields_of(Gates), *fields_of(Tickets), *matched.OPTIONS, "density", "tile"),
     look=Look("red", "s", (0, (5, 2)), by_level=True),
-    quickstart=TICKET_RATES,
     matches="imp",
 )

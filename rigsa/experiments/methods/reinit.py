@@ -12,7 +12,6 @@ from rigsa.experiments.adapter import load_ticket
 from rigsa.experiments.config import Config, Gates, Look, Tickets, fields_of
 from rigsa.experiments.methods import matched
 from rigsa.experiments.methods.matched import Matched, matched_folder, matched_level
-from rigsa.experiments.methods.ticket import TICKET_RATES
 from rigsa_kernels import SparsePattern
 
 if TYPE_CHECKING:
@@ -43,6 +42,5 @@ REINIT = Reinit(
     help="a control: one level on the ticket of an imp run, from other initial values",
     options=(*fields_of(Gates), *fields_of(Tickets), *matched.OPTIONS, "init_seed"),
     look=Look("purple", (5, 0, 180), (0, (7, 2, 1, 2)), by_level=True),
-    quickstart=TICKET_RATES,
     matches="imp",
 )

@@ -27,8 +27,6 @@ FROM_ZERO: Mapping[str, Any] = {
     "init_scale": 0.0, "gate": "none", "alpha_init": 1.0, "weight_decay": 0.0, "learning_rate": 2e-4,
 }  # fmt: skip
 """Values of a difference that starts at zero and needs no gate."""
-TICKET_RATES: Mapping[str, Any] = {"learning_rate": 2e-2, "alpha_learning_rate": 1e-1}
-"""The quickstart's, of a small ticket of random values: those that served a random mask best (docs/experiments.md)."""
 
 
 def highest(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,10 @@ class Panel:
     lowest: bool
 
 
+SIZES = ("rank", "density", "match")
+"""Fields that say how much is trained: settings that differ in these alone are one line by trained numbers."""
+
+
 @dataclass(frozen=True)
 class Series:
     """Points that belong on one line: the levels of imp, the ranks of a low-rank method, or one setting alone."""
@@ -132,7 +136,7 @@ def level_figure(report: Report) -> Drawing:
             places = [(last + 1 + index, setting) for index, setting in enumerate(others)]
             for place, setting in places:
                 value = setting.estimate(measure, setting.final)
-                _plot(axes, [] if value is None else [(place, value)], _look_of(report, setting), None)
+                _plot(axes, [] if value is None else [(place, value)], _look_of(report, setting), setting.label)
             if series and others:
                 axes.axvline(last + 0.5, color="0.6", linewidth=0.8)
             name = "level {}" if others else "{}"
@@ -193,7 +197,7 @@ def _headline(report: Report) -> str:
 
 def size_figure(report: Report) -> Drawing:
     """Figure 4: accuracy on the target task by trained numbers."""
-    series = all_series(report)
+    series = all_series(report, SIZES)
     measure = report.accuracies[0]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, max(3.8, 0.19 * len(series) + 1)), layout="constrained")
@@ -215,7 +219,7 @@ def size_figure(report: Report) -> Drawing:
 
 def density_figure(report: Report) -> Drawing:
     """Figure 5: accuracy on the target task by level and by density."""
-    series = all_series(report)
+    series = all_series(report, SIZES)
     measure = report.accuracies[0]
     levelled = [one for one in series if one.points[0][0].config.method.look.by_level]
     with matplotlib.rc_context(STYLE):
@@ -223,7 +227,9 @@ def density_figure(report: Report) -> Drawing:
         figure = Figure(figsize=(9, 3.4 + 0.2 * legend_rows), layout="constrained")
         by_level, by_density = figure.subplots(1, 2, sharey=True)
         for one in levelled:
-            _plot(by_level, [(level, value) for _, level, value in one.values(measure)], one.look, None)
+            for setting in {id(setting): setting for setting, _ in one.points}.values():
+                points = [(level, value) for owner, level, value in one.values(measure) if owner is setting]
+                _plot(by_level, points, one.look, None)
         for one in series:
             _plot(by_density, _by(one, measure, "density"), one.look, one.label)
         _baselines(by_level, report, measure, labelled=False)
@@ -256,18 +262,19 @@ def drawings(report: Report, images: Images | None) -> list[Drawing]:
     ]  # fmt: skip
 
 
-def all_series(report: Report) -> list[Series]:
-    """Every setting once: levels of a setting on one line, and settings that differ in nothing but the rank.
+def all_series(report: Report, joined: Collection[str] = ("rank",)) -> list[Series]:
+    """Every setting once: levels of a setting on one line, and settings that differ in nothing but `joined` fields.
 
     The setting that others are compared with comes first, and so has the plain look of its method.
     """
-    groups = group([setting.config for setting in report.settings], ignore=("rank",))
+    firsts = [setting.runs[0] for setting in report.settings]
+    groups = group([run.config for run in firsts], joined, [run.ticket for run in firsts])
     groups.sort(key=lambda one: report.reference not in [report.settings[index] for index in one.members])
     seen: dict[str, int] = {}
     series = []
     for one in groups:
         settings = [report.settings[index] for index in one.members]
-        settings.sort(key=lambda setting: setting.config.rank)
+        settings.sort(key=lambda setting: (setting.config.rank, setting.config.density))
         method = settings[0].config.method
         variant = seen.get(method.name, 0)
         seen[method.name] = variant + 1
@@ -287,13 +294,14 @@ def _look_of(report: Report, setting: Setting) -> dict[str, Any]:
 
 
 def _by(series: Series, measure: Measure, what: str) -> list[tuple[float, Estimate]]:
-    """Points by density, in per cent, or by trained numbers, each a mean over seeds."""
-    points = []
+    """Points by density, in per cent, or by trained numbers, each a mean over seeds; one for a level 0 that settings
+    share."""
+    points: dict[float, Estimate] = {}
     for setting, level, value in series.values(measure):
         found = setting.at(level).values()
         sizes = [float(trainable(one)) if what == "trained numbers" else 100 * one["density"] for one in found]
-        points.append((estimate(sizes).mean, value))
-    return points
+        points[estimate(sizes).mean] = value
+    return list(points.items())
 
 
 def _tick(axes: Axes, values: Sequence[float]) -> None:
@@ -374,9 +382,11 @@ def _legend(figure: Figure, panels: Sequence[Panel]) -> None:
     if len(panels) > 1 and len(panels) % 2:
         spare = figure.add_subplot((len(panels) + 1) // 2, 2, len(panels) + 1)
         spare.axis("off")
-        spare.legend(handles, labels, loc="lower center" if len(labels) > 8 else "center")
+        spare.legend(handles, labels, loc="lower center" if len(labels) > 8 else "center", ncols=1 + len(labels) // 12)
     else:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+        columns = min(3, len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(labels) // columns) - 1))  # panels keep their size
 
 
 def _interval_note(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class Run:
     config: Config
     base: Metrics
     levels: list[Metrics]
+    ticket: Config | None = None
+    """The configuration of the run that it is matched to; None for none, and where that run is not to be found."""
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -58,7 +61,7 @@ class Run:
         config = load(path)
         levels = [_level(path, number, config) for number in finished_levels(path)]
         base = read_record(path / BASE / METRICS_FILE, metrics_of(config, base=True)) if levels else {}
-        return cls(path, config, base, levels)
+        return cls(path, config, base, levels, _ticket_of(path, config))
 
     def level(self, number: int) -> Metrics | None:
         return next((metrics for metrics in self.levels if metrics["level"] == number), None)
@@ -66,6 +69,18 @@ class Run:
     @property
     def base_name(self) -> str:
         return "untrained" if self.config.quantize == "none" else "untrained, 4 bits"
+
+
+def _ticket_of(run: Path, config: Config) -> Config | None:
+    """The configuration of the run that this one is matched to, at its path or, if that was moved, beside this one."""
+    if not config.match:
+        return None
+    for folder in (Path(config.match), run.parent / Path(config.match).name):
+        with contextlib.suppress(RigsaError, OSError):
+            found = load(folder)
+            if found.method.name == config.method.matches:
+                return found
+    return None
 
 
 def _level(run: Path, number: int, config: Config) -> Metrics:
@@ -216,7 +231,7 @@ def read_report(paths: Sequence[Path]) -> Report:
     if not runs:
         raise RigsaError("; ".join(notes + [f"{folder} failed: {message}" for folder, message in failed]))
     check_comparable(runs)
-    groups = group([run.config for run in runs])
+    groups = group([run.config for run in runs], tickets=[run.ticket for run in runs])
     settings = [Setting(one.label, [runs[index] for index in one.members]) for one in groups]
     check_distinct(settings)
     return Report(runs, settings, notes + [note for setting in settings for note in _unfinished(setting)], failed)

@@ -75,18 +75,23 @@ def _standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
-def group(configs: Sequence[Config], ignore: Collection[str] = ()) -> list[Group]:
+def group(
+    configs: Sequence[Config], joined: Collection[str] = (), tickets: Sequence[Config | None] | None = None
+) -> list[Group]:
     """Settings in the order of `METHODS`, then of the values they differ in.
 
     A label is the method and, where it has several settings, what they differ in: ``lora (rank 8)``.
 
     Args:
         configs: of the runs.
-        ignore: fields that part no settings either; what they hold does not matter.
+        joined: fields whose values part no settings either, but only whether they have one.
+        tickets: of each run that is matched to another's ticket, the configuration of that other run; None where it is
+            not known, so that the name of its folder has to tell.
     """
     members: dict[tuple[tuple[str, Any], ...], list[int]] = {}
-    for index, config in enumerate(configs):
-        members.setdefault(tuple(_setting(config, ignore).items()), []).append(index)
+    matched = _matched(configs, [None] * len(configs) if tickets is None else tickets)
+    for index, (config, name) in enumerate(zip(configs, matched, strict=True)):
+        members.setdefault(tuple(_setting(config, joined, name).items()), []).append(index)
     found = []
     for key, indices in members.items():
         setting = dict(key)
@@ -98,13 +103,26 @@ def group(configs: Sequence[Config], ignore: Collection[str] = ()) -> list[Group
     return [one for _, one in sorted(found, key=lambda item: item[0])]
 
 
-def _setting(config: Config, ignore: Collection[str]) -> dict[str, Any]:
-    """The method and the fields that it reads, without the seed, also in the path of the matched run."""
-    names = [name for name in OPTIONS if config.method.reads(name) and name not in ("seed", *MEASURING, *ignore)]
-    setting = {"method": config.method} | {name: getattr(config, name) for name in names}
-    if "match" in setting:
-        setting["match"] = re.sub(r"[-_.]?seed[-_=]?\d+", "", setting["match"])
-    return setting
+def _matched(configs: Sequence[Config], tickets: Sequence[Config | None]) -> list[str]:
+    """What each run is matched to: one name for all runs that differ in nothing but the seed."""
+    names: dict[tuple[tuple[str, Any], ...], str] = {}
+    found = []
+    for config, ticket in zip(configs, tickets, strict=True):
+        name = re.sub(r"[-_.]?seed[-_=]?\d+", "", config.match)
+        if ticket is not None:
+            name = config.match if name in names.values() else name
+            name = names.setdefault(tuple(_setting(ticket, (), "").items()), name)
+        found.append(name)
+    return found
+
+
+def _setting(config: Config, joined: Collection[str], matched: str) -> dict[str, Any]:
+    """The method and the fields that it reads, without the seed, and with `matched` for the run it is matched to."""
+    names = [name for name in OPTIONS if config.method.reads(name) and name not in ("seed", *MEASURING)]
+    values = {name: matched if name == "match" else getattr(config, name) for name in names}
+    return {"method": config.method} | {
+        name: bool(value) if name in joined else value for name, value in values.items()
+    }
 
 
 def _label(method: Method, differing: Mapping[str, Any]) -> str:

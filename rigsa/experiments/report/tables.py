@@ -195,7 +195,7 @@ def configuration_table(report: Report) -> Table:
     columns = ["setting", "seeds", "steps a level", *(name.replace("_", " ") for name in fields)]
     note = (
         "Fields of the configuration, by the names of the options. Max steps 0: as many as the epochs have; density 0: "
-        "that of the matched run."
+        "that of the matched run; keep fraction 0: what leads to that density."
     )
     return Table("Table 4. Configuration", note, columns, rows).without_empty_columns()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rigsa.experiments.tasks.task import IGNORED, Batch, Samples, num_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MOST_LOGITS = 2**27
+"""In one pass of a test: 512 MiB in float32, and as much again for the cross-entropy."""
 
 
 def target_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -40,7 +47,7 @@ def training_loss(model: nn.Module, batch: Batch, num_learned: Tensor | int | No
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, samples: Samples, batch_size: int, label: str) -> dict[str, Any]:
+def evaluate(model: PreTrainedModel, samples: Samples, batch_size: int, label: str) -> dict[str, Any]:
     """``{"accuracy": ..., "loss": ..., "perplexity": ..., "tokens": ..., "examples": ...}`` on the samples.
 
     Accuracy is the percentage of targets that are the likeliest token, loss their mean cross-entropy, perplexity its
@@ -49,21 +56,22 @@ def evaluate(model: nn.Module, samples: Samples, batch_size: int, label: str) ->
     Args:
         model: in evaluation mode.
         samples: of one split.
-        batch_size: samples a pass.
+        batch_size: samples a pass; fewer where they have more than `MOST_LOGITS` logits, as long answers do.
         label: of the progress bar.
     """
     device = next(model.parameters()).device
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
     for batch in tqdm(
         DataLoader(samples, batch_size, collate_fn=samples.collate), desc=label, unit="batch", leave=False
     ):
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        logits, targets = target_logits(model, batch).flatten(0, 1), batch["targets"].flatten()
-        correct += (logits.argmax(-1) == targets).sum()
-        loss += F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED).double()
-        count += num_targets(batch)
+        for part in in_passes({name: tensor.to(device) for name, tensor in batch.items()}, vocabulary):
+            logits, targets = target_logits(model, part).flatten(0, 1), part["targets"].flatten()
+            correct += (logits.argmax(-1) == targets).sum()
+            loss += F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED).double()
+            count += num_targets(part)
     mean = loss.item() / count.item()
     return {
         "accuracy": 100 * correct.item() / count.item(),
@@ -72,3 +80,11 @@ def evaluate(model: nn.Module, samples: Samples, batch_size: int, label: str) ->
         "tokens": int(count.item()),
         "examples": len(samples),
     }
+
+
+def in_passes(batch: Batch, vocabulary: int) -> Iterator[Batch]:
+    """The rows of a batch, in parts of at most `MOST_LOGITS` logits, or of one row."""
+    rows, targets = batch["targets"].shape
+    size = max(1, MOST_LOGITS // (targets * vocabulary))
+    for start in range(0, rows, size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}

@@ -492,7 +492,7 @@ def test_densities_fall_as_the_paper_has_it():
     assert list(densities) == [0, 1, 2, 3, 4]
     assert densities[4] == pytest.approx(0.0346, abs=1e-4)
     assert list(expected_densities(SMALL, paper("random-mask")).items()) == [(4, densities[4])]
-    asked = expected_densities(SMALL, dataclasses.replace(paper(), density=0.0625))
+    asked = expected_densities(SMALL, dataclasses.replace(paper(), density=0.0625, keep_fraction=0.0))
     assert list(asked.items()) == [(0, 1), (1, 0.5), (2, 0.25), (3, 0.125), (4, 0.0625)]
 
 

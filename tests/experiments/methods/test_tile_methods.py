@@ -82,7 +82,7 @@ def test_erk_shares_out_tiles(small_model_folder, tmp_path):
 
 
 def test_imp_prunes_tiles_to_tiles_and_a_control_matches_them(small_model_folder, tmp_path, capsys):
-    config = config_of("imp", small_model_folder, tile="4", prunings=2, keep_fraction=0.9, max_steps=2)
+    config = config_of("imp", small_model_folder, tile="4", prunings=2, max_steps=2)
     run = tmp_path / "imp"
     assert main(command(config, run)) == 0
     assert "2 tickets, in tiles of 4; 2 steps" in capsys.readouterr().out
@@ -117,9 +117,8 @@ def test_tiles_too_large_for_the_density_are_named(small_model_folder, tmp_path,
 
 
 def test_tiles_too_large_to_prune_any_are_refused(small_model_folder, tmp_path, capsys):
-    assert (
-        main(command(config_of("imp", small_model_folder, tile="64", density=0.0, prunings=1), tmp_path / "run")) == 1
-    )
+    config = config_of("imp", small_model_folder, tile="64", density=0.0, keep_fraction=0.8, prunings=1)
+    assert main(command(config, tmp_path / "run")) == 1
     assert "--tile: 64 prunes nothing, as no layer has more than " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -57,7 +58,7 @@ def write_run(folder: Path, config: Config, accuracy: float = 90.0, levels: tupl
 
 
 def write_level(folder: Path, config: Config, level: int, accuracy: float, chance: random.Random) -> None:
-    density = 0.43**level
+    density = config.density if level and config.density else 0.43**level
     sizes: dict[str, Any] = {"density": density, "free": round(density * WEIGHTS), "weights": WEIGHTS}
     sizes["trainable"] = sizes["free"] + 210
     if not config.method.gated:
@@ -109,7 +110,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for position, method in enumerate(METHODS):
             values: dict[str, Any] = {"seed": seed, **measured}
             if method == "imp":
-                values |= {"prunings": 3, "density": 0.0}
+                values |= {"prunings": 3, "density": 0.0, "keep_fraction": 0.8}
             if METHODS[method].matches:
                 values["match"] = f"runs/imp-quickstart-seed{seed}"
             for rank in RANKS if method in ("lora", "qlora") else (8,):
@@ -219,7 +220,7 @@ def test_table_of_one_run_is_the_readmes(tmp_path):
         "seconds", "peak memory",
     ]  # fmt: skip
     assert table.rows[0][:3] == ["imp", "untrained", ""]
-    assert table.rows[2][:6] == ["imp", "1", "43.00%", "53.9%", "539", "45,652,378"]
+    assert table.rows[2][:6] == ["imp", "1", "3.46%", "53.9%", "539", "3,673,424"]
     assert table.rows[2][-2:] == ["360", "4.00 GiB"]
     assert table.markdown().count("| imp |") == 3
 
@@ -272,6 +273,29 @@ def test_differences_are_paired_by_seed(tmp_path):
     table = comparison_table(read_report([tmp_path]))
     assert table.rows[0] == ["0-shot (%)", "full", "3", "+2.00", "-0.48 to +4.48", "0.074"]
     assert table.rows[1][2:] == ["3", "+0.000", "+0.000 to +0.000", "1.000"]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_controls_are_paired_by_what_their_configurations_say(tmp_path, moved):
+    """Whatever the folders are called, also where they were moved together after they were made."""
+    made = tmp_path / "made"
+    for seed, name in enumerate(("first", "2nd", "tuesday")):
+        write_run(made / name, make("imp", seed=seed))
+        write_run(made / f"{name}-apart", make("imp", seed=seed, prunings=2))
+        for method in ("random-mask", "reinit"):
+            for matched in (name, f"{name}-apart"):
+                control = make(method, seed=seed, match=str(made / matched))
+                write_run(made / f"{method} of {matched}", control, levels=(1,))
+    if moved:
+        made = made.rename(tmp_path / "moved")
+    report = read_report([made])
+    assert [len(setting.runs) for setting in report.settings] == [3] * 6
+    for setting in report.settings[2:]:
+        assert {run.path.name.endswith("-apart") for run in setting.runs} == {setting.label.endswith("-apart)")}
+    rows = [row for row in comparison_table(report).rows if "random-mask" in row[1] or "reinit" in row[1]]
+    assert rows
+    assert all(row[2] == "3" for row in rows)
+    assert [len(one.points) for one in figures.all_series(report)] == [2, 3, 1, 1, 1, 1]
 
 
 def test_a_difference_of_one_pair_is_honest(tmp_path):
@@ -476,11 +500,44 @@ def test_labels_of_figures_do_not_overlap(sweep):
                     assert not box.padded(-1).overlaps(other), drawing.file
 
 
+FEW = ("imp", "random-mask", "lt-sft", "lora", "qlora")
+
+
+@pytest.mark.parametrize(("names", "seeds"), [(FEW, 1), (FEW, 3), (tuple(METHODS), 1)])
+def test_every_method_is_named_beside_its_marker(tmp_path, names, seeds):
+    for seed, method in itertools.product(range(seeds), names):
+        write_run(tmp_path / f"{method}{seed}", make(method, seed=seed))
+    for drawing in figures.drawings(read_report([tmp_path]), None):
+        drawing.figure.canvas.draw()
+        legends = [*drawing.figure.legends, *(axes.get_legend() for axes in drawing.figure.axes if axes.get_legend())]
+        named = {text.get_text().removesuffix(", final level") for legend in legends for text in legend.get_texts()}
+        ranked = {name for name in names if METHODS[name].reads("rank") or METHODS[name].look.by_level}
+        assert named - {"untrained", "untrained, 4 bits"} == (ranked if drawing.file == "figure_3.png" else set(names))
+        for axes in drawing.figure.axes:
+            assert axes.get_window_extent().height / drawing.figure.dpi > 1.5, "the legend leaves no room"
+
+
 def test_series_join_levels_and_ranks(sweep):
     series = {one.label: one for one in figures.all_series(read_report([sweep]))}
     assert series.keys() == set(METHODS)
     assert [level for _, level in series["imp"].points] == [0, 1, 2, 3]
     assert [setting.config.rank for setting, _ in series["qlora"].points] == list(RANKS)
+
+
+def test_tickets_of_several_densities_and_their_controls_are_one_line_each_by_density(tmp_path):
+    for density, seed in itertools.product((0.2, 0.01), range(2)):
+        name = f"imp-density{density}-seed{seed}"
+        write_run(tmp_path / name, make("imp", seed=seed, density=density, keep_fraction=0.0, prunings=1))
+        control = make("random-mask", seed=seed, match=str(tmp_path / name))
+        write_run(tmp_path / f"random-{name}", control, levels=(1,))
+        write_run(tmp_path / f"uniform-{name}", make("random-mask", seed=seed, density=density))
+    report = read_report([tmp_path])
+    assert len(report.settings) == 6
+    series = {one.label: one for one in figures.all_series(report, figures.SIZES)}
+    assert series.keys() == {"imp", "random-mask (match off, density on)", "random-mask (match on, density off)"}
+    by_density = [at for at, _ in figures._by(series["imp"], report.accuracies[0], "density")]
+    assert sorted(by_density) == pytest.approx([1, 20, 100])  # level 0 once
+    assert all(len({id(setting) for setting, _ in one.points}) == 2 for one in series.values())
 
 
 def test_what_an_early_end_saved_is_in_the_table(tmp_path):

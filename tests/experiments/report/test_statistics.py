@@ -114,6 +114,9 @@ def test_what_is_measured_parts_no_settings_and_what_is_not_read_neither():
     assert labels(make("imp"), make("imp", seed=1, rank=3)) == ["imp"]
 
 
-def test_ignored_fields_part_no_settings():
-    (one,) = group([make("lora", rank=rank) for rank in (16, 4)], ignore=("rank",))
+def test_settings_that_differ_in_joined_fields_are_one():
+    (one,) = group([make("lora", rank=rank) for rank in (16, 4)], joined=("rank",))
     assert one.label == "lora"
+    controls = [make("random-mask", density=density) for density in (0.1, 0.2)] + [make("random-mask", match="runs/a")]
+    uniform, shuffled = sorted(group(controls, joined=("density", "match")), key=lambda one: -len(one.members))
+    assert (uniform.members, shuffled.members) == ((0, 1), (2,))

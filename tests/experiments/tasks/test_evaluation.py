@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from conftest import make_llama
+from conftest import WORDS, make_llama
+from rigsa.experiments.tasks import evaluation
 from rigsa.experiments.tasks.evaluation import evaluate, target_logits, training_loss
 from rigsa.experiments.tasks.task import IGNORED, collate, num_targets
 from rigsa.experiments.tasks.text import TextSamples
@@ -37,6 +38,20 @@ def test_loss_and_accuracy_are_those_of_the_targets(lengths, learned):
     assert got["loss"] == pytest.approx(-found.mean().item(), rel=1e-5)
     assert got["perplexity"] == pytest.approx((-found.mean()).exp().item(), rel=1e-5)
     assert (got["tokens"], got["examples"]) == (len(found), 2)
+
+
+@pytest.mark.parametrize(
+    ("most", "shapes"), [(10**9, [(5, 3)]), (2 * 3 * len(WORDS), [(2, 3), (2, 3), (1, 3)]), (1, [(1, 3)] * 5)]
+)
+def test_long_answers_are_tested_in_more_passes_with_the_same_results(most, shapes, monkeypatch):
+    model, samples = make_llama(), TextSamples(unequal(4, 9, 5, 5, 7, learned=3), 0)
+    whole, seen = evaluate(model, samples, 8, "x"), []
+    monkeypatch.setattr(evaluation, "MOST_LOGITS", most)
+    monkeypatch.setattr(
+        evaluation, "target_logits", lambda *given: (seen.append(given[1]["targets"].shape), target_logits(*given))[1]
+    )
+    assert evaluate(model, samples, 8, "x") == pytest.approx(whole, rel=1e-6)
+    assert seen == shapes
 
 
 @pytest.mark.parametrize("learned", [1, 3])
