@@ -150,7 +150,9 @@ class Gates:
     numerics: Numerics = _field(
         "auto", "how W0 + alpha*D is applied: two products, one, or by rule", choices=get_args(Numerics)
     )
-    alpha_learning_rate: float = _field(2e-3, "peak of the linear schedule of the gates", RATE_OR_0)
+    alpha_learning_rate: float = _field(
+        2e-3, "peak of the linear schedule of the gates; with --scale-rates that of a dense level", RATE_OR_0
+    )
     alpha_weight_decay: float = _field(0.0, "decoupled, of the gates; paper: not stated", RATE_OR_0)
 
 
@@ -308,7 +310,7 @@ class Training:
         "update each layer as soon as its gradient is complete, and free the gradient; needs --max-grad-norm 0 and one "
         "micro-batch a step",
     )
-    learning_rate: float = _field(2e-3, "peak of the linear schedule", RATE)
+    learning_rate: float = _field(2e-3, "peak of the linear schedule; with --scale-rates that of a dense level", RATE)
     warmup_steps: int = _field(1000, "linear warm-up; after it the rate falls linearly to 0", COUNT_OR_0)
     weight_decay: float = _field(1.0, "decoupled, of the values", RATE_OR_0)
     beta1: float = _field(0.9, "AdamW; paper: not stated", BELOW_1)
