@@ -55,6 +55,7 @@ class TrainedLayer:
         pattern: which entries are free. Those that were pruned before are not, so none can come back.
         bound, seed, key: of the initial values (`rigsa_kernels.init`), which are regenerated where `initial` is None.
         initial: where the ticket started from something else (`rigsa.criteria.treated_values`): that, as `values`.
+        signs: what `same_sign` gives, where that is known already.
     """
 
     values: Tensor
@@ -63,6 +64,7 @@ class TrainedLayer:
     seed: int
     key: int
     initial: Tensor | None = None
+    signs: Tensor | None = None
 
     def start(self) -> Tensor:
         """``pattern.values_shape``: what the values were before training. Raises ValueError where `initial` does not
@@ -76,9 +78,15 @@ class TrainedLayer:
 
     def same_sign(self) -> Tensor:
         """The bit mask of the entries that kept their sign; initial values that come from a seed are never stored."""
+        if self.signs is not None:
+            return self.signs
         if self.initial is None:
             return same_sign(self.values, self.pattern, bound=self.bound, seed=self.seed, key=self.key)
         return pack_bits(self.pattern.scatter(self.values.detach().sign() * self.start().sign() > 0))
+
+    def with_signs(self) -> TrainedLayer:
+        """The same layer with `signs`, a bit a weight, for whoever asks for them more than once."""
+        return replace(self, signs=self.same_sign())
 
     def score(self, score: Score) -> Tensor:
         """float32 ``pattern.values_shape``."""

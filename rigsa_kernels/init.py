@@ -24,6 +24,8 @@ _LOW_32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+LANES = 4
+"""Words that one counter gives."""
 CHUNK = 1 << 20
 """Entries worked on at a time on the PyTorch path: bounds its working memory to about 100 MB whatever the layer."""
 
@@ -36,24 +38,36 @@ def layer_key(name: str) -> int:
 def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four int64 tensors that hold uint32 counters in, four that hold uint32 random words out.
 
-    int64 products wrap modulo 2**64, which leaves the low and the high 32-bit word right.
+    int64 products wrap modulo 2**64, which leaves the low and the high 32-bit word right. What the second and the
+    fourth word have above their low 32 bits is masked before it would reach a product.
     """
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = (word.clone() for word in counter)  # and in place from here, so that the rounds stay in the cache
     k0, k1 = seed & _LOW_32, (seed >> 32) & _LOW_32
     for _ in range(_ROUNDS):
-        product0, product1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
-        c0 = ((product1 >> 32) & _LOW_32) ^ c1 ^ k0
-        c2 = ((product0 >> 32) & _LOW_32) ^ c3 ^ k1
-        c1, c3 = product1 & _LOW_32, product0 & _LOW_32
+        product0, product1 = c0.mul_(_MULTIPLIER[0]), c2.mul_(_MULTIPLIER[1])
+        c0 = c1.bitwise_xor_(product1 >> 32).bitwise_xor_(k0).bitwise_and_(_LOW_32)
+        c2 = c3.bitwise_xor_(product0 >> 32).bitwise_xor_(k1).bitwise_and_(_LOW_32)
+        c1, c3 = product1, product0
         k0, k1 = (k0 + _KEY_STEP[0]) & _LOW_32, (k1 + _KEY_STEP[1]) & _LOW_32
-    return c0, c1, c2, c3
+    return c0, c1 & _LOW_32, c2, c3 & _LOW_32
+
+
+def _words_of_counters(seed: int, key: int, stream: int, group: Tensor) -> Tensor:
+    """int64 ``[len(group), 4]`` holding uint32: the four words of each of these counters of layer `key`'s stream."""
+    counter = (group & _LOW_32, torch.full_like(group, key), group >> 32, torch.full_like(group, stream))
+    return torch.stack(philox(seed, counter), dim=1)
 
 
 def random_words(seed: int, key: int, stream: int, start: int, count: int, device: torch.device) -> Tensor:
     """int64 ``[count]`` holding uint32: words `start` to `start + count` of layer `key`'s stream."""
-    group = torch.arange(start // 4, -(-(start + count) // 4), device=device)
-    counter = (group & _LOW_32, torch.full_like(group, key), group >> 32, torch.full_like(group, stream))
-    return torch.stack(philox(seed, counter), dim=1).view(-1)[start % 4 :][:count]
+    group = torch.arange(start // LANES, -(-(start + count) // LANES), device=device)
+    return _words_of_counters(seed, key, stream, group).view(-1)[start % LANES :][:count]
+
+
+def random_words_at(seed: int, key: int, stream: int, numbers: Tensor) -> Tensor:
+    """int64, holding uint32: the words with these numbers, int64 of one dimension. Each takes a counter of its own."""
+    words = _words_of_counters(seed, key, stream, numbers // LANES)
+    return words.gather(1, (numbers % LANES)[:, None])[:, 0]
 
 
 def uniform(words: Tensor, bound: float) -> Tensor:
@@ -87,8 +101,12 @@ def _initial_values_(
     flat = out.view(-1)
     if pattern:
         for rows, free, stored in row_chunks(pattern, (pattern[0].shape[1], in_features)):
-            words = random_words(seed, key, 0, start + rows.start * in_features, free.numel(), out.device)
-            flat[stored] = uniform(words[free.reshape(-1)], bound).to(out.dtype)
+            begin, chosen = start + rows.start * in_features, free.reshape(-1)
+            if LANES * (stored.stop - stored.start) < free.numel():
+                words = random_words_at(seed, key, 0, begin + chosen.nonzero().view(-1))
+            else:
+                words = random_words(seed, key, 0, begin, free.numel(), out.device)[chosen]
+            flat[stored] = uniform(words, bound).to(out.dtype)
     else:
         for begin in range(0, flat.numel(), CHUNK):
             count = min(CHUNK, flat.numel() - begin)

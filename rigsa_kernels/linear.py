@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import weakref
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
 from ._ops import ops as operators
-from .dispatch import GENERATION_TOKENS, HALF_DTYPES, Path, choose_path
+from .dispatch import GENERATION_TOKENS, HALF_DTYPES, Path, choose_path, kernels_win
 from .exactness import composed_is_safe, need_two_products, rms
 from .format import SparsePattern, carry
 from .in_place import InPlaceWeight, Peers, optimizer_steps, restore
@@ -74,9 +75,16 @@ class _Way:
     """How a layer computes, and what that decision rests on.
 
     The way of the last call serves the next one as long as nothing has changed that it rests on: the parameters, the
-    layer's settings, autocast, the dtype of x, and whether there are few tokens.
+    layer's settings (`SETTINGS`, whose changes `GatedSparseLinear.__setattr__` sees), the optimisers' steps, the dtype
+    of x, autocast and, where a path depends on that, whether there are few tokens. In generation the weights of a whole
+    model pass through the cache between two calls, so all that a call asks for is here, in one object.
 
     Attributes:
+        steps: of any optimiser, when it was found.
+        x_dtype, device_type: of x.
+        autocast: the dtype under autocast; None where that is off.
+        fewest, most: numbers that x may have.
+        enabled: whether the adapter counts.
         dtype: of the products.
         exact: two products or one; a flag on the device where a fused kernel decides.
         operand: the matrix to multiply by; None for the fused kernel.
@@ -85,13 +93,38 @@ class _Way:
     """
 
     made_from: Snapshot
-    settings: tuple[object, ...]
+    steps: int
+    x_dtype: torch.dtype
+    device_type: str
+    autocast: torch.dtype | None
+    fewest: int
+    most: int
+    enabled: bool
     dtype: torch.dtype
     exact: bool | Tensor
     operand: Tensor | None
     base: list[Tensor]
     pattern: list[Tensor]
     columns: ops.Columns | None
+
+    def serves(self, x: Tensor, weight: Tensor, values: Tensor, alpha: Tensor) -> bool:
+        """Whether it is the way of these, too, where the layer's settings are what they were."""
+        return (
+            self.x_dtype == x.dtype
+            and self.steps == optimizer_steps()
+            and self.fewest <= x.numel() <= self.most
+            and self.autocast == _autocast(self.device_type)
+            and self.made_from.is_of_three(weight, values, alpha)
+        )
+
+
+def _autocast(device_type: str) -> torch.dtype | None:
+    """The dtype under autocast; None where that is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+SETTINGS = frozenset(("enabled", "numerics", "force", "in_place", "training", "exact_in_training"))
+"""Attributes of a layer that decide how it computes."""
 
 
 class GatedSparseLinear(nn.Module):
@@ -201,6 +234,7 @@ class GatedSparseLinear(nn.Module):
         _starts += 1
         self.in_place_weight: InPlaceWeight | None = None
         self._way: _Way | None = None
+        self._ready: _Way | None = None  # the same, until a setting changes
         self._base_kept: tuple[Snapshot, torch.dtype, list[Tensor]] | None = None
         self._weight_rms: tuple[Snapshot, Tensor] | None = None
         self._threshold: tuple[torch.dtype, Tensor] | None = None
@@ -373,20 +407,17 @@ class GatedSparseLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self._traced_forward(x)
         weight, values, alpha = self._trio()
-        settings, way = self._settings(x), self._way
-        if way is None or way.settings != settings or not way.made_from.is_of(weight, values, alpha):
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                self._refuse_preparing()
-            self._way = None  # or it would keep the matrix before the next one
-            way = self._way = self._find_way(x, settings)
+        way = self._ready
+        if way is None or not way.serves(x, weight, values, alpha):
+            way = self._prepare(x)
         if x.is_cuda and self.training and torch.cuda.is_current_stream_capturing():
             self._refuse_capture(way)
-        bias, dtype = self.bias, way.dtype
+        bias, dtype = self._own_bias(), way.dtype
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
         if x.dtype != dtype:
             x = x.to(dtype)
-        if not self.enabled:
+        if not way.enabled:
             return F.linear(x, dequantize(way.base, (self.out_features, self.in_features), dtype), bias)
         if way.operand is not None and not way.exact and not torch.is_grad_enabled():
             return F.linear(x, way.operand, bias)
@@ -394,20 +425,26 @@ class GatedSparseLinear(nn.Module):
             x, way.base, bias, values, alpha, way.pattern, way.exact, way.operand, way.columns
         )
 
-    def _settings(self, x: Tensor) -> tuple[object, ...]:
-        """What a way rests on beside the parameters."""
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return (
-            optimizer_steps(), self.enabled, self.numerics, self.force, self.in_place, self.training, x.dtype, autocast,
-            x.numel() <= GENERATION_TOKENS * self.in_features, self.exact_in_training,
-        )  # fmt: skip
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A setting that changes makes the way of the last pass stale, so no pass has to compare the settings."""
+        if name in SETTINGS and self.__dict__.get("_ready") is not None and getattr(self, name) != value:
+            self._ready = None
+        super().__setattr__(name, value)
 
-    def _find_way(self, x: Tensor, settings: tuple[object, ...]) -> _Way:
+    def _prepare(self, x: Tensor) -> _Way:
+        """Find the way, in the place of the last one."""
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._refuse_preparing()
+        self._way = self._ready = None  # or it would keep the matrix before the next one
+        self._way = self._ready = self._find_way(x)
+        return self._way
+
+    def _find_way(self, x: Tensor) -> _Way:
         """Decide how to compute, and make the matrix that it takes. A matrix outlives a pass in inference mode."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
         dtype, pattern = self._compute_dtype(x), self.pattern.tensors
+        device_type = x.device.type
         with torch.inference_mode(False), torch.no_grad():
             if self.enabled:
                 exact, operand, base = self._choose(x, dtype)
@@ -415,7 +452,17 @@ class GatedSparseLinear(nn.Module):
                 self.restore_weight()
                 exact, operand, base = False, None, self._base(dtype)
             columns = ops.kept_columns(pattern, (self.out_features, self.in_features))
-        return _Way(Snapshot(*self._trio()), settings, dtype, exact, operand, base, pattern, columns)
+        return _Way(
+            Snapshot(*self._trio()), optimizer_steps(), x.dtype, device_type, _autocast(device_type),
+            *self._sizes_alike(x, dtype, operand), self.enabled, dtype, exact, operand, base, pattern, columns,
+        )  # fmt: skip
+
+    def _sizes_alike(self, x: Tensor, dtype: torch.dtype, operand: Tensor | None) -> tuple[int, int]:
+        """The fewest and the most numbers that another x may have to go the same way."""
+        few, any_number = GENERATION_TOKENS * self.in_features, sys.maxsize
+        if operand is self.weight or not kernels_win(self.rule_device or x.device, dtype):
+            return 0, any_number
+        return (0, few) if x.numel() <= few else (few + 1, any_number)
 
     def _choose(self, x: Tensor, dtype: torch.dtype) -> tuple[bool | Tensor, Tensor | None, list[Tensor]]:
         """`exact`, `operand` and `base` of a way."""
@@ -494,7 +541,7 @@ class GatedSparseLinear(nn.Module):
             return True
         for layer in (self, other):
             layer.restore_weight()
-            layer.in_place, layer.in_place_weight, layer._way = False, None, None
+            layer.in_place, layer.in_place_weight, layer._way, layer._ready = False, None, None, None
         return False
 
     def trains_any_of(self, parameters: set[int]) -> bool:
@@ -654,6 +701,11 @@ class GatedSparseLinear(nn.Module):
             tensors = self.__dict__
         return tensors["weight"], tensors["rigsa_values"], tensors["rigsa_alpha"]
 
+    def _own_bias(self) -> Tensor | None:
+        """The bias, as fast."""
+        tensors: Any = self._parameters
+        return tensors["bias"] if "bias" in tensors else self.__dict__.get("bias")
+
     def _replicate_for_data_parallel(self) -> GatedSparseLinear:
         """The copies that replicas get of the weight are made before this, so they must be of W0."""
         own = self.in_place_weight
@@ -668,7 +720,9 @@ class GatedSparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold W0 and nothing that was made from it."""
         self.restore_weight()
-        made = ("in_place_weight", "_way", "_base_kept", "_weight_rms", "_threshold", "_flag", "_home", "_made")
+        made = (
+            "in_place_weight", "_way", "_ready", "_base_kept", "_weight_rms", "_threshold", "_flag", "_home", "_made",
+        )  # fmt: skip
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

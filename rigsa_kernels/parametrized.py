@@ -159,7 +159,7 @@ def attach(gated: GatedSparseWeight) -> None:
     owner.add_module(f"{PREFIX}{name}", gated)
     _set_properties(owner)
     handle = owner.register_load_state_dict_pre_hook(_Renamed(name))
-    gated._handle = (handle,)  # type: ignore[assignment]
+    gated._handle = (handle,)
 
 
 def detach(gated: GatedSparseWeight, weight: Tensor | None = None) -> None:

@@ -41,6 +41,10 @@ DIGIT_BITS = 8
 DIGITS = 1 << DIGIT_BITS
 KEY_BITS = 32
 RANDOM_STREAM = 1
+_SIGN = -(2**31)
+"""An int32 with the sign bit alone."""
+_INFINITY = 0x7F800000
+"""The bits of float32's infinity. What is not a number has more."""
 
 
 def _blocks(
@@ -70,17 +74,17 @@ def _same_sign(
 def _keys(
     values: Tensor | None, candidates: Tensor, pattern: list[Tensor], in_features: int, by: Order, seed: int, key: int
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-    """Chunks of a layer: rows, keys (uint32 in int64), candidates, and the values."""
+    """Chunks of a layer: rows, keys less 2**31 (int32, which sorts as they do), candidates, and the values."""
     shape = (candidates.shape[1], in_features)
     for rows, free, block in _blocks(values, pattern, shape):
         if block is None:
             words = random_words(seed, key, RANDOM_STREAM, rows.start * in_features, free.numel(), candidates.device)
-            keys = words.view(free.shape)
+            keys = words.sub_(2**31).to(torch.int32).view(free.shape)
         elif by == "magnitude":
-            keys = block.abs().view(torch.int32).to(torch.int64)
+            keys = block.view(torch.int32) | _SIGN
         else:
-            bits = (block + 0.0).view(torch.int32).to(torch.int64)  # -0 + 0 is +0: equal numbers, equal keys
-            keys = torch.where(bits < 0, ~bits, bits + 2**31)
+            bits = (block + 0.0).view(torch.int32)  # -0 + 0 is +0: equal numbers, equal keys
+            keys = bits ^ ((bits >> 31) & ~_SIGN)
         yield rows, keys, free & unpack_bits(candidates[:, rows], in_features), block
 
 
@@ -95,13 +99,20 @@ def _digit_counts(
     prefix: int,
     shift: int,
 ) -> Tensor:
-    counts = candidates.new_zeros(DIGITS + 1, dtype=torch.int64)
+    counts = candidates.new_zeros(DIGITS + 2, dtype=torch.int64)
+    not_finite = counts.new_zeros(())
     for _, keys, chosen, block in _keys(values, candidates, pattern, in_features, by, seed, key):
-        digits = (keys ^ prefix) >> shift
-        counts[:DIGITS] += torch.bincount(digits[chosen & (digits < DIGITS)], minlength=DIGITS)
+        digits = keys.bitwise_xor_(prefix - 2**31).bitwise_right_shift_(shift)
+        if shift == KEY_BITS - DIGIT_BITS:
+            digits.bitwise_and_(DIGITS - 1)  # the shift copies the sign bit, which is part of this digit alone
+        # What has another prefix is below 0, or DIGITS and more, as is what is no candidate: both ends are dropped.
+        # To pick the entries that count would take four times as long as counting all.
+        digits.bitwise_or_((~chosen).to(torch.int32).mul_(DIGITS)).clamp_(-1, DIGITS).add_(1)
+        counts += torch.bincount(digits.view(-1), minlength=DIGITS + 2)
         if block is not None:
-            counts[DIGITS] += (~block.isfinite()).sum()
-    return counts
+            not_finite += (block.view(torch.int32) | _SIGN).ge_(_INFINITY | _SIGN).sum()
+    counts[DIGITS + 1] = not_finite
+    return counts[1:].clone()
 
 
 def _keep_largest(
@@ -115,12 +126,13 @@ def _keep_largest(
     threshold: int,
     take: int,
 ) -> Tensor:
-    out = torch.empty_like(candidates)
+    out, threshold = torch.empty_like(candidates), threshold - 2**31
     for rows, keys, chosen, _ in _keys(values, candidates, pattern, in_features, by, seed, key):
         ties = chosen & (keys == threshold)
-        first = ties & (ties.view(-1).cumsum(0).view(ties.shape) <= take)
-        take -= int(first.sum())
-        out[:, rows] = pack_bits((chosen & (keys > threshold)) | first)
+        if (number := int(ties.count_nonzero())) > take:
+            ties &= ties.view(-1).cumsum(0).view(ties.shape) <= take
+        take -= min(number, take)
+        out[:, rows] = pack_bits((chosen & (keys > threshold)) | ties)
     return out
 
 

@@ -55,6 +55,9 @@ class AdapterLinear(GatedSparseLinear):
         weight: Any = self._origin[0]._parameters["weight"]  # faster than a module's attributes
         return weight, tensors["rigsa_values"], tensors["rigsa_alpha"]
 
+    def _own_bias(self) -> Tensor | None:
+        return self.bias
+
     def _pattern_here(self) -> SparsePattern:
         if self._awaited is not None:
             self._take_saved()

@@ -27,6 +27,18 @@ def test_it_speaks(loaded):
 
 
 @pytest.mark.model
+def test_what_is_read_again_and_again_is_made_once(monkeypatch):
+    """transformers asks for the header three times and for the table of names for each of some 400 modules."""
+    gguf = pytest.importorskip("gguf")
+    made = []
+    read, table = gguf.GGUFReader.__init__, gguf.TensorNameMap.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *given: made.append("header") or read(*given))
+    monkeypatch.setattr(gguf.TensorNameMap, "__init__", lambda *given: made.append("table") or table(*given))
+    load_model(quickstart(), torch.device("cpu"))
+    assert sorted(made) == ["header", "table"]
+
+
+@pytest.mark.model
 def test_digits_are_single_tokens_and_prompts_have_one_length(loaded):
     prompts, splits = Prompts(loaded[1], quickstart().system_prompt), load_splits("digits")
     assert len(set(prompts.digit_ids.tolist())) == 10

@@ -7,6 +7,8 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from rigsa_kernels import GatedSparseLinear, SparsePattern, uniform_init
+from rigsa_kernels.dispatch import GENERATION_TOKENS
+from rigsa_kernels.linear import SETTINGS
 
 NUMERICS = ("auto", "exact", "composed")
 
@@ -399,6 +401,39 @@ def test_second_derivatives_are_refused():
     (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_a_setting_that_changes_ends_the_way_and_one_that_is_set_again_does_not(name):
+    others = {"numerics": "exact", "force": "gemm"}
+    layer, x = make_layer(numerics="composed").eval(), torch.randn(5, 40)
+    with torch.no_grad():
+        layer(x)
+        for value, kept in ((getattr(layer, name), True), (others.get(name, not getattr(layer, name)), False)):
+            way = layer._way
+            setattr(layer, name, value)
+            found = layer(x)
+            assert (layer._way is way) == kept
+            frozen = nn.functional.linear(x, layer.frozen_matrix(), layer.bias)
+            want = expected(layer, x).float() if layer.enabled else frozen
+            torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_and_the_tokens_after_it_go_one_way_where_their_number_does_not_matter(monkeypatch):
+    """On a CPU, a dense layer would make its matrix twice for each text."""
+    layer = make_layer(numerics="composed")
+    prompt, token = torch.randn(GENERATION_TOKENS + 1, 40), torch.randn(1, 40)
+    with torch.no_grad():
+        layer(prompt)
+        way = layer._way
+        layer(token)
+        assert layer._way is way
+        monkeypatch.setattr("rigsa_kernels.linear.kernels_win", lambda *_: True)
+        layer.exact_in_training = not layer.exact_in_training
+        layer(prompt)
+        assert not layer._way.serves(token, *layer._trio())
+        layer(token)
+        assert not layer._way.serves(prompt, *layer._trio())
 
 
 class OnCuda(torch.Tensor):

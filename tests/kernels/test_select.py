@@ -158,6 +158,33 @@ def test_top_k_equals_a_full_sort(drawn_layers, by, share, alone):
         assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
 
 
+def keys_by_definition(values, by):
+    """The unsigned keys of float32 values, in int64."""
+    bits = values.view(torch.int32).to(torch.int64)
+    if by == "magnitude":
+        return bits & 0x7FFFFFFF
+    return torch.where(bits < 0, ~bits, bits + 2**31)
+
+
+@few
+@given(st.integers(0, 99), st.sampled_from(["magnitude", "score", "random"]), st.sampled_from([0, 8, 16, 24]))
+def test_digits_of_any_bits_are_counted_among_the_candidates(seed, by, shift):
+    """The prefix of one key, and then the same prefix with its highest bit turned, which no key there shares."""
+    shape, source = (40, 33), generator(seed)
+    values = torch.randint(-(2**31), 2**31, shape, generator=source).to(torch.int32).view(torch.float32)
+    pattern = SparsePattern.dense(*shape)
+    mask = torch.rand(shape, generator=source) < 0.5
+    chosen = SparsePattern.from_mask(mask).words
+    keys = keys_by_definition(values, by) if by != "random" else init_module.random_words(
+        3, 5, 1, 0, values.numel(), values.device).view(shape)  # fmt: skip
+    entries = select_module.Entries(pattern, by, None if by == "random" else values, chosen, 3, 5)
+    for prefix in (int(keys[3, 3]) >> shift + 8 << shift + 8, (int(keys[3, 3]) ^ 2**31) >> shift + 8 << shift + 8):
+        shared = keys[mask & (keys >> shift + 8 == prefix >> shift + 8)]
+        not_finite = 0 if by == "random" else (~values.isfinite()).sum()
+        wanted = [*torch.bincount(shared >> shift & 255, minlength=256).tolist(), int(not_finite)]
+        assert entries.digit_counts(prefix, shift).tolist() == wanted
+
+
 def test_equal_numbers_tie_whatever_the_sign_of_zero():
     scores = torch.tensor([[-1.0, -0.0, 0.0, -0.0, 2.0, -3.0]])
     for run in (contextlib.nullcontext, on_triton):

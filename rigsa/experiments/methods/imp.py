@@ -131,6 +131,8 @@ def choose(experiment: Experiment, level: int) -> tuple[dict[str, SparsePattern]
         )
         for name, layer in gated_linears(experiment.model).items()
     }
+    if config.criterion == "rigsa":
+        trained = {name: layer.with_signs() for name, layer in trained.items()}  # `keep_fraction` and `prune` ask
     try:
         return prune(
             trained, keep_fraction=keep_fraction(config, trained, level + 1), ranking=config.ranking,
