@@ -40,9 +40,13 @@ def heads_that_liger_reads(model: nn.Module) -> set[str]:
     }
 
 
-def refuse_liger_later(owner: nn.Module) -> None:
-    """Have each pass of `owner`, whose head carries an adapter, see whether Liger has been patched in since."""
-    owner.register_forward_pre_hook(_refuse_liger)
+def refuse_liger_later(owner: nn.Module, adapted: bool) -> None:
+    """Have each pass of `owner` see whether Liger has been patched in since, if its head is `adapted`; else no more."""
+    for number, hook in list(owner._forward_pre_hooks.items()):
+        if hook is _refuse_liger:
+            del owner._forward_pre_hooks[number]
+    if adapted:
+        owner.register_forward_pre_hook(_refuse_liger)
 
 
 def _refuse_liger(owner: nn.Module, _inputs: object) -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.config import Config, flag
+from rigsa.experiments.config import OPTIONS, Config, flag
 from rigsa.experiments.lock import LOCK_FILE
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.run_folder import CONFIG_FILE
 from rigsa.files import is_temporary, read_json, write_json
+
+DEFAULTS = {name: field.default for name, field in OPTIONS.items()}
+"""What a run of an earlier version, which did not have a field yet, has for it."""
 
 
 def check_folder(config: Config, folder: Path) -> None:
@@ -24,7 +27,7 @@ def check_folder(config: Config, folder: Path) -> None:
     path = folder / CONFIG_FILE
     if not path.exists():
         raise RigsaError(f"{folder} is not a run folder and not empty; choose another one with --out")
-    saved, wanted = _read(path), config.record()
+    saved, wanted = DEFAULTS | _read(path), config.record()
     names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
     if names:
         lines = [f"  --{flag(name)}: {saved.get(name)!r} there, {wanted.get(name)!r} now" for name in names]
@@ -68,5 +71,5 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RigsaError(f"{path} is damaged (expected a JSON object, got {values!r}); delete its folder and run again")
     if values.get("method") == "imp" and values.get("density"):
-        values["keep_fraction"] = 0.0  # earlier versions wrote one there, too, and did not read it
+        values["keep_fraction"] = 0.0  # earlier versions wrote one there, too, which they did not read
     return values

@@ -188,7 +188,7 @@ class RigsaModel(BaseTuner):
         """Layers of ours are on the right device, and share what PEFT would copy."""
         setattr(parent, child_name, new_module)
         if child_name == HEAD:
-            refuse_liger_later(parent)
+            refuse_liger_later(parent, isinstance(new_module, RigsaLayer))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Values have the dtype that the configuration says, and gates always float32 or float64."""

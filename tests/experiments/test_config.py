@@ -415,11 +415,15 @@ def test_what_prunings_keep_is_said_in_one_way(preset):
         assert parse("imp", "--preset", preset, *arguments_of(config, preset)) == config
 
 
-def test_a_run_of_an_earlier_version_that_names_both_goes_on_by_its_density(tmp_path):
-    config = PRESETS["quickstart"]("imp")
-    (tmp_path / "config.json").write_text(json.dumps(config.record() | {"keep_fraction": 0.8}))
+def test_a_run_of_an_earlier_version_goes_on_by_its_density_and_its_rates(tmp_path):
+    config = parse("imp", "--no-scale-rates", "--ticket-learning-rate", "0.02")
+    record = config.record() | {"keep_fraction": 0.8}
+    del record["scale_rates"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
     check_folder(config, tmp_path)
     assert load(tmp_path) == config
+    with pytest.raises(RigsaError, match="--scale-rates: False there, True now"):
+        check_folder(parse("imp"), tmp_path)
 
 
 def test_random_mask_matches_the_imp_run_of_its_preset_and_seed():

@@ -403,6 +403,20 @@ def test_an_unfinished_base_is_not_shared_and_is_replaced(tmp_path):
     assert not (tmp_path / "imp-seed1" / ".base.part").exists()
 
 
+def test_a_damaged_level_0_is_not_shared(tmp_path):
+    plan = planned(tmp_path, vary=["density=0.1,0.2"])
+    run(planned(tmp_path, vary=["density=0.1"]))
+    theirs, mine = (tmp_path / name / "level_0" for name in names(plan))
+    mark_done(theirs, ["metrics.json"])
+    whole = (theirs / "metrics.json").read_text()
+    (theirs / "metrics.json").write_text(whole.replace("1", "2", 1))
+    share_results(plan.jobs[1], plan)
+    assert not mine.exists()
+    (theirs / "metrics.json").write_text(whole)
+    share_results(plan.jobs[1], plan)
+    assert mine.exists()
+
+
 RUN_THAT_SAYS_HOW_IT_ENDED = """
 import time
 print("started", flush=True)

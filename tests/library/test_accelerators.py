@@ -81,6 +81,7 @@ def test_an_adapter_on_a_head_that_liger_comes_to_read_is_refused():
     with pytest.raises(ValueError, match=r"Liger's fused loss reads the weight of lm_head.*in liger_kernel_config"):
         model(input_ids=IDS, labels=IDS)
     model.unload()(input_ids=IDS, labels=IDS)
+    assert not base._forward_pre_hooks  # a model that is saved whole would need this package
     others = under_peft(base, target_modules=["q_proj"])
     others(input_ids=IDS, labels=IDS)
 

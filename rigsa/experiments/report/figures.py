@@ -295,12 +295,14 @@ def _look_of(report: Report, setting: Setting) -> dict[str, Any]:
 
 def _by(series: Series, measure: Measure, what: str) -> list[tuple[float, Estimate]]:
     """Points by density, in per cent, or by trained numbers, each a mean over seeds; one for a level 0 that settings
-    share."""
+    share, that of the most seeds."""
     points: dict[float, Estimate] = {}
     for setting, level, value in series.values(measure):
         found = setting.at(level).values()
         sizes = [float(trainable(one)) if what == "trained numbers" else 100 * one["density"] for one in found]
-        points[estimate(sizes).mean] = value
+        at = estimate(sizes).mean
+        if at not in points or value.n > points[at].n:
+            points[at] = value
     return list(points.items())
 
 

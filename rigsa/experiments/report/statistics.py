@@ -84,19 +84,22 @@ def group(
 
     Args:
         configs: of the runs.
-        joined: fields whose values part no settings either, but only whether they have one.
+        joined: fields whose values part no settings either, but only whether they have one. Runs that are matched to
+            others' tickets are then parted as those others are; where another run is not known, by its folder's name.
         tickets: of each run that is matched to another's ticket, the configuration of that other run; None where it is
             not known, so that the name of its folder has to tell.
     """
     members: dict[tuple[tuple[str, Any], ...], list[int]] = {}
-    matched = _matched(configs, [None] * len(configs) if tickets is None else tickets)
-    for index, (config, name) in enumerate(zip(configs, matched, strict=True)):
-        members.setdefault(tuple(_setting(config, joined, name).items()), []).append(index)
+    tickets = [None] * len(configs) if tickets is None else tickets
+    for index, (config, ticket, name) in enumerate(zip(configs, tickets, _matched(configs, tickets), strict=True)):
+        members.setdefault(tuple(_setting(config, joined, name, ticket).items()), []).append(index)
     found = []
     for key, indices in members.items():
         setting = dict(key)
         alike = [dict(other) for other in members if dict(other)["method"] == setting["method"]]
-        differing = {name: value for name, value in setting.items() if len({other[name] for other in alike}) > 1}
+        differing = {
+            name: value for name, value in setting.items() if len({other[name] for other in alike if name in other}) > 1
+        }
         order = (list(METHODS).index(setting["method"].name), tuple(differing.values()))
         seeds = tuple(sorted(indices, key=lambda index: configs[index].seed))
         found.append((order, Group(_label(setting["method"], differing), seeds)))
@@ -116,13 +119,20 @@ def _matched(configs: Sequence[Config], tickets: Sequence[Config | None]) -> lis
     return found
 
 
-def _setting(config: Config, joined: Collection[str], matched: str) -> dict[str, Any]:
-    """The method and the fields that it reads, without the seed, and with `matched` for the run it is matched to."""
+def _setting(config: Config, joined: Collection[str], matched: str, ticket: Config | None = None) -> dict[str, Any]:
+    """The method and the fields that it reads, without the seed, and with `matched` for the run it is matched to.
+
+    Where ``match`` is among the joined fields, the setting of that run, `ticket`, takes the place of its name.
+    """
     names = [name for name in OPTIONS if config.method.reads(name) and name not in ("seed", *MEASURING)]
-    values = {name: matched if name == "match" else getattr(config, name) for name in names}
-    return {"method": config.method} | {
-        name: bool(value) if name in joined else value for name, value in values.items()
-    }
+    values = {name: getattr(config, name) for name in names}
+    setting = {name: bool(value) if name in joined else value for name, value in values.items()}
+    if "match" in setting:
+        setting["match"] = matched
+    if "match" in joined and ticket is not None:
+        its = _setting(ticket, joined, "")
+        setting |= {"match": "a ticket"} | {f"matched {name}": value for name, value in its.items() if name != "method"}
+    return {"method": config.method} | setting
 
 
 def _label(method: Method, differing: Mapping[str, Any]) -> str:

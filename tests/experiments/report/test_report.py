@@ -525,18 +525,24 @@ def test_series_join_levels_and_ranks(sweep):
 
 
 def test_tickets_of_several_densities_and_their_controls_are_one_line_each_by_density(tmp_path):
-    for density, seed in itertools.product((0.2, 0.01), range(2)):
-        name = f"imp-density{density}-seed{seed}"
-        write_run(tmp_path / name, make("imp", seed=seed, density=density, keep_fraction=0.0, prunings=1))
-        control = make("random-mask", seed=seed, match=str(tmp_path / name))
-        write_run(tmp_path / f"random-{name}", control, levels=(1,))
-        write_run(tmp_path / f"uniform-{name}", make("random-mask", seed=seed, density=density))
+    for density, criterion, seed in itertools.product((0.2, 0.01), ("rigsa", "large_final"), range(2)):
+        name, seeds = f"imp-density{density}-{criterion}-seed{seed}", 1 if density == 0.2 else 2
+        if seed < seeds:
+            asked = {"density": density, "keep_fraction": 0.0, "prunings": 1, "criterion": criterion}
+            write_run(tmp_path / name, make("imp", seed=seed, **asked))
+            control = make("random-mask", seed=seed, match=str(tmp_path / name))
+            write_run(tmp_path / f"random-{name}", control, levels=(1,))
+            write_run(tmp_path / f"uniform-{density}-{seed}", make("random-mask", seed=seed, density=density))
     report = read_report([tmp_path])
-    assert len(report.settings) == 6
     series = {one.label: one for one in figures.all_series(report, figures.SIZES)}
-    assert series.keys() == {"imp", "random-mask (match off, density on)", "random-mask (match on, density off)"}
-    by_density = [at for at, _ in figures._by(series["imp"], report.accuracies[0], "density")]
-    assert sorted(by_density) == pytest.approx([1, 20, 100])  # level 0 once
+    assert series.keys() == {
+        "imp (criterion rigsa)", "imp (criterion large_final)", "random-mask (match none, density on)",
+        "random-mask (match a ticket, density off, matched criterion rigsa)",
+        "random-mask (match a ticket, density off, matched criterion large_final)",
+    }  # fmt: skip
+    by_density = dict(figures._by(series["imp (criterion rigsa)"], report.accuracies[0], "density"))
+    assert sorted(by_density) == pytest.approx([1, 20, 100])  # level 0 once, and that of two seeds
+    assert by_density[100].n == 2
     assert all(len({id(setting) for setting, _ in one.points}) == 2 for one in series.values())
 
 
