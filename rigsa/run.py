@@ -589,11 +589,12 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence what other libraries print on every start. Their errors still show."""
+    """Silence what libraries print on every start. Their errors still show."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that nothing here uses
+    logging.getLogger("rigsa_kernels").setLevel(logging.ERROR)  # it warns of `composed`, which presets have on purpose
     warnings.filterwarnings("ignore", module="torch.utils.data")
 
 

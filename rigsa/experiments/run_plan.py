@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rigsa.experiments.config import Config
 from rigsa.experiments.experiment import Experiment
 from rigsa.experiments.hardware import has_bfloat16_products
 from rigsa.experiments.memory.plan import GIB, LevelPlan
@@ -23,6 +24,7 @@ def describe(experiment: Experiment, plans: Sequence[LevelPlan]) -> str:
         "adapter": f"{adapted} linear layers with {experiment.num_weights:,} weights",
         "levels": f"{config.method.summary(config)}{_tiles(experiment)}; "
         f"{steps:,} steps of {config.batch_size} {unit} each ({config.accumulation_steps} x {config.micro_batch_size})",
+        "rates": _rates(config),
         "memory": _memory(plans),
         "folder": str(experiment.run),
     }
@@ -40,6 +42,19 @@ def _tiles(experiment: Experiment) -> str:
     if not tile or not experiment.config.method.reads("tile"):
         return ""
     return f", in whole {tile}" if tile in ("rows", "columns") else f", in tiles of {tile}"
+
+
+def _rates(config: Config) -> str:
+    """The peaks of the learning rates, and what tickets have in place of them."""
+    gates = config.method.gated and config.gate != "none"
+    text = f"{config.learning_rate:g} for values" + (f", {config.alpha_learning_rate:g} for gates" if gates else "")
+    if config.scale_rates:
+        text += "; a ticket's are divided by the square root of its density"
+    if config.method.reads("ticket_learning_rate"):
+        own = {"values": config.ticket_learning_rate, "gates": config.ticket_alpha_learning_rate}
+        given = [f"{rate:g} for {what}" for what, rate in own.items() if rate]
+        text += f"; a ticket's are {', '.join(given)}" if given else ""
+    return text
 
 
 def _memory(plans: Sequence[LevelPlan]) -> str:

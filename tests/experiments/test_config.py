@@ -28,6 +28,7 @@ from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.methods.ticket import PAPER_DENSITY
 from rigsa.experiments.presets import PRESETS, arguments_of, paper
 from rigsa.experiments.sweep_plan import plan_sweep
+from rigsa.experiments.run_plan import _rates
 from rigsa.experiments.train import steps_per_level
 from rigsa.run import build_parser, configure, main, resolve
 
@@ -377,6 +378,20 @@ def test_the_rates_of_a_ticket_grow_with_the_square_root_of_what_is_pruned():
     assert rates(config, 1, 0.25) == (0.2, 0.4)
     assert rates(config, 2, 0.01) == pytest.approx((1.0, 2.0))
     assert rates(parse("imp", "--preset", "paper", *options), 2, 0.01) == (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["imp"], "0.002 for values, 0.02 for gates; a ticket's are divided by the square root of its density"),
+        (["imp", "--no-scale-rates", "--ticket-learning-rate", "0.1"],
+         "0.002 for values, 0.02 for gates; a ticket's are 0.1 for values"),
+        (["lora"], "0.001 for values"),
+        (["sift"], "0.002 for values"),
+    ],
+)  # fmt: skip
+def test_a_run_says_its_rates(arguments, text):
+    assert _rates(parse(*arguments)) == text
 
 
 @pytest.mark.parametrize("control", ["random-mask", "reinit", "erk", "snip", "grasp"])
