@@ -28,7 +28,6 @@ from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.methods.ticket import PAPER_DENSITY
 from rigsa.experiments.presets import PRESETS, arguments_of, paper
 from rigsa.experiments.sweep_plan import plan_sweep
-from rigsa.experiments.run_plan import _rates
 from rigsa.experiments.train import steps_per_level
 from rigsa.run import build_parser, configure, main, resolve
 
@@ -391,7 +390,7 @@ def test_the_rates_of_a_ticket_grow_with_the_square_root_of_what_is_pruned():
     ],
 )  # fmt: skip
 def test_a_run_says_its_rates(arguments, text):
-    assert _rates(parse(*arguments)) == text
+    assert run_plan._rates(parse(*arguments)) == text
 
 
 @pytest.mark.parametrize("control", ["random-mask", "reinit", "erk", "snip", "grasp"])
