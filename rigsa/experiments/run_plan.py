@@ -53,7 +53,7 @@ def _rates(config: Config) -> str:
     if config.method.reads("ticket_learning_rate"):
         own = {"values": config.ticket_learning_rate, "gates": config.ticket_alpha_learning_rate}
         given = [f"{rate:g} for {what}" for what, rate in own.items() if rate]
-        text += f"; a ticket's are {', '.join(given)}" if given else ""
+        text += f"; given for tickets: {', '.join(given)}" if given else ""
     return text
 
 
