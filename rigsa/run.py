@@ -594,7 +594,6 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a package that nothing here uses
-    logging.getLogger("rigsa_kernels").setLevel(logging.ERROR)  # it warns of `composed`, which presets have on purpose
     warnings.filterwarnings("ignore", module="torch.utils.data")
 
 

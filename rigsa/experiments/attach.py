@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,10 +56,26 @@ def attach_adapter(model: PreTrainedModel, config: Config, **others: Any) -> Non
         "values_dtype": getattr(torch, config.values_dtype),
         "numerics": config.numerics,
     }
-    replace_linears(model, **(options | others))
+    with _without_warnings():
+        replace_linears(model, **(options | others))
     if config.gate == "none":
         for layer in gated_linears(model).values():
             layer.rigsa_alpha.requires_grad_(False)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """The kernels warn that `composed` rounds away what closed gates let through. Configurations mean to have both."""
+
+    def is_no_warning(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING
+
+    logger = logging.getLogger("rigsa_kernels.replace")
+    logger.addFilter(is_no_warning)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_warning)
 
 
 def attach_peft(model: PreTrainedModel, config: Config) -> None:
