@@ -484,10 +484,21 @@ def run_plan(options: argparse.Namespace) -> None:
     size = planned_size(config, options.tokens)
     share = SAME_SIGN_SHARE if options.same_sign_share is None else options.same_sign_share
     target = Target(model_shape(config.model), config, device, size)
-    text, record = memory_report(target, expected_densities(target.shape, config, share), options.gpu_memory * 2**30)
+    densities = expected_densities(target.shape, sized_as_its_ticket(config, options.preset), share)
+    text, record = memory_report(target, densities, options.gpu_memory * 2**30)
     print(text)
     if options.json:
         write_json(options.json, record)
+
+
+def sized_as_its_ticket(config: Config, preset: str) -> Config:
+    """A control is planned before there is a run to match: as dense as the ticket that its preset leads to."""
+    if not config.method.matches or config.density:
+        return config
+    ticket = PRESETS[preset](config.method.matches, config.device)
+    return dataclasses.replace(
+        config, prunings=ticket.prunings, keep_fraction=ticket.keep_fraction, density=ticket.density
+    )
 
 
 def planned_size(config: Config, tokens: int | None) -> Size:

@@ -109,16 +109,19 @@ def _reading_gguf_once() -> Iterator[None]:
     """Inside, what transformers makes of a GGUF file again and again is made once.
 
     It parses the header for the tokenizer, the configuration and the weights, and lists every word and merge of the
-    vocabulary each time. It makes the table of all tensors' names anew for each of a model's modules, some 400.
+    vocabulary each time. It makes the table of all tensors' names anew for each of a model's modules, some 400. Its bar
+    of progress, which no verbosity switches off, would be the first thing that a run prints.
     """
     try:
         import gguf
+        from transformers import modeling_gguf_pytorch_utils as loading
     except ImportError:  # no such file is loaded then, or that is the error
         yield
         return
     readers = mock.patch.object(gguf, "GGUFReader", functools.cache(_reader(gguf.GGUFReader)))
     tables = mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
-    with readers, tables:
+    bar = mock.patch.object(loading, "tqdm", functools.partial(loading.tqdm, disable=True))
+    with readers, tables, bar:
         yield
 
 

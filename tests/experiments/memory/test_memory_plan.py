@@ -41,6 +41,7 @@ from rigsa.experiments.memory.simulate import SimulatedModel
 from rigsa.experiments.methods.gradient_masks import examples_at_a_time, score_entries
 from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.methods.registry import METHODS
+from rigsa.experiments.methods.ticket import PAPER_DENSITY
 from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_linears, spare_the_head
 from rigsa.experiments.presets import paper, quickstart
 from rigsa.experiments.tasks.evaluation import training_loss
@@ -547,6 +548,18 @@ def test_plan_command_prints_and_writes_the_plan(small_model_folder, tmp_path, c
     assert [level["level"] for level in record["levels"]] == [0, 1, 2]
     assert all(sum(level["bytes"].values()) == level["peak_bytes"] for level in record["levels"])
     assert len(record["largest_micro_batch"]) == 2 * 6  # NF4 cannot hold rows of 48 weights
+
+
+@pytest.mark.parametrize("preset", ["paper", "quickstart"])
+@pytest.mark.parametrize("control", ["random-mask", "reinit"])
+def test_a_control_is_planned_as_dense_as_the_ticket_of_its_preset(control, preset, small_model_folder, tmp_path):
+    def last_density(method: str) -> float:
+        file = tmp_path / f"{method}.json"
+        shape = ["--preset", preset, "--model", str(small_model_folder), "--tokens", "20"]
+        assert main(["plan", *shape, "--method", method, "--json", str(file)]) == 0
+        return json.loads(file.read_text())["levels"][-1]["density"]
+
+    assert last_density(control) == last_density("imp") == pytest.approx(PAPER_DENSITY, rel=1e-3)
 
 
 @pytest.mark.parametrize(
