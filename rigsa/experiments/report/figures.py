@@ -6,7 +6,7 @@ import io
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from rigsa.experiments.config import Colour
 from rigsa.experiments.measures import Measure, title
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.report.runs import Report, Setting, trainable
-from rigsa.experiments.report.statistics import Estimate, estimate, group
+from rigsa.experiments.report.statistics import Estimate, estimate, front, group
 from rigsa.experiments.tasks.textual_mnist import Images, image_text
 
 STYLE: Any = {
@@ -253,13 +253,75 @@ def density_figure(report: Report) -> Drawing:
     )
 
 
+def trade_off_figure(report: Report) -> Drawing | None:
+    """Figure 6: the target task against each measure of what was forgotten; None where none was taken."""
+    measures = [*report.drifts, *report.sources]
+    if not measures:
+        return None
+    series = all_series(report, SIZES)
+    columns = min(2, len(measures))
+    rows, in_a_row = -(-len(measures) // columns), max(1, min(4, 100 // max(len(one.label) for one in series)))
+    height = 3.2 * rows + 0.2 * (2 + len(series) // in_a_row)
+    best = []
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.5, 4.2 * columns), height), layout="constrained")
+        for index, measure in enumerate(measures):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            points = [(one, *point) for one in series for point in _trade_offs(one, measure, report.accuracies[0])]
+            best.append(f"{measure.name}: {', '.join(_draw_trade_offs(axes, points, measure, named=index == 0))}")
+            for base, line in zip(report.bases(), BASE_LINES, strict=False):
+                before = report.before(measure, base)
+                if before is not None:
+                    label = base if index == 0 else None
+                    axes.axvline(before.mean, color="0.35", linestyle=line, linewidth=1, label=label, zorder=1)
+            axes.set(xlabel=f"{measure.name} ({measure.unit})", ylabel=_headline(report))
+        figure.legend(loc="outside lower center", ncols=in_a_row)
+    return Drawing(
+        "figure_6.png",
+        "Figure 6. What is learned against what is forgotten",
+        "Less drift is to the left, a better score of a source task to the right. Small numbers are densities in per "
+        f"cent; the grey line joins the points that no other beats in both. {_interval_note(report)}",
+        f"Accuracy on the target task against what is forgotten. Not beaten in both, by {'; by '.join(best)}.",
+        figure,
+    )
+
+
+Point: TypeAlias = tuple[Series, float, Estimate, Estimate]
+"""A level in Figure 6: its density in per cent, what was forgotten, what was learned."""
+
+
+def _trade_offs(series: Series, forgotten: Measure, learned: Measure) -> list[tuple[float, Estimate, Estimate]]:
+    """Density, and both measures, of the levels where both were taken."""
+    x, y = (dict(_by(series, measure, "density")) for measure in (forgotten, learned))
+    return [(density, value, y[density]) for density, value in x.items() if density in y]
+
+
+def _draw_trade_offs(axes: Axes, points: Sequence[Point], measure: Measure, named: bool) -> list[str]:
+    """The points with their densities, and a line through those that are not beaten, which it returns by name."""
+    seen = set()
+    for one, density, x, y in points:
+        label = one.label if named and one.label not in seen else None
+        seen.add(one.label)
+        axes.plot(x.mean, y.mean, label=label, **(one.look | {"linestyle": ""}))
+        bars = {"elinewidth": 0.6, "capsize": 2, "alpha": 0.6}
+        axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="none", ecolor=one.look["color"], **bars)
+        place = (x.mean, y.mean)
+        axes.annotate(_short(density), place, (4, 4), textcoords="offset points", fontsize=6.5, color="0.35")
+    places = [(x.mean, y.mean) for _, _, x, y in points]
+    sign = -1 if measure.less_is_better else 1
+    best = sorted(front([(sign * x, y) for x, y in places]), key=lambda index: places[index])
+    label = "not beaten in both" if named else None
+    axes.plot(*zip(*(places[index] for index in best), strict=True), color="0.6", linewidth=1, zorder=1, label=label)
+    return [f"{points[index][0].label} at {_short(points[index][1])} %" for index in best]
+
+
 def drawings(report: Report, images: Images | None) -> list[Drawing]:
     """Every figure that the data allow; `images` are for Figure 1."""
-    first = [] if images is None else [example_figure(images)]
-    third = rank_figure(report)
-    return [
-        *first, level_figure(report), *([] if third is None else [third]), size_figure(report), density_figure(report),
+    found = [
+        None if images is None else example_figure(images), level_figure(report), rank_figure(report),
+        size_figure(report), density_figure(report), trade_off_figure(report),
     ]  # fmt: skip
+    return [drawing for drawing in found if drawing is not None]
 
 
 def all_series(report: Report, joined: Collection[str] = ("rank",)) -> list[Series]:

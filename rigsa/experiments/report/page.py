@@ -100,7 +100,7 @@ def check_out(out: Path) -> None:
     text = out / TEXT_FILE
     if text.exists() and text.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
         return
-    for name in (TEXT_FILE, PAGE_FILE, CSV_FILE, "figure.png", *(f"figure_{n}.png" for n in range(1, 5))):
+    for name in (TEXT_FILE, PAGE_FILE, CSV_FILE, "figure.png", *(f"figure_{n}.png" for n in (1, 2, 3, 4, 6))):
         if (out / name).exists():
             raise RigsaError(f"{out / name} was not written by rigsa report; choose another folder with --out")
 
@@ -116,7 +116,7 @@ def make_sections(report: Report, figures: Sequence[Drawing], notes: Sequence[st
     found = [
         Section("Left out and unfinished", list(notes)),
         Section("Task", some("Figure 1")),
-        Section("What was learned and forgotten", some("Table 1", "Table 2", "Figure 2", "Figure 3", "Figure 4")),
+        Section("What was learned and forgotten", some("Table 1", "Table 2", *(f"Figure {n}" for n in (2, 3, 4, 6)))),
         Section(f"Differences from {reference}", some("Table 5")),
         Section("Runs, level by level", some("Table 3", "Figure 5")),
         Section("Configuration", some("Table 4")),

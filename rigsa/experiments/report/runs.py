@@ -95,7 +95,7 @@ def _level(run: Path, number: int, config: Config) -> Metrics:
     return metrics | read_record(folder / RESOURCES_FILE, RESOURCES)
 
 
-DRIFT = Measure("drift", ("drift", "kl"), "nats per token", 4)
+DRIFT = Measure("drift", ("drift", "kl"), "nats per token", 4, less_is_better=True)
 
 
 @dataclass(frozen=True)

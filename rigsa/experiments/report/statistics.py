@@ -71,6 +71,15 @@ def compare(values: Mapping[int, float], reference: Mapping[int, float]) -> Comp
     return Comparison(difference, float(2 * stats.t.sf(abs(difference.mean) / error, difference.n - 1)))
 
 
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Positions of the points that no other beats: none is at least as high in both numbers and higher in one."""
+
+    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        return one != other and one[0] >= other[0] and one[1] >= other[1]
+
+    return [index for index, point in enumerate(points) if not any(beats(other, point) for other in points)]
+
+
 def _standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 

@@ -157,7 +157,7 @@ class Page(HTMLParser):
 def test_page_stands_alone(written):
     text = (written / PAGE_FILE).read_text()
     page = Page(text)
-    assert page.tags.count("img") == 5
+    assert page.tags.count("img") == 6
     assert page.tags.count("table") == 5
     assert all(address.startswith(("data:image/svg+xml;base64,", "#")) for address in page.addresses)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -184,8 +184,8 @@ def test_every_figure_lies_beside_the_page_and_has_its_command(sweep, written):
     text = (written / TEXT_FILE).read_text()
     linked = set(re.findall(r"\]\((figure\w*\.png)\)", text))
     assert linked == {path.name for path in written.glob("*.png")}
-    assert linked == {"figure.png", *(f"figure_{number}.png" for number in range(1, 5))}
-    assert text.count(f"`python -m rigsa.run report {sweep} --out {written}`") == 10
+    assert linked == {"figure.png", *(f"figure_{number}.png" for number in (1, 2, 3, 4, 6))}
+    assert text.count(f"`python -m rigsa.run report {sweep} --out {written}`") == 11
 
 
 def test_csv_is_tidy(written):
@@ -512,7 +512,9 @@ def test_every_method_is_named_beside_its_marker(tmp_path, names, seeds):
         legends = [*drawing.figure.legends, *(axes.get_legend() for axes in drawing.figure.axes if axes.get_legend())]
         named = {text.get_text().removesuffix(", final level") for legend in legends for text in legend.get_texts()}
         ranked = {name for name in names if METHODS[name].reads("rank") or METHODS[name].look.by_level}
-        assert named - {"untrained", "untrained, 4 bits"} == (ranked if drawing.file == "figure_3.png" else set(names))
+        assert named - {"untrained", "untrained, 4 bits", "not beaten in both"} == (
+            ranked if drawing.file == "figure_3.png" else set(names)
+        )
         for axes in drawing.figure.axes:
             assert axes.get_window_extent().height / drawing.figure.dpi > 1.5, "the legend leaves no room"
 
@@ -544,6 +546,24 @@ def test_tickets_of_several_densities_and_their_controls_are_one_line_each_by_de
     assert sorted(by_density) == pytest.approx([1, 20, 100])  # level 0 once, and that of two seeds
     assert by_density[100].n == 2
     assert all(len({id(setting) for setting, _ in one.points}) == 2 for one in series.values())
+
+
+def test_the_front_of_a_trade_off_is_drawn_and_named(tmp_path):
+    """The dense level learns most; of the others, what forgets less and learns more is not beaten."""
+    learned = {"imp": (93.0, 0.2, 97.0, 0.1), "lora": (95.0, 0.3), "random-mask": (90.0, 0.05), "sift": (80.0, 0.07)}
+    for method, numbers in learned.items():
+        levels = (0, 1) if method == "imp" else (1,) if method == "random-mask" else None
+        run = write_run(tmp_path / method, make(method, **({"density": 0.2} if method == "random-mask" else {})))
+        folders = sorted(path for path in run.glob("level_*") if levels is None or int(path.name[-1]) in levels)
+        for folder, accuracy, drift in zip(folders, numbers[::2], numbers[1::2], strict=True):
+            metrics = json.loads((folder / "metrics.json").read_text())
+            metrics["test"]["0-shot"]["accuracy"], metrics["drift"]["kl"] = accuracy, drift
+            write(folder / "metrics.json", metrics)
+    drawing = figures.trade_off_figure(read_report([tmp_path]))
+    assert drawing.alt.endswith("by drift: random-mask at 20 %, imp at 3.46 %.")
+    (axes,) = drawing.figure.axes
+    (line,) = (line for line in axes.lines if line.get_label() == "not beaten in both")
+    assert line.get_xydata().tolist() == [[0.05, 90.0], [0.1, 97.0]]
 
 
 def test_what_an_early_end_saved_is_in_the_table(tmp_path):

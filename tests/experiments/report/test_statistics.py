@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rigsa.experiments.presets import quickstart
-from rigsa.experiments.report.statistics import Comparison, Estimate, compare, estimate, group
+from rigsa.experiments.report.statistics import Comparison, Estimate, compare, estimate, front, group
 
 VALUES = st.lists(st.floats(-1000, 1000), min_size=2, max_size=8)
 
@@ -120,3 +120,18 @@ def test_settings_that_differ_in_joined_fields_are_one():
     controls = [make("random-mask", density=density) for density in (0.1, 0.2)] + [make("random-mask", match="runs/a")]
     uniform, shuffled = sorted(group(controls, joined=("density", "match")), key=lambda one: -len(one.members))
     assert (uniform.members, shuffled.members) == ((0, 1), (2,))
+
+
+SMALL = st.integers(0, 3).map(float)
+
+
+@given(st.lists(st.tuples(SMALL, SMALL), min_size=1))
+def test_the_front_is_what_no_point_beats_and_beats_all_others(points):
+    best = set(front(points))
+
+    def is_beaten(index):
+        x, y = points[index]
+        return any(a >= x and b >= y and (a > x or b > y) for a, b in points)
+
+    assert best == {index for index in range(len(points)) if not is_beaten(index)}
+    assert best
