@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rigsa.errors import RigsaError
 from rigsa.experiments.config import OPTIONS, Base, Config, Measuring, fields_of
 from rigsa.experiments.config_file import load
-from rigsa.experiments.run_folder import BASE, level_folder
+from rigsa.experiments.records import RESOURCES, read_record
+from rigsa.experiments.run_folder import BASE, CHECKPOINTS, RESOURCES_FILE, level_folder
 from rigsa.experiments.sweep_plan import Job, Plan
-from rigsa.files import first_damage, is_done
+from rigsa.files import DONE, first_damage, is_done
 
 BASE_FIELDS = (*fields_of(Base), *fields_of(Measuring))
 """What the untrained model's results depend on, whatever the method."""
 EXAMPLE_FIELDS = ("seed", "train_examples")
 """And these where test prompts hold examples, which are drawn from the training images."""
+
+FILES = ("model", "data", "data_dir")
+"""Fields that may name files and folders, whose content no configuration tells."""
 
 
 def share_results(job: Job, plan: Plan) -> None:
@@ -48,20 +53,50 @@ def of_level_0(config: Config) -> dict[str, Any]:
 
 
 def _share(name: str, depends_on: Callable[[Config], dict[str, Any]], job: Job, plan: Plan) -> None:
-    mine = plan.folder(job) / name
+    mine, wanted = plan.folder(job) / name, depends_on(job.config)
     if is_done(mine):
         return
     for other in plan.jobs:
-        theirs = plan.folder(other) / name
-        if not is_done(theirs) or first_damage(theirs):
-            continue
-        if depends_on(load(plan.folder(other))) == depends_on(job.config):
-            partial = plan.folder(job) / f".{name}.part"
-            try:
-                for folder in (partial, mine):
-                    shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(theirs, partial)
-                partial.rename(mine)
-            except OSError as error:
-                raise RigsaError(f"cannot copy {theirs} to {mine}: {error}") from error
+        run = plan.folder(other)
+        if is_done(run / name) and _made_from(run, depends_on) == wanted and _is_whole(run / name):
+            _copy(run / name, mine)
             return
+
+
+def _made_from(run: Path, depends_on: Callable[[Config], dict[str, Any]]) -> dict[str, Any] | None:
+    """What a run's results depend on; None where it cannot be told, or model or data have changed since."""
+    try:
+        config = load(run)
+        measured = (run / BASE / DONE).stat().st_mtime  # model and data were read before that
+        changed = max(_last_change(Path(named)) for name in FILES if (named := getattr(config, name)))
+    except (RigsaError, OSError):
+        return None
+    return depends_on(config) if changed <= measured else None
+
+
+def _last_change(path: Path) -> float:
+    """When a file or a file in a folder was last written; 0 where there is none, as that is a name on the hub."""
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all that a report reads is there and undamaged. The marker says nothing of the resources of a level."""
+    try:
+        if folder.name != BASE:
+            read_record(folder / RESOURCES_FILE, RESOURCES)
+    except RigsaError:
+        return False
+    return first_damage(folder) is None
+
+
+def _copy(theirs: Path, mine: Path) -> None:
+    """All but the checkpoints, which the run that has just finished the level may be about to delete."""
+    partial = mine.with_name(f".{mine.name}.part")
+    try:
+        for folder in (partial, mine):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(theirs, partial, ignore=shutil.ignore_patterns(CHECKPOINTS, ".*.part"))
+        partial.rename(mine)
+    except OSError as error:
+        raise RigsaError(f"cannot copy {theirs} to {mine}: {error}") from error

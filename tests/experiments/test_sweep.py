@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rigsa.errors import RigsaError
-from rigsa.experiments import lock, sweep
+from rigsa.experiments import lock, shared_results, sweep
 from rigsa.experiments.config import Config
 from rigsa.experiments.config_file import load
 from rigsa.experiments.methods.registry import METHODS
@@ -415,6 +415,42 @@ def test_a_damaged_level_0_is_not_shared(tmp_path):
     (theirs / "metrics.json").write_text(whole)
     share_results(plan.jobs[1], plan)
     assert mine.exists()
+
+
+@pytest.mark.parametrize("spoilt", ["level_0/resources.json", "config.json", "data.jsonl", "model/config.json"])
+@pytest.mark.parametrize("folder", ["base", "level_0"])
+def test_nothing_is_shared_that_a_run_of_its_own_would_not_make(folder, spoilt, tmp_path):
+    """The marker names no resources, and no configuration tells what data and model hold."""
+    (tmp_path / "model").mkdir()
+    for name in ("data.jsonl", "model/config.json"):
+        (tmp_path / name).write_text('{"text": "a"}')
+        os.utime(tmp_path / name, (0, 0))
+    options = {"data": str(tmp_path / "data.jsonl"), "model": str(tmp_path / "model")}
+    plan = planned(tmp_path / "sweep", vary=["density=0.1,0.2"], **options)
+    theirs, mine = (plan.folder(job) for job in plan.jobs)
+    write_json(theirs / "config.json", plan.jobs[0].config.record())
+    for name, resources in (("base", {}), ("level_0", {"steps": 1, "train_seconds": 1.5, "peak_memory_bytes": 1})):
+        write_json(theirs / name / "metrics.json", {"level": 0})
+        write_json(theirs / name / "resources.json", resources)
+        write_json(theirs / name / "checkpoints" / "checkpoint-1" / "state.json", {})
+        mark_done(theirs / name, ["metrics.json"])
+    place = tmp_path if (tmp_path / spoilt).exists() else theirs
+    whole = (place / spoilt).read_text()
+    (place / spoilt).write_text(whole[:1])
+    share_results(plan.jobs[1], plan)
+    assert (mine / folder).exists() == (folder == "base" and spoilt == "level_0/resources.json")
+    (place / spoilt).write_text(whole)
+    os.utime(place / spoilt, (0, 0))
+    share_results(plan.jobs[1], plan)
+    assert {path.name for path in (mine / folder).iterdir()} == {"metrics.json", "resources.json", "done"}
+
+
+def test_only_what_fits_is_read_to_see_whether_it_is_whole(tmp_path, monkeypatch):
+    """A dense level is gigabytes, and a sweep has many runs."""
+    read = []
+    monkeypatch.setattr(shared_results, "first_damage", lambda folder: read.append(folder.parent.name))
+    run(planned(tmp_path, seeds="0,1", vary=["density=0.1,0.2"], eval_shots="0,1"))
+    assert sorted(set(read)) == ["imp-density0.1-seed0", "imp-density0.1-seed1"]
 
 
 RUN_THAT_SAYS_HOW_IT_ENDED = """
