@@ -44,7 +44,7 @@ try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
     from rigsa.errors import RigsaError
     from rigsa.experiments import bounds
     from rigsa.experiments.bounds import GIBIBYTES, SHARE, Choice, Number, Range
-    from rigsa.experiments.config import OPTIONS, Config, Method, flag
+    from rigsa.experiments.config import OPTIONS, Config, Method, flag, require
     from rigsa.experiments.config_file import check_folder, load, save
     from rigsa.experiments.methods.registry import METHODS
     from rigsa.experiments.presets import PRESETS, configured
@@ -475,7 +475,7 @@ def memory_of(device: torch.device, given: float | None) -> float:
 
 def run_plan(options: argparse.Namespace) -> None:
     quiet_libraries()
-    from rigsa.experiments.memory.plan import SAME_SIGN_SHARE, Target, expected_densities
+    from rigsa.experiments.memory.plan import SAME_SIGN_SHARE, Target
     from rigsa.experiments.memory.report import memory_report
     from rigsa.experiments.model import model_shape
 
@@ -484,21 +484,27 @@ def run_plan(options: argparse.Namespace) -> None:
     size = planned_size(config, options.tokens)
     share = SAME_SIGN_SHARE if options.same_sign_share is None else options.same_sign_share
     target = Target(model_shape(config.model), config, device, size)
-    densities = expected_densities(target.shape, sized_as_its_ticket(config, options.preset), share)
+    densities = planned_densities(target, options.preset, share)
     text, record = memory_report(target, densities, options.gpu_memory * 2**30)
     print(text)
     if options.json:
         write_json(options.json, record)
 
 
-def sized_as_its_ticket(config: Config, preset: str) -> Config:
-    """A control is planned before there is a run to match: as dense as the ticket that its preset leads to."""
+def planned_densities(target: Target, preset: str, same_sign_share: float) -> dict[int, float]:
+    """Level to density. A control is planned before there is a run to match: as dense as the ticket of that level, or
+    the last one, that its preset leads to. Raises RigsaError where the preset has no such ticket."""
+    from rigsa.experiments.memory.plan import expected_densities
+
+    config = target.config
     if not config.method.matches or config.density:
-        return config
-    ticket = PRESETS[preset](config.method.matches, config.device)
-    return dataclasses.replace(
-        config, prunings=ticket.prunings, keep_fraction=ticket.keep_fraction, density=ticket.density
-    )
+        return expected_densities(target.shape, config, same_sign_share)
+    matched = PRESETS[preset](config.method.matches, config.device)
+    last = matched.prunings
+    expected = f"at most {last}, the last ticket of preset {preset}"
+    require(config, "match_level", expected, config.match_level <= last)
+    level = config.match_level or last
+    return {level: expected_densities(target.shape, matched, same_sign_share)[level]}
 
 
 def planned_size(config: Config, tokens: int | None) -> Size:

@@ -29,6 +29,7 @@ from rigsa.experiments.kept import start_of_kept
 from rigsa.experiments.memory.live_memory import LiveMemory
 from rigsa.experiments.memory.plan import (
     GIB,
+    SAME_SIGN_SHARE,
     Target,
     choices,
     expected_densities,
@@ -43,14 +44,14 @@ from rigsa.experiments.methods.hard_concrete import DiffGates
 from rigsa.experiments.methods.registry import METHODS
 from rigsa.experiments.methods.ticket import PAPER_DENSITY
 from rigsa.experiments.model import EMBEDDED, load_model, model_shape, quantize_linears, spare_the_head
-from rigsa.experiments.presets import paper, quickstart
+from rigsa.experiments.presets import PRESETS, paper, quickstart
 from rigsa.experiments.tasks.evaluation import training_loss
 from rigsa.experiments.tasks.packing import pack
 from rigsa.experiments.tasks.registry import load_task
 from rigsa.experiments.tasks.task import Batch, Size, collate
 from rigsa.experiments.train import make_optimizer, stepping_in_backward
 from rigsa.masks import random_patterns
-from rigsa.run import main
+from rigsa.run import main, planned_densities
 from rigsa_kernels import gated_linears
 from rigsa_kernels.selection import adaptable
 
@@ -552,14 +553,19 @@ def test_plan_command_prints_and_writes_the_plan(small_model_folder, tmp_path, c
 
 @pytest.mark.parametrize("preset", ["paper", "quickstart"])
 @pytest.mark.parametrize("control", ["random-mask", "reinit"])
-def test_a_control_is_planned_as_dense_as_the_ticket_of_its_preset(control, preset, small_model_folder, tmp_path):
-    def last_density(method: str) -> float:
-        file = tmp_path / f"{method}.json"
-        shape = ["--preset", preset, "--model", str(small_model_folder), "--tokens", "20"]
-        assert main(["plan", *shape, "--method", method, "--json", str(file)]) == 0
-        return json.loads(file.read_text())["levels"][-1]["density"]
+def test_a_control_is_planned_as_dense_as_the_ticket_of_its_preset(control, preset, small_model_folder, capsys):
+    def planned(method: str, **options: int) -> list[tuple[int, float]]:
+        config = dataclasses.replace(PRESETS[preset](method, "cuda"), **options)
+        return list(planned_densities(Target(SMALL, config, CUDA, Size(20)), preset, SAME_SIGN_SHARE).items())
 
-    assert last_density(control) == last_density("imp") == pytest.approx(PAPER_DENSITY, rel=1e-3)
+    _, *tickets = planned("imp")
+    assert tickets[-1][1] == pytest.approx(PAPER_DENSITY, rel=1e-3)
+    assert planned(control) == tickets[-1:]
+    assert planned(control, match_level=1) == tickets[:1]
+    shape = ["plan", "--preset", preset, "--model", str(small_model_folder), "--tokens", "20"]
+    assert main([*shape, "--method", control, "--match-level", f"{len(tickets) + 1}"]) == 1
+    expected = f"--match-level: expected at most {len(tickets)}, the last ticket of preset {preset}, got"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
