@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,7 +12,9 @@ from typing import Any, TypeAlias
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rigsa.experiments.config import Colour
@@ -37,6 +40,15 @@ PALETTE: dict[Colour, str] = {
 _FILLS = ("full", "none", "left", "right", "top", "bottom")
 """How markers are filled, one fill for each of several settings of one method."""
 BASE_LINES = ("--", ":")
+POINTS_OF_AN_INCH = 72
+ROOM_FOR_TICKS = 0.8
+"""Inches that the height of a panel leaves for names that stand upright below it."""
+GAP = 0.22
+"""Inches between two columns of a legend."""
+BESIDE_WORDS = 0.6 + GAP
+"""Inches of a legend's column beside its words: the line, what stands around it, and the gap."""
+HINTING = 1.03
+"""Letters on a screen are up to so much wider than their outlines."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,8 @@ def level_figure(report: Report) -> Drawing:
             axes.tick_params(axis="x", rotation=90 if others else 0)
             axes.set(xlim=(-0.5, max(last + len(others) + 0.5, 0.5)))
             axes.set_xlabel("level (0 is dense)" if panel.lowest and not others else "")
+        if others:
+            _room_for_ticks(figure, [one.label for one in others])
         _legend(figure, panels)
     caption = "Level 0 is dense, each level after it a sparser ticket."
     if others:
@@ -200,7 +214,8 @@ def size_figure(report: Report) -> Drawing:
     series = all_series(report, SIZES)
     measure = report.accuracies[0]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, max(3.8, 0.19 * len(series) + 1)), layout="constrained")
+        width = max(8, 5.2 + _legend_column(one.label for one in series))  # the legend stands beside the panel
+        figure = Figure(figsize=(width, max(3.8, 0.19 * len(series) + 1)), layout="constrained")
         axes = figure.subplots()
         for one in series:
             _plot(axes, _by(one, measure, "trained numbers"), one.look, one.label)
@@ -223,8 +238,9 @@ def density_figure(report: Report) -> Drawing:
     measure = report.accuracies[0]
     levelled = [one for one in series if one.points[0][0].config.method.look.by_level]
     with matplotlib.rc_context(STYLE):
-        legend_rows = -(-(len(series) + 2) // 4)
-        figure = Figure(figsize=(9, 3.4 + 0.2 * legend_rows), layout="constrained")
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        in_a_row = _legend_below(figure, [one.label for one in series], most=4)
+        figure.set_figheight(figure.get_figheight() + 0.2 * -(-(len(series) + 2) // in_a_row))
         by_level, by_density = figure.subplots(1, 2, sharey=True)
         for one in levelled:
             for setting in {id(setting): setting for setting, _ in one.points}.values():
@@ -239,7 +255,7 @@ def density_figure(report: Report) -> Drawing:
         by_density.set(xlabel="density (% of adapted weights, log scale)", xscale="log")
         _tick(by_density, [at for one in series for at, _ in _by(one, measure, "density")])
         by_density.invert_xaxis()
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=in_a_row)
         config = report.config
         name = measure.name if config.is_text else f"{title(config)}, {measure.name}"
         figure.suptitle(f"{name}: {config.model} on {config.data}", fontsize=11)
@@ -255,26 +271,31 @@ def density_figure(report: Report) -> Drawing:
 
 def trade_off_figure(report: Report) -> Drawing | None:
     """Figure 6: the target task against each measure of what was forgotten; None where none was taken."""
-    measures = [*report.drifts, *report.sources]
-    if not measures:
-        return None
     series = all_series(report, SIZES)
-    columns = min(2, len(measures))
-    rows, in_a_row = -(-len(measures) // columns), max(1, min(4, 100 // max(len(one.label) for one in series)))
-    height = 3.2 * rows + 0.2 * (2 + len(series) // in_a_row)
-    best = []
+    learned = report.accuracies[0]
+    points = {
+        measure: found
+        for measure in (*report.drifts, *report.sources)
+        if (found := [(one, *point) for one in series for point in _trade_offs(one, measure, learned)])
+    }
+    if not points:
+        return None
+    columns = min(2, len(points))
+    rows = -(-len(points) // columns)
+    best, named = [], set[str]()
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(6.5, 4.2 * columns), height), layout="constrained")
-        for index, measure in enumerate(measures):
+        figure = Figure(figsize=(max(6.5, 4.2 * columns), 3.2 * rows), layout="constrained")
+        for index, (measure, found) in enumerate(points.items()):
             axes = figure.add_subplot(rows, columns, index + 1)
-            points = [(one, *point) for one in series for point in _trade_offs(one, measure, report.accuracies[0])]
-            best.append(f"{measure.name}: {', '.join(_draw_trade_offs(axes, points, measure, named=index == 0))}")
+            best.append(f"{measure.name}: {', '.join(_draw_trade_offs(axes, found, measure, named))}")
             for base, line in zip(report.bases(), BASE_LINES, strict=False):
                 before = report.before(measure, base)
                 if before is not None:
-                    label = base if index == 0 else None
+                    label = _new(base, named)
                     axes.axvline(before.mean, color="0.35", linestyle=line, linewidth=1, label=label, zorder=1)
             axes.set(xlabel=f"{measure.name} ({measure.unit})", ylabel=_headline(report))
+        in_a_row = _legend_below(figure, named, most=4)
+        figure.set_figheight(figure.get_figheight() + 0.2 * (2 + len(series) // in_a_row))
         figure.legend(loc="outside lower center", ncols=in_a_row)
     return Drawing(
         "figure_6.png",
@@ -291,18 +312,23 @@ Point: TypeAlias = tuple[Series, float, Estimate, Estimate]
 
 
 def _trade_offs(series: Series, forgotten: Measure, learned: Measure) -> list[tuple[float, Estimate, Estimate]]:
-    """Density, and both measures, of the levels where both were taken."""
+    """Density, and both measures, of the levels where both were taken and are numbers that can be drawn."""
     x, y = (dict(_by(series, measure, "density")) for measure in (forgotten, learned))
-    return [(density, value, y[density]) for density, value in x.items() if density in y]
+    return [(density, value, y[density]) for density, value in x.items() if density in y and math.isfinite(value.mean)]
 
 
-def _draw_trade_offs(axes: Axes, points: Sequence[Point], measure: Measure, named: bool) -> list[str]:
+def _new(label: str, named: set[str]) -> str | None:
+    """The label, the first time that it is asked for: one legend stands for all panels."""
+    if label in named:
+        return None
+    named.add(label)
+    return label
+
+
+def _draw_trade_offs(axes: Axes, points: Sequence[Point], measure: Measure, named: set[str]) -> list[str]:
     """The points with their densities, and a line through those that are not beaten, which it returns by name."""
-    seen = set()
     for one, density, x, y in points:
-        label = one.label if named and one.label not in seen else None
-        seen.add(one.label)
-        axes.plot(x.mean, y.mean, label=label, **(one.look | {"linestyle": ""}))
+        axes.plot(x.mean, y.mean, label=_new(one.label, named), **(one.look | {"linestyle": ""}))
         bars = {"elinewidth": 0.6, "capsize": 2, "alpha": 0.6}
         axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="none", ecolor=one.look["color"], **bars)
         place = (x.mean, y.mean)
@@ -310,9 +336,32 @@ def _draw_trade_offs(axes: Axes, points: Sequence[Point], measure: Measure, name
     places = [(x.mean, y.mean) for _, _, x, y in points]
     sign = -1 if measure.less_is_better else 1
     best = sorted(front([(sign * x, y) for x, y in places]), key=lambda index: places[index])
-    label = "not beaten in both" if named else None
-    axes.plot(*zip(*(places[index] for index in best), strict=True), color="0.6", linewidth=1, zorder=1, label=label)
+    line = zip(*(places[index] for index in best), strict=True)
+    axes.plot(*line, color="0.6", linewidth=1, zorder=1, label=_new("not beaten in both", named))
     return [f"{points[index][0].label} at {_short(points[index][1])} %" for index in best]
+
+
+def _room_for_ticks(figure: Figure, labels: Sequence[str]) -> None:
+    """Make a figure higher for the upright names below its panels, which would else take their place."""
+    longest = max((_inches(label, STYLE["font.size"]) for label in labels), default=0.0)
+    figure.set_figheight(figure.get_figheight() + max(0.0, longest - ROOM_FOR_TICKS))
+
+
+def _legend_column(labels: Iterable[str]) -> float:
+    """The inches that a column of a legend with these labels takes: line, words and the gap to the next one."""
+    return BESIDE_WORDS + max(_inches(label, STYLE["legend.fontsize"]) for label in labels)
+
+
+def _legend_below(figure: Figure, labels: Iterable[str], most: int) -> int:
+    """The columns of a legend below a figure, at most so many. The figure gets as wide as one column is."""
+    column = _legend_column(labels)
+    figure.set_figwidth(max(figure.get_figwidth(), column))
+    return max(1, min(most, int((figure.get_figwidth() + GAP) / column)))
+
+
+def _inches(text: str, size: float) -> float:
+    width: float = TextPath((0, 0), text, prop=FontProperties(size=size)).get_extents().width
+    return HINTING * width / POINTS_OF_AN_INCH
 
 
 def drawings(report: Report, images: Images | None) -> list[Drawing]:
@@ -369,10 +418,11 @@ def _by(series: Series, measure: Measure, what: str) -> list[tuple[float, Estima
 
 
 def _tick(axes: Axes, values: Sequence[float]) -> None:
-    """Ticks of a logarithmic axis at the values themselves, less those too close to be written side by side."""
-    apart = (max(values) / min(values)) ** 0.1
+    """Ticks of a logarithmic axis at the values themselves, less those too close to be written side by side, and 0."""
+    drawn = sorted(value for value in values if value > 0)
+    apart = (drawn[-1] / drawn[0]) ** 0.1 if drawn else 1.0
     kept: list[float] = []
-    for value in sorted(values):
+    for value in drawn:
         if not kept or value > kept[-1] * max(apart, 1.0001):
             kept.append(value)
     axes.set_xticks(kept, [_short(value) for value in kept])
@@ -443,12 +493,13 @@ def _line_across(axes: Axes, value: Estimate | None, look: dict[str, Any], label
 def _legend(figure: Figure, panels: Sequence[Panel]) -> None:
     """The legend stands in the place of a missing last panel, or below the figure if none is missing."""
     handles, labels = panels[0].axes.get_legend_handles_labels()
-    if len(panels) > 1 and len(panels) % 2:
+    fits = _legend_column(labels) * (1 + len(labels) // 12) <= figure.get_figwidth() / 2
+    if len(panels) > 1 and len(panels) % 2 and fits:
         spare = figure.add_subplot((len(panels) + 1) // 2, 2, len(panels) + 1)
         spare.axis("off")
         spare.legend(handles, labels, loc="lower center" if len(labels) > 8 else "center", ncols=1 + len(labels) // 12)
     else:
-        columns = min(3, len(labels))
+        columns = _legend_below(figure, labels, most=min(3, len(labels)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(labels) // columns) - 1))  # panels keep their size
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import random
 import re
 import shlex
@@ -546,6 +547,51 @@ def test_tickets_of_several_densities_and_their_controls_are_one_line_each_by_de
     assert sorted(by_density) == pytest.approx([1, 20, 100])  # level 0 once, and that of two seeds
     assert by_density[100].n == 2
     assert all(len({id(setting) for setting, _ in one.points}) == 2 for one in series.values())
+
+
+def labels_of(drawing: Any) -> list[str]:
+    return [text.get_text() for legend in drawing.figure.legends for text in legend.get_texts()]
+
+
+def test_a_trade_off_leaves_out_what_is_no_number_and_names_what_only_some_panels_have(tmp_path):
+    measured = {"source_tasks": "piqa"}
+    write_run(tmp_path / "imp", make("imp", **measured))
+    write_run(tmp_path / "sift", make("sift", drift=False, **measured))
+    for method, kl in (("erk", math.inf), ("snip", math.nan)):
+        run = write_run(tmp_path / method, make(method, **measured), 99)
+        edit(run / "level_1/metrics.json", drift={"kl": kl, "stderr": 0.1})
+    drawing = figures.trade_off_figure(read_report([tmp_path]))
+    assert sorted(labels_of(drawing)) == ["erk", "imp", "not beaten in both", "sift", "snip", "untrained"]
+    drift, piqa = drawing.alt.split("by drift: ")[1].split("; by PIQA: ")
+    assert "erk" not in drift
+    assert "snip" not in drift
+    assert "erk" in piqa or "snip" in piqa
+    apart = tmp_path / "erk"
+    edit(apart / "level_1/metrics.json", source={})
+    assert figures.trade_off_figure(read_report([apart])) is None
+
+
+def test_a_setting_that_trained_nothing_is_no_point_of_a_logarithmic_axis(tmp_path):
+    write_run(tmp_path / "imp", make("imp"))
+    run = write_run(tmp_path / "lora", make("lora"))
+    edit(run / "level_0/metrics.json", trainable=0, density=0.0)
+    assert len(figures.drawings(read_report([tmp_path]), None)) == 6 - 1
+
+
+@pytest.mark.parametrize("methods", [("imp", "random-mask"), ("sift", "erk")])
+def test_long_names_fit_into_figures(tmp_path, methods):
+    """A setting is named by its options, of which some are long, and a legend that is too wide would be cut."""
+    for method in methods:
+        for include in ("*", ",".join(f"model.layers.{number}.mlp.*" for number in range(6))):
+            config = make(method, include=include, density=0.1, **({"keep_fraction": 0.0} if method == "imp" else {}))
+            write_run(tmp_path / f"{method}{len(include)}", config)
+    for drawing in figures.drawings(read_report([tmp_path]), None):
+        drawing.svg()  # lays the figure out
+        figure = drawing.figure
+        assert all(0 <= legend.get_window_extent().x0 for legend in figure.legends)
+        assert all(legend.get_window_extent().x1 <= figure.bbox.x1 for legend in figure.legends)
+        assert all(axes.bbox.height > 0.3 * 72 for axes in figure.axes if axes.has_data()), drawing.file
+        assert all(axes.bbox.width > 72 for axes in figure.axes if axes.has_data()), drawing.file
 
 
 def test_the_front_of_a_trade_off_is_drawn_and_named(tmp_path):
