@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,10 @@ def load_model(config: Base, device: torch.device) -> tuple[PreTrainedModel, Any
         return _load_model(config, device)
 
 
+_READING = threading.Lock()
+"""Two threads that patched at once would patch the patches of each other, and leave some of them behind."""
+
+
 @contextlib.contextmanager
 def _reading_gguf_once() -> Iterator[None]:
     """Inside, what transformers makes of a GGUF file again and again is made once.
@@ -118,11 +123,12 @@ def _reading_gguf_once() -> Iterator[None]:
     except ImportError:  # no such file is loaded then, or that is the error
         yield
         return
-    readers = mock.patch.object(gguf, "GGUFReader", functools.cache(_reader(gguf.GGUFReader)))
-    tables = mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
-    bar = mock.patch.object(loading, "tqdm", functools.partial(loading.tqdm, disable=True))
-    with readers, tables, bar:
-        yield
+    with _READING:
+        readers = mock.patch.object(gguf, "GGUFReader", functools.cache(_reader(gguf.GGUFReader)))
+        tables = mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        bar = mock.patch.object(loading, "tqdm", functools.partial(loading.tqdm, disable=True))
+        with readers, tables, bar:
+            yield
 
 
 def _reader(base: Any) -> Any:

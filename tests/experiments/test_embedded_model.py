@@ -1,12 +1,13 @@
 """The embedded SmolLM2-135M-Instruct: that it is the model it says, and what the experiments assume of it."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
 
 from rigsa.errors import RigsaError
-from rigsa.experiments.model import _locate, load_model, resolve_device
+from rigsa.experiments.model import _locate, _reading_gguf_once, load_model, resolve_device
 from rigsa.experiments.presets import quickstart
 from rigsa.experiments.tasks.textual_mnist import Prompts, load_splits
 from rigsa_kernels import gated_linears, replace_linears
@@ -36,6 +37,32 @@ def test_what_is_read_again_and_again_is_made_once(monkeypatch):
     monkeypatch.setattr(gguf.TensorNameMap, "__init__", lambda *given: made.append("table") or table(*given))
     load_model(quickstart(), torch.device("cpu"))
     assert sorted(made) == ["header", "table"]
+
+
+def test_two_threads_that_load_at_once_leave_nothing_patched():
+    gguf = pytest.importorskip("gguf")
+    before, inside, leave = gguf.GGUFReader, [threading.Event(), threading.Event()], threading.Event()
+
+    def load(number: int) -> None:
+        with _reading_gguf_once():
+            inside[number].set()
+            leave.wait(10)
+
+    def last(number: int) -> None:
+        with _reading_gguf_once():
+            inside[number].set()
+            threads[0].join(10)
+
+    threads = [threading.Thread(target=load, args=(0,)), threading.Thread(target=last, args=(1,))]
+    threads[0].start()
+    assert inside[0].wait(10)
+    threads[1].start()
+    inside[1].wait(0.2)
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert inside[1].is_set()
+    assert gguf.GGUFReader is before
 
 
 @pytest.mark.model
