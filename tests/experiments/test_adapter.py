@@ -13,7 +13,7 @@ from conftest import make_llama
 from rigsa.errors import RigsaError
 from rigsa.experiments.adapter import base_fingerprint, load_adapter, save_adapter
 from rigsa.tensor_files import write_tensors
-from rigsa_kernels import gated_linears, replace_linears
+from rigsa_kernels import SparsePattern, gated_linears, replace_linears
 
 
 def test_the_base_has_one_fingerprint_before_and_after_a_pass():
@@ -47,6 +47,14 @@ def test_values_go_to_the_entries_that_they_belong_to(tmp_path):
         with pytest.raises(RigsaError, match="does not fit: its values belong to another mask than the model's layers"):
             load_adapter(wrong, path)
         assert all(map(torch.equal, before, [layer.rigsa_values for layer in gated_linears(wrong).values()]))
+
+
+@pytest.mark.parametrize("tile", [4, "2x8", "rows", "columns"])
+def test_values_of_tiles_lie_as_those_of_single_entries(tile):
+    """So a file need not say which tiles its values were trained in: the entries tell where they belong."""
+    pattern = next(iter(gated_linears(replace_linears(make_llama(), density=0.25, tile=tile)).values())).pattern
+    values = torch.arange(1.0, pattern.nnz + 1)
+    assert torch.equal(pattern.scatter(values), SparsePattern.from_mask(pattern.to_mask()).scatter(values))
 
 
 def test_an_adapter_of_an_earlier_version_names_no_mask(tmp_path):
