@@ -438,6 +438,13 @@ class Config(Measuring, Training, LowRank, Choosing, Tickets, Pruning, Gates, Ba
             alpha_learning_rate=self.ticket_alpha_learning_rate or factor * self.alpha_learning_rate,
         )
 
+    def rate_beside(self, level: int) -> float:
+        """The peak at that level of what is trained beside the adapter (`Training.keep_trainable`).
+
+        It is as dense in a ticket as in level 0, so `scale_rates` leaves it alone; a rate given for tickets holds.
+        """
+        return (level > 0 and self.ticket_learning_rate) or self.learning_rate
+
     def record(self) -> dict[str, Any]:
         """Field to value as JSON has them, the method by its name."""
         return {"method": self.method.name} | {name: getattr(self, name) for name in OPTIONS}

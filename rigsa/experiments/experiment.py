@@ -247,7 +247,8 @@ class Experiment:
         folder, label = self.folder(level), f"level {level}"
         wait_for_all()  # until every process has seen that this level is not done
         config = self.config.at_level(level, self._adapter_metrics()["density"])
-        train_level(self.model, self.task.training(), config, folder, label, callbacks, first_step)
+        beside = self.config.rate_beside(level)
+        train_level(self.model, self.task.training(), config, folder, label, callbacks, first_step, beside)
         if is_sharded(self.model):
             self.reload(level)
         with main_first():

@@ -119,6 +119,7 @@ def train_level(
     label: str,
     callbacks: Sequence[TrainerCallback] = (),
     first_step: int = 0,
+    kept_rate: float | None = None,
 ) -> None:
     """Train, then write the adapter, the resources used and, last, the log. A level with a log is loaded instead.
 
@@ -127,12 +128,13 @@ def train_level(
     Args:
         model: with the adapter at its start.
         samples: of the training split.
-        config: of the run.
+        config: of the level (`Config.at_level`).
         folder: of the level.
         label: of the progress bar.
         callbacks: more of them; where there is a `PatternMover`, the level's mask is written before the adapter, and
             where one `AddsParameters`, the model has these while it trains.
         first_step: of the schedule; only the steps from there on are made.
+        kept_rate: of `make_optimizer`.
 
     Raises:
         RigsaError: the loss or a value became non-finite (step and layer are named), or a file cannot be written.
@@ -156,6 +158,7 @@ def train_level(
         config=config,
         moving=moving,
         first_step=first_step,
+        kept_rate=kept_rate,
         model=model,
         args=training_arguments(config, steps, folder / CHECKPOINTS),
         train_dataset=samples,
@@ -215,11 +218,17 @@ def is_set_by_hand(parameter: Tensor) -> bool:
     return getattr(parameter, "is_set_by_hand", False)
 
 
-def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
+def make_optimizer(model: nn.Module, config: Config, kept_rate: float | None = None) -> MaskedAdamW:
     """The optimiser of a level. What a callback sets gradients of has the rate and the decay of gates; what is trained
-    beside the adapter has the rate of the values and is not decayed."""
+    beside the adapter has a rate of its own (`Config.rate_beside`) and is not decayed.
+
+    Args:
+        model: with what is trained.
+        config: of the level.
+        kept_rate: of what is trained beside the adapter; that of the values where none is given.
+    """
     return MaskedAdamW(
-        _groups(model, config),
+        _groups(model, config, config.learning_rate if kept_rate is None else kept_rate),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -229,14 +238,14 @@ def make_optimizer(model: nn.Module, config: Config) -> MaskedAdamW:
     )
 
 
-def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+def _groups(model: nn.Module, config: Config, kept_rate: float) -> list[dict[str, Any]]:
     rate, decay = config.alpha_learning_rate, config.alpha_weight_decay
     groups = parameter_groups(model, rate, decay, None)  # low-rank differences beside ours decay as ours do
     kept = set(kept_parameters(model))
     by_hand = _take_out(groups, lambda name, parameter: is_set_by_hand(parameter))
     beside = _take_out(groups, lambda name, parameter: name in kept)
     apart = [
-        {"params": beside, "weight_decay": 0.0},
+        {"params": beside, "lr": kept_rate, "weight_decay": 0.0},
         {"params": by_hand, "lr": rate, "weight_decay": decay, "state_dtype": "float32"},
     ]
     return [group for group in (*groups, *apart) if group["params"]]
@@ -293,13 +302,15 @@ class LevelTrainer(Trainer):
     train_dataset: Samples
     loss_is_scaled_for_ga = True  # it is divided by the targets of all micro-batches of the step
 
-    def __init__(self, *, config: Config, moving: bool, first_step: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *, config: Config, moving: bool, first_step: int, kept_rate: float | None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.config, self.moving, self.first_step = config, moving, first_step
+        self.config, self.moving, self.first_step, self.kept_rate = config, moving, first_step, kept_rate
 
     def create_optimizer(self, model: nn.Module | None = None) -> MaskedAdamW:
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.model, self.config)
+            self.optimizer = make_optimizer(self.model, self.config, self.kept_rate)
         return cast(MaskedAdamW, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:

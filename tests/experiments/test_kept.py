@@ -13,6 +13,7 @@ from texts import family, rows, save_family, write_jsonl
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rigsa.errors import RigsaError
+from rigsa.experiments import train
 from rigsa.experiments.attach import attach
 from rigsa.experiments.chat import Chat
 from rigsa.experiments.config import Config
@@ -224,6 +225,21 @@ def test_rewinding_to_an_early_step_takes_what_is_kept_along(place, tmp_path):
     name = "model.embed_tokens.weight"
     assert not torch.equal(early[name], base_weights(place)[name])
     torch.testing.assert_close(ticket[name], early[name], rtol=0, atol=1e-9)
+
+
+def test_what_is_kept_has_the_rate_of_level_0_in_a_ticket_too(place, tmp_path, monkeypatch):
+    """A ticket's rate is that of its values, of which there are few."""
+    rates = []
+
+    def noting(*given: Any) -> Any:
+        optimizer = make_optimizer(*given)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", noting)
+    given = ("--density", "0.04", "--scale-rates", "--learning-rate", "1e-6", "--alpha-learning-rate", "2e-6")
+    assert main(command(place, tmp_path / "run", *given, "--no-drift")) == 0
+    assert rates == [pytest.approx([1e-6, 2e-6, 1e-6]), pytest.approx([5e-6, 1e-5, 1e-6], rel=1e-2)]
 
 
 def test_the_option_belongs_to_every_method():
