@@ -588,7 +588,7 @@ def test_long_names_fit_into_figures(tmp_path, methods):
     for drawing in figures.drawings(read_report([tmp_path]), None):
         drawing.svg()  # lays the figure out
         figure = drawing.figure
-        assert all(0 <= legend.get_window_extent().x0 for legend in figure.legends)
+        assert all(legend.get_window_extent().x0 >= 0 for legend in figure.legends)
         assert all(legend.get_window_extent().x1 <= figure.bbox.x1 for legend in figure.legends)
         assert all(axes.bbox.height > 0.3 * 72 for axes in figure.axes if axes.has_data()), drawing.file
         assert all(axes.bbox.width > 72 for axes in figure.axes if axes.has_data()), drawing.file
