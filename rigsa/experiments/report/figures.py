@@ -303,7 +303,7 @@ def _draw_trade_offs(axes: Axes, points: Sequence[Point], measure: Measure, name
         label = one.label if named and one.label not in seen else None
         seen.add(one.label)
         axes.plot(x.mean, y.mean, label=label, **(one.look | {"linestyle": ""}))
-        bars = {"elinewidth": 0.6, "capsize": 2, "alpha": 0.6}
+        bars: dict[str, Any] = {"elinewidth": 0.6, "capsize": 2, "alpha": 0.6}
         axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="none", ecolor=one.look["color"], **bars)
         place = (x.mean, y.mean)
         axes.annotate(_short(density), place, (4, 4), textcoords="offset points", fontsize=6.5, color="0.35")
