@@ -44,7 +44,7 @@ try:  # PyTorch takes a second to import: Ctrl-C is one line then, too
     from rigsa.errors import RigsaError
     from rigsa.experiments import bounds
     from rigsa.experiments.bounds import GIBIBYTES, SHARE, Choice, Number, Range
-    from rigsa.experiments.config import OPTIONS, Config, Method, flag, require
+    from rigsa.experiments.config import OPTIONS, Config, Measuring, Method, fields_of, flag, require
     from rigsa.experiments.config_file import check_folder, load, save
     from rigsa.experiments.methods.registry import METHODS
     from rigsa.experiments.presets import PRESETS, configured
@@ -68,6 +68,7 @@ CHAT = "talk to the adapted model of a run, and show it its test examples"
 EXPORT = "the trained adapter of a run for those who do not have this package, or a merged model"
 MERGE = "write the plain model that a run or a saved adapter makes of its base, for anything that loads such models"
 INSPECT = "densities by layer of adapters and runs, and what each two share: a table and a figure"
+MEASURE = "test the levels of a finished run again, with other tests; nothing is trained"
 PLAN = "say before training what fits: simulates every level's step for a GPU (or --device cpu), without one"
 TOKENS = {"digits": 93}
 """Data to the tokens of a prompt without examples, by SmolLM2's tokenizer. Images of 28x28 have `MNIST_TOKENS`."""
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parse(arguments)
-            resumes = options.command in (run_method, run_sweep, run_compare)
+            resumes = options.command in (run_method, run_sweep, run_compare, run_measure)
             options.command(options)
         finally:
             flush_output()  # here, where it is one line if that fails, and not as Python ends
@@ -196,6 +197,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for report.html, report.md, report.csv and figures; default: RUN, or ./report",
     )
     report.set_defaults(command=run_report)
+    measure = commands.add_parser("measure", help=MEASURE, description=sentence(MEASURE), allow_abbrev=False)
+    measure.add_argument("run", type=utf8_path, metavar="RUN", help="run folder")
+    add_configuration(measure, lambda name: name in fields_of(Measuring), "as the run was measured")
+    measure.set_defaults(command=run_measure)
     chat = commands.add_parser("chat", help=CHAT, description=sentence(CHAT), allow_abbrev=False)
     chat.add_argument("run", type=utf8_path, metavar="RUN", help="run folder")
     add_number(chat, "--level", int, bounds.COUNT_OR_0, help="of the adapter; default: the last finished one")
@@ -319,9 +324,11 @@ def add_preset(command: argparse.ArgumentParser, default: str) -> None:
     )  # fmt: skip
 
 
-def add_configuration(command: argparse.ArgumentParser, belongs: Callable[[str], bool]) -> None:
+def add_configuration(
+    command: argparse.ArgumentParser, belongs: Callable[[str], bool], default: str = "the preset's value"
+) -> None:
     """One option per field of `Config` that belongs to the command."""
-    group = command.add_argument_group("configuration (default: the preset's value)")
+    group = command.add_argument_group(f"configuration (default: {default})")
     for field in OPTIONS.values():
         if not belongs(field.name):
             continue
@@ -571,6 +578,17 @@ def print_report(runs: Sequence[Path], out: Path | None, task: Task | None = Non
 
     table, page = write_report(runs, out, task)
     print(f"\n{table}\n\nreport: {page}")
+
+
+def run_measure(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    from rigsa.experiments.lock import folder_lock
+    from rigsa.experiments.measure_again import measure_again
+
+    load(options.run)  # or the lock would make the folder
+    with folder_lock(options.run):
+        task = measure_again(options.run, given_fields(options))
+        print_report([options.run], options.run, task)
 
 
 def run_chat(options: argparse.Namespace) -> None:

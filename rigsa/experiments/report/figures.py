@@ -302,7 +302,8 @@ def trade_off_figure(report: Report) -> Drawing | None:
         "Figure 6. What is learned against what is forgotten",
         "Less drift is to the left, a better score of a source task to the right. Small numbers are densities in per "
         f"cent; the grey line joins the points that no other beats in both. {_interval_note(report)}",
-        f"Accuracy on the target task against what is forgotten. Not beaten in both, by {'; by '.join(best)}.",
+        f"{_alt(report, 'Accuracy on the target task against what is forgotten', series, [])} "
+        f"Not beaten in both, by {'; by '.join(best)}.",
         figure,
     )
 
@@ -329,7 +330,7 @@ def _draw_trade_offs(axes: Axes, points: Sequence[Point], measure: Measure, name
     """The points with their densities, and a line through those that are not beaten, which it returns by name."""
     for one, density, x, y in points:
         axes.plot(x.mean, y.mean, label=_new(one.label, named), **(one.look | {"linestyle": ""}))
-        bars = {"elinewidth": 0.6, "capsize": 2, "alpha": 0.6}
+        bars: dict[str, Any] = {"elinewidth": 0.6, "capsize": 2, "alpha": 0.6}
         axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="none", ecolor=one.look["color"], **bars)
         place = (x.mean, y.mean)
         axes.annotate(_short(density), place, (4, 4), textcoords="offset points", fontsize=6.5, color="0.35")
