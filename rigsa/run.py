@@ -584,10 +584,15 @@ def run_measure(options: argparse.Namespace) -> None:
     quiet_libraries()
     from rigsa.experiments.lock import folder_lock
     from rigsa.experiments.measure_again import measure_again
+    from rigsa.experiments.report.runs import read_report
+    from rigsa.experiments.report.tables import source_table
 
     load(options.run)  # or the lock would make the folder
     with folder_lock(options.run):
         task = measure_again(options.run, given_fields(options))
+        forgotten = source_table(read_report([options.run]))
+        if forgotten is not None:  # the table of levels, below, has none of these numbers
+            print(f"\n{forgotten.markdown()}")
         print_report([options.run], options.run, task)
 
 

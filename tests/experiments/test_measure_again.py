@@ -1,9 +1,11 @@
 """A finished run that is measured again is, to the last bit, a run that had those tests from the start."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from test_run import contents
 
 from rigsa.experiments.experiment import Experiment
@@ -72,6 +74,57 @@ def test_what_cannot_be_measured_again_is_refused_and_nothing_changes(
     assert main(["measure", str(run), *options]) == 1
     assert message in capsys.readouterr().err
     assert {name: content for name, content in contents(run).items() if name != ".lock"} == before
+
+
+def other_weights(run: Path) -> None:
+    """The model that the configuration names is another one now."""
+    config = json.loads((run / "config.json").read_text())
+    model = shutil.copytree(config["model"], run.parent / "model")
+    weights = {name: weight + 0.01 for name, weight in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    (run / "config.json").write_text(json.dumps(config | {"model": str(model)}))
+
+
+def as_if_matched(run: Path) -> None:
+    """A run like that of a control, whose ticket came from a run that is gone."""
+    config = json.loads((run / "config.json").read_text())
+    config |= {"method": "reinit", "match": str(run.parent / "gone")}
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_weights, "belongs to another base model"),
+        (as_if_matched, "gone: no run folder there"),
+        (lambda run: (run / "level_0" / "resources.json").unlink(), "resources.json is missing"),
+    ],
+)
+def test_what_no_marker_tells_is_found_before_one_is_removed(damage, message, tmp_path, finished_imp, capsys):
+    run = shutil.copytree(finished_imp, tmp_path / "run")
+    damage(run)
+    before = contents(run)
+    assert main(["measure", str(run), *OTHERS]) == 1
+    assert message in capsys.readouterr().err
+    assert {name: content for name, content in contents(run).items() if name != ".lock"} == before
+
+
+def test_a_sweep_goes_on_with_a_run_whose_new_tests_were_interrupted(tmp_path, finished_imp, monkeypatch, capsys):
+    run = shutil.copytree(finished_imp, tmp_path / "run")
+    (run / "run.log").touch()
+    (run / "done").write_text("{}\n")
+    test = Experiment.test
+
+    def interrupted(self, label):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Experiment, "test", interrupted)
+    assert main(["measure", str(run), *OTHERS]) == 130
+    assert not (run / "done").exists()
+    monkeypatch.setattr(Experiment, "test", test)
+    assert main(["measure", str(run), *OTHERS]) == 0
+    assert (run / "done").read_text() == "{}\n"
+    assert "drift (nats per token)" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
