@@ -192,8 +192,8 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Tickets:
-    """The learning rates of a ticket, where they are not those of level 0. Methods that train one of random values, or
-    after another level, read these fields."""
+    """The learning rates of a ticket, where they are not those of level 0. Every method that trains one reads these
+    fields, whether it has a level 0 or not."""
 
     scale_rates: bool = _field(
         False,

@@ -47,7 +47,7 @@ def quickstart(method: str = "imp", device: str = "auto") -> Config:
         source_tasks="",
         checkpoint_steps=100,
         scale_rates=METHODS[method].reads("scale_rates"),
-        **{"learning_rate": 2e-3, "alpha_learning_rate": 2e-2, **METHODS[method].quickstart},
+        **{"alpha_learning_rate": 2e-2, **METHODS[method].quickstart},
     )
 
 

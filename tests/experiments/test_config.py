@@ -386,7 +386,7 @@ def test_the_rates_of_a_ticket_grow_with_the_square_root_of_what_is_pruned():
         (["imp", "--no-scale-rates", "--ticket-learning-rate", "0.1"],
          "0.002 for values, 0.02 for gates; given for tickets: 0.1 for values"),
         (["lora"], "0.001 for values"),
-        (["sift"], "0.002 for values"),
+        (["sift"], "0.0002 for values; a ticket's are divided by the square root of its density"),
     ],
 )  # fmt: skip
 def test_a_run_says_its_rates(arguments, text):

@@ -40,7 +40,6 @@ FULL = Baseline(
     options=fields_of(Gates),
     look=Look("black", "p", (0, (10, 3))),
     usual=FROM_ZERO,
-    quickstart={"learning_rate": 2e-4},
     quantizations=("none",),
 )
 LORA = Baseline(
@@ -73,6 +72,7 @@ SHIRA = Baseline(
     options=("rank",),
     look=Look("sky", "d", (0, (2, 1, 2, 4))),
     usual=_TABLE_4,
+    quickstart={"learning_rate": 2e-3},
     gated=False,
     peft="shira",
     quantizations=("none",),

@@ -42,7 +42,6 @@ CHILD_F = ChildFree(
     options=(*fields_of(Gates), "gradient_share"),
     look=Look("sky", (6, 1, 0), (0, (3, 2, 1, 2))),
     usual=FROM_ZERO,
-    quickstart={"learning_rate": 2e-4},
     quantizations=("none",),
     whole_because="expected whole layers in every process, to draw for their gradients; use DDP",
 )

@@ -46,6 +46,6 @@ DIFF_PRUNING = DiffPruning(
     options=(*fields_of(Gates), *fields_of(Tickets), "ranking", "density", "tile", "l0_penalty"),
     look=Look("green", (3, 1, 0), (0, (9, 2, 1, 2))),
     usual={**FROM_ZERO, "density": PAPER_DENSITY, "alpha_learning_rate": 0.1},
-    quickstart={"learning_rate": 2e-4, "alpha_learning_rate": 0.1},
+    quickstart={"alpha_learning_rate": 0.1},
     whole_because="expected whole layers in every process, to draw their factors; use DDP",
 )

@@ -88,7 +88,7 @@ def score_entries(
     return gradient_scores(model.train(), values, loss_of, batches, score)
 
 
-GRADIENT_OPTIONS = (*fields_of(Gates), "ranking", "density", "tile", "mask_examples")
+GRADIENT_OPTIONS = (*fields_of(Gates), *fields_of(Tickets), "ranking", "density", "tile", "mask_examples")
 _USUAL = {**FROM_ZERO, "density": PAPER_DENSITY}
 
 SIFT = GradientMask(
@@ -128,7 +128,7 @@ ROSA = GradientMask(
 SNIP = GradientMask(
     name="snip",
     help="train the random entries without which the loss would change most (SNIP; SparseAdapter, He et al. 2022)",
-    options=(*GRADIENT_OPTIONS, *fields_of(Tickets)),
+    options=GRADIENT_OPTIONS,
     look=Look("green", "8", (0, (4, 1, 1, 1, 1, 1))),
     usual={"density": PAPER_DENSITY},
     score=SCORES["snip"],
@@ -136,7 +136,7 @@ SNIP = GradientMask(
 GRASP = GradientMask(
     name="grasp",
     help="train the random entries that carry the gradient's flow (GraSP; SparseAdapter, He et al. 2022)",
-    options=(*GRADIENT_OPTIONS, *fields_of(Tickets)),
+    options=GRADIENT_OPTIONS,
     look=Look("orange", "H", (0, (6, 1, 2, 1))),
     usual={"density": PAPER_DENSITY},
     score=SCORES["grasp"],

@@ -52,5 +52,4 @@ LT_SFT = LtSft(
     options=(*fields_of(Gates), *fields_of(Tickets), "ranking", "density", "tile"),
     look=Look("green", "^", (0, (1, 1))),
     usual={**FROM_ZERO, "density": PAPER_DENSITY},
-    quickstart={"learning_rate": 2e-4},
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rigsa.experiments.config import Gates, Look, fields_of
+from rigsa.experiments.config import Gates, Look, Tickets, fields_of
 from rigsa.experiments.methods.random_mask import draw_ticket
 from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod
 from rigsa_kernels import SparsePattern
@@ -36,7 +36,7 @@ class Spiel(TicketMethod):
 SPIEL = Spiel(
     name="spiel",
     help="drop and grow entries during training (SpIEL, Ansell et al. 2024)",
-    options=(*fields_of(Gates), "density", "reselect_steps", "reselect_share"),
+    options=(*fields_of(Gates), *fields_of(Tickets), "density", "reselect_steps", "reselect_share"),
     look=Look("green", "h", (0, (2, 2))),
     usual={**FROM_ZERO, "density": PAPER_DENSITY},
     whole_because="expected whole layers in every process, to move their entries; use DDP",

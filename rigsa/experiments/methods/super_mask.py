@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rigsa.experiments.config import Gates, Look, fields_of
+from rigsa.experiments.config import Gates, Look, Tickets, fields_of
 from rigsa.experiments.methods.ticket import FROM_ZERO, PAPER_DENSITY, TicketMethod, highest
 from rigsa_kernels import SparsePattern, gated_linears
 
@@ -23,7 +23,7 @@ class SuperMask(TicketMethod):
 SUPER = SuperMask(
     name="super",
     help="train the entries whose pretrained weight is largest, or smallest (Super-Tuning)",
-    options=(*fields_of(Gates), "ranking", "density", "tile", "super_rank"),
+    options=(*fields_of(Gates), *fields_of(Tickets), "ranking", "density", "tile", "super_rank"),
     look=Look("black", "X", (0, (1, 3))),
     usual={**FROM_ZERO, "density": PAPER_DENSITY},
 )
