@@ -26,6 +26,7 @@ from rigsa.experiments.run_folder import (
     OUTPUT_FILE,
     REPLIES_FILE,
     RESOURCES_FILE,
+    begun_levels,
     level_folder,
 )
 from rigsa.experiments.tasks import source_tasks
@@ -86,9 +87,8 @@ def trained_levels(run: Path, config: Config) -> list[Path]:
     Raises:
         RigsaError: one is damaged or has not been trained to its end, or the run that this one is matched to is gone.
     """
-    numbers = {int(folder.name[6:]) for folder in run.glob("level_*") if folder.name[6:].isdigit()}
     planned = config.method.known_densities(config) or config.method.levels(config)
-    folders = [level_folder(run, number) for number in sorted(numbers.union(planned))]
+    folders = [level_folder(run, number) for number in sorted({*begun_levels(run), *planned})]
     for folder in (run / BASE, *folders):
         if is_done(folder) and (damage := first_damage(folder)):
             raise RigsaError(f"{folder} is damaged ({damage}); delete it and run again")

@@ -53,12 +53,15 @@ def level_folder(run: Path, level: int) -> Path:
     return run / f"level_{level}"
 
 
+def begun_levels(run: Path) -> list[int]:
+    """The levels that have a folder, in ascending order."""
+    found = [re.fullmatch("level_(0|[1-9][0-9]{0,8})", folder.name) for folder in run.glob("level_*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
 def finished_levels(run: Path) -> list[int]:
     """The levels that are done, in ascending order."""
-    found = [
-        re.fullmatch("level_(0|[1-9][0-9]{0,8})", folder.name) for folder in run.glob("level_*") if is_done(folder)
-    ]
-    return sorted(int(match[1]) for match in found if match)
+    return [level for level in begun_levels(run) if is_done(level_folder(run, level))]
 
 
 def finished_level(run: Path, level: int | None) -> int:

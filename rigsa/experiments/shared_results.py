@@ -15,7 +15,7 @@ from rigsa.errors import RigsaError
 from rigsa.experiments.config import OPTIONS, Base, Config, Measuring, fields_of
 from rigsa.experiments.config_file import load
 from rigsa.experiments.records import RESOURCES, read_record
-from rigsa.experiments.run_folder import BASE, CHECKPOINTS, RESOURCES_FILE, level_folder
+from rigsa.experiments.run_folder import BASE, CHECKPOINTS, LOG_FILE, RESOURCES_FILE, level_folder
 from rigsa.experiments.sweep_plan import Job, Plan
 from rigsa.files import DONE, first_damage, is_done
 
@@ -58,20 +58,23 @@ def _share(name: str, depends_on: Callable[[Config], dict[str, Any]], job: Job, 
         return
     for other in plan.jobs:
         run = plan.folder(other)
-        if is_done(run / name) and _made_from(run, depends_on) == wanted and _is_whole(run / name):
+        if is_done(run / name) and _made_from(run / name, depends_on) == wanted and _is_whole(run / name):
             _copy(run / name, mine)
             return
 
 
-def _made_from(run: Path, depends_on: Callable[[Config], dict[str, Any]]) -> dict[str, Any] | None:
-    """What a run's results depend on; None where it cannot be told, or model or data have changed since."""
+def _made_from(folder: Path, depends_on: Callable[[Config], dict[str, Any]]) -> dict[str, Any] | None:
+    """What the results in ``base/`` or ``level_0/`` depend on; None where it cannot be told, or model or data have
+    changed since they were read. A run that is measured again marks its base anew, and leaves a level's log alone."""
+    run = folder.parent
+    files = [run / BASE / DONE, *folder.glob(LOG_FILE)]
     try:
         config = load(run)
-        measured = (run / BASE / DONE).stat().st_mtime  # model and data were read before that
+        made = min(file.stat().st_mtime for file in files)  # model and data were read before that
         changed = max(_last_change(Path(named)) for name in FILES if (named := getattr(config, name)))
     except (RigsaError, OSError):
         return None
-    return depends_on(config) if changed <= measured else None
+    return depends_on(config) if changed <= made else None
 
 
 def _last_change(path: Path) -> float:

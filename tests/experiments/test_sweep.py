@@ -445,6 +445,21 @@ def test_nothing_is_shared_that_a_run_of_its_own_would_not_make(folder, spoilt, 
     assert {path.name for path in (mine / folder).iterdir()} == {"metrics.json", "resources.json", "done"}
 
 
+def test_a_level_0_of_older_data_is_not_shared_by_a_run_that_was_measured_again(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}')
+    plan = planned(tmp_path / "sweep", vary=["density=0.1,0.2"], data=str(tmp_path / "data.jsonl"))
+    theirs, mine = (plan.folder(job) for job in plan.jobs)
+    write_json(theirs / "config.json", plan.jobs[0].config.record())
+    for name in ("base", "level_0"):
+        write_json(theirs / name / "metrics.json", {"level": 0})
+        mark_done(theirs / name, ["metrics.json"])
+    write_json(theirs / "level_0" / "resources.json", {"steps": 1, "train_seconds": 1.5, "peak_memory_bytes": 1})
+    (theirs / "level_0" / "log.jsonl").touch()
+    os.utime(theirs / "level_0" / "log.jsonl", (0, 0))
+    share_results(plan.jobs[1], plan)
+    assert {path.name for path in mine.iterdir()} == {"base"}
+
+
 def test_only_what_fits_is_read_to_see_whether_it_is_whole(tmp_path, monkeypatch):
     """A dense level is gigabytes, and a sweep has many runs."""
     read = []
