@@ -39,7 +39,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 NEEDED = {
-    "sweep": ["--methods", "imp"], "compare": ["--methods", "imp"], "chat": ["RUN"],
+    "sweep": ["--methods", "imp"], "compare": ["--methods", "imp"], "chat": ["RUN"], "measure": ["RUN"],
     "export": ["RUN", "--to", "merged"], "merge": ["RUN", "--out", "x"],
 }  # fmt: skip
 """Arguments without which a command's parser takes nothing."""

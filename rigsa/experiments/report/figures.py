@@ -337,8 +337,9 @@ def _draw_trade_offs(axes: Axes, points: Sequence[Point], measure: Measure, name
     places = [(x.mean, y.mean) for _, _, x, y in points]
     sign = -1 if measure.less_is_better else 1
     best = sorted(front([(sign * x, y) for x, y in places]), key=lambda index: places[index])
-    line = zip(*(places[index] for index in best), strict=True)
-    axes.plot(*line, color="0.6", linewidth=1, zorder=1, label=_new("not beaten in both", named))
+    if len(best) > 1:
+        line = zip(*(places[index] for index in best), strict=True)
+        axes.plot(*line, color="0.6", linewidth=1, zorder=1, label=_new("not beaten in both", named))
     return [f"{points[index][0].label} at {_short(points[index][1])} %" for index in best]
 
 
