@@ -54,28 +54,6 @@ def test_it_is_the_run_that_had_these_tests_from_the_start(
     assert "is measured so already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("damage", "options", "message"),
-    [
-        (lambda run: (run / "level_1" / "log.jsonl").unlink(), OTHERS, "is damaged (log.jsonl is missing)"),
-        (lambda run: shutil.rmtree(run / "level_1"), OTHERS, "is not finished; give its own command again first"),
-        (lambda run: (run / "base" / "metrics.json").write_text("{}"), OTHERS, "metrics.json has changed since"),
-        (lambda run: None, ["--score", "exact"], "--score: "),
-        (lambda run: None, ["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
-        (lambda run: None, ["--limit", "1", "--source-tasks", "piqa"], "--limit: expected 0 (all) or at least 2"),
-    ],
-)
-def test_what_cannot_be_measured_again_is_refused_and_nothing_changes(
-    damage, options, message, small_model_folder, tmp_path, finished_imp, capsys
-):
-    run = shutil.copytree(finished_imp, tmp_path / "run")
-    damage(run)
-    before = contents(run)
-    assert main(["measure", str(run), *options]) == 1
-    assert message in capsys.readouterr().err
-    assert {name: content for name, content in contents(run).items() if name != ".lock"} == before
-
-
 def other_weights(run: Path) -> None:
     """The model that the configuration names is another one now."""
     config = json.loads((run / "config.json").read_text())
@@ -93,18 +71,26 @@ def as_if_matched(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "options", "message"),
     [
-        (other_weights, "belongs to another base model"),
-        (as_if_matched, "gone: no run folder there"),
-        (lambda run: (run / "level_0" / "resources.json").unlink(), "resources.json is missing"),
+        (lambda run: (run / "level_1" / "log.jsonl").unlink(), OTHERS, "is damaged (log.jsonl is missing)"),
+        (lambda run: shutil.rmtree(run / "level_1"), OTHERS, "is not finished; give its own command again first"),
+        (lambda run: (run / "base" / "metrics.json").write_text("{}"), OTHERS, "metrics.json has changed since"),
+        (other_weights, OTHERS, "belongs to another base model"),
+        (as_if_matched, OTHERS, "gone: no run folder there"),
+        (lambda run: (run / "level_0" / "resources.json").unlink(), OTHERS, "resources.json is missing"),
+        (lambda run: None, ["--score", "exact"], "--score: "),
+        (lambda run: None, ["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+        (lambda run: None, ["--limit", "1", "--source-tasks", "piqa"], "--limit: expected 0 (all) or at least 2"),
     ],
 )
-def test_what_no_marker_tells_is_found_before_one_is_removed(damage, message, tmp_path, finished_imp, capsys):
+def test_what_cannot_be_measured_again_is_refused_and_nothing_changes(
+    damage, options, message, tmp_path, finished_imp, capsys
+):
     run = shutil.copytree(finished_imp, tmp_path / "run")
     damage(run)
     before = contents(run)
-    assert main(["measure", str(run), *OTHERS]) == 1
+    assert main(["measure", str(run), *options]) == 1
     assert message in capsys.readouterr().err
     assert {name: content for name, content in contents(run).items() if name != ".lock"} == before
 
